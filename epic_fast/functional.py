@@ -154,9 +154,7 @@ def _check_prompt_attention(
     lengths: Tensor | None,
 ) -> None:
     name = "prompt_attention"
-    _require(
-        query.dim() == 4, name, f"query has shape {_shape(query)}; wanted (batch, heads, tokens, head_dim)"
-    )
+    _require(query.dim() == 4, name, f"query has shape {_shape(query)}; wanted (batch, heads, tokens, head_dim)")
     batch, heads, _, head_dim = query.shape
     for label, tensor in (("key", key), ("value", value)):
         _require(
@@ -172,9 +170,7 @@ def _check_prompt_attention(
         name,
         f"prompt_key has shape {_shape(prompt_key)}; wanted ({batch} or 1, {heads}, prompts, {head_dim})",
     )
-    prompts = [("prompt_value", prompt_value)] + (
-        [] if prompt_query is None else [("prompt_query", prompt_query)]
-    )
+    prompts = [("prompt_value", prompt_value)] + ([] if prompt_query is None else [("prompt_query", prompt_query)])
     for label, tensor in prompts:
         _require(
             tensor.dim() == 4 and tensor.shape[0] in (1, batch) and tensor.shape[1:] == prompt_key.shape[1:],
@@ -189,9 +185,7 @@ def _check_prompt_attention(
         ("prompt_key", prompt_key),
         *prompts,
     ]:
-        _require(
-            tensor.is_floating_point(), name, f"{label} has type {tensor.dtype}; wanted a floating-point type"
-        )
+        _require(tensor.is_floating_point(), name, f"{label} has type {tensor.dtype}; wanted a floating-point type")
         _require(
             tensor.dtype == query.dtype,
             name,
@@ -207,9 +201,7 @@ def _check_prompt_attention(
             name,
             f"{label} has last stride {tensor.stride(-1)}; wanted 1 (call .contiguous())",
         )
-    _require(
-        prompt_mask in ("full", "prefix"), name, f"prompt_mask={prompt_mask!r}; wanted 'full' or 'prefix'"
-    )
+    _require(prompt_mask in ("full", "prefix"), name, f"prompt_mask={prompt_mask!r}; wanted 'full' or 'prefix'")
     if lengths is None:
         return
     _require(lengths.shape == (batch,), name, f"lengths has shape {_shape(lengths)}; wanted ({batch},)")
@@ -240,9 +232,7 @@ def _check_prompt_interaction(
 ) -> None:
     name = "prompt_interaction"
     for label, tensor in (("text_prompt", text_prompt), ("vision_prompt", vision_prompt)):
-        _require(
-            tensor.dim() == 3, name, f"{label} has shape {_shape(tensor)}; wanted (batch, prompts, width)"
-        )
+        _require(tensor.dim() == 3, name, f"{label} has shape {_shape(tensor)}; wanted (batch, prompts, width)")
     _require(
         text_prompt.shape[0] == vision_prompt.shape[0],
         name,

@@ -42,9 +42,7 @@ class Operation:
     def choose(self, impl: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         """The implementation that ``impl`` asks for, given the arguments of the call."""
         if impl not in IMPLEMENTATIONS:
-            raise ConfigError(
-                f"{self.name}: impl={impl!r} is not one of {', '.join(map(repr, IMPLEMENTATIONS))}"
-            )
+            raise ConfigError(f"{self.name}: impl={impl!r} is not one of {', '.join(map(repr, IMPLEMENTATIONS))}")
         if impl == "reference":
             return self.reference
         reasons = self.reasons_against_triton(*args, **kwargs)
@@ -68,9 +66,7 @@ class Operation:
             reasons.append("this version has no Triton kernel for this operation")
         if not _triton_installed():
             reasons.append("the package triton is not installed")
-        for device in sorted(
-            {str(each.device) for each in (*args, *kwargs.values()) if isinstance(each, Tensor)}
-        ):
+        for device in sorted({str(each.device) for each in (*args, *kwargs.values()) if isinstance(each, Tensor)}):
             if not device.startswith("cuda"):
                 reasons.append(f"a tensor is on {device}; the kernel needs a GPU")
         if self.triton is not None:
@@ -95,7 +91,6 @@ def available_implementations() -> dict[str, list[str]]:
 
     operations = (prompt_attention, prompt_interaction)
     return {
-        operation.name: ["reference"]
-        + (["triton"] if operation.triton is not None and _triton_installed() else [])
+        operation.name: ["reference"] + (["triton"] if operation.triton is not None and _triton_installed() else [])
         for operation in operations
     }

@@ -37,7 +37,5 @@ def prompt_interaction(
         vision_direction = from_vision / from_vision.norm(dim=-1, keepdim=True).clamp_min(eps)
         similarity = (text_direction @ vision_direction.transpose(-1, -2)) / temperature.to(wide)
         next_text = text + text_gate.to(wide) * (similarity.softmax(dim=2) @ from_vision)
-        next_vision = vision + vision_gate.to(wide) * (
-            similarity.softmax(dim=1).transpose(-1, -2) @ from_text
-        )
+        next_vision = vision + vision_gate.to(wide) * (similarity.softmax(dim=1).transpose(-1, -2) @ from_text)
     return next_text.to(text_prompt.dtype), next_vision.to(vision_prompt.dtype)
