@@ -129,7 +129,8 @@ def test_version_and_licence_of_the_wheel(wheel: Path) -> None:
 
 def test_sdist_holds_the_kernels_beside_the_package(built: Path) -> None:
     (sdist,) = built.glob("*.tar.gz")
-    names = tarfile.open(sdist).getnames()
+    with tarfile.open(sdist) as archive:
+        names = archive.getnames()
     top = f"epic_fast-{epic_fast.__version__}"
     assert f"{top}/kernels/prompt_attention/reference.py" in names
     assert f"{top}/kernels/__init__.py" not in names
