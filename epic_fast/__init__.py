@@ -20,13 +20,15 @@ if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels").is_dir():
 if TYPE_CHECKING:
     from epic_fast import functional
     from epic_fast.backbones import load_backbone
-    from epic_fast.models import Classifier, EpicConfig, EpicModel, from_pretrained, wrap
+    from epic_fast.classifier import Classifier, Prediction
+    from epic_fast.models import EpicConfig, EpicModel, from_pretrained, wrap
     from epic_fast.training import TrainingConfig, fit
 
 _WHERE = {
     "functional": "epic_fast.functional",
     "load_backbone": "epic_fast.backbones",
-    "Classifier": "epic_fast.models",
+    "Classifier": "epic_fast.classifier",
+    "Prediction": "epic_fast.classifier",
     "EpicConfig": "epic_fast.models",
     "EpicModel": "epic_fast.models",
     "from_pretrained": "epic_fast.models",
@@ -39,6 +41,7 @@ __all__ = [
     "Classifier",
     "EpicConfig",
     "EpicModel",
+    "Prediction",
     "TrainingConfig",
     "__version__",
     "fit",

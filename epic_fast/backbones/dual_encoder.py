@@ -1,0 +1,206 @@
+"""A frozen image-text backbone, seen as two towers."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from epic_fast.backbones.fingerprint import fingerprint
+from epic_fast.backbones.source import split_pair
+from epic_fast.backbones.towers import TextTower, VisionTower, make_tower
+from epic_fast.errors import ConfigError
+
+logger = logging.getLogger("epic_fast")
+
+
+class DualEncoder(nn.Module):
+    """Two towers of a backbone, frozen from here to :meth:`release`.
+
+    Args:
+        backbone: a ``CLIPModel``, a ``VisionTextDualEncoderModel``, or two models ``(vision, text)``.
+        source: where it came from (a name, a folder, ``"demo"``), remembered in saved adapters.
+        image_processor, tokenizer: what belongs to it, where known.
+
+    Raises:
+        ConfigError: a backbone that there is no adapter for, naming those that there are.
+    """
+
+    def __init__(
+        self,
+        backbone: Any,
+        *,
+        source: str | None = None,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+    ):
+        super().__init__()
+        if isinstance(backbone, (tuple, list)):
+            if len(backbone) != 2:
+                raise ConfigError(f"a pair of towers has two models (vision, text); {len(backbone)} were given")
+            self.vision_model, self.text_model = backbone
+            self._whole: str | None = None
+            projections: tuple[Any, Any] = (None, None)
+        elif hasattr(backbone, "vision_model") and hasattr(backbone, "text_model"):
+            self.model = backbone
+            self._whole = "model"
+            projections = (getattr(backbone, "visual_projection", None), getattr(backbone, "text_projection", None))
+        else:
+            raise ConfigError(
+                f"a backbone of type {type(backbone).__module__}.{type(backbone).__name__} was given; wanted a "
+                "transformers CLIPModel, a VisionTextDualEncoderModel, a pair (ViTModel, BertModel), or the name or "
+                "folder of one. Weights of other libraries usually exist in transformers' format on model hubs"
+            )
+        whole = self.model if self._whole else self
+        vision, text = (
+            make_tower(whole.vision_model, "vision", projections[0]),
+            make_tower(whole.text_model, "text", projections[1]),
+        )
+        assert isinstance(vision, VisionTower)
+        assert isinstance(text, TextTower)
+        self.vision, self.text = vision, text
+        self.source = source
+        self._processors: dict[str, Any] = {}
+        if image_processor is not None:
+            self.image_processor = image_processor
+        if tokenizer is not None:
+            self.tokenizer = tokenizer
+        self._required_grad = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        self._was_training = {name for name, module in self.named_modules() if name and module.training}
+        self._fingerprint: tuple[Any, dict[str, str]] | None = None
+        self.requires_grad_(False)
+        self.train(False)
+
+    # -- frozen ---------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> DualEncoder:
+        """Frozen towers stay in ``eval()``, whatever the model around them does."""
+        return super().train(False)
+
+    def ensure_eval(self) -> None:
+        """Put back to ``eval()`` what somebody switched by hand (dropout in a frozen tower comes alive otherwise)."""
+        if any(module.training for module in self.modules()):
+            self.train(False)
+
+    def release(self) -> Any:
+        """The backbone as it was given: the same objects, gradients and modes as before."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name in self._required_grad)
+        for name, module in self.named_modules():
+            if name:
+                module.training = name in self._was_training
+        return self.original
+
+    @property
+    def original(self) -> Any:
+        """What was given: one model, or the pair."""
+        return self.model if self._whole else (self.vision_model, self.text_model)
+
+    @property
+    def family(self) -> str:
+        """Such as ``"clip"`` or ``"vit+bert"``."""
+        if self._whole:
+            return self.model.config.model_type
+        return f"{self.vision.config.model_type}+{self.text.config.model_type}"
+
+    @property
+    def max_text_length(self) -> int:
+        """The most tokens of a text, special ones included."""
+        limit = getattr(self.tokenizer, "model_max_length", None)
+        return min(self.text.max_length, limit) if limit else self.text.max_length
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.vision.dtype
+
+    def fingerprint(self) -> dict[str, str]:
+        """Digest of every tensor; kept until a tensor changes."""
+        key = tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in self.state_dict().values())
+        if self._fingerprint is None or self._fingerprint[0] != key:
+            self._fingerprint = (key, fingerprint(self.model if self._whole else self))
+        return self._fingerprint[1]
+
+    # -- processors -----------------------------------------------------------------------------------------
+
+    @property
+    def image_processor(self) -> Any:
+        """The image processor given, or the one beside the weights; None where there is neither."""
+        return self._processor("image", "AutoImageProcessor", 0)
+
+    @image_processor.setter
+    def image_processor(self, value: Any) -> None:
+        self._processors["image"] = value
+
+    @property
+    def tokenizer(self) -> Any:
+        """The tokenizer given, or the one beside the weights; None where there is neither."""
+        return self._processor("text", "AutoTokenizer", 1)
+
+    @tokenizer.setter
+    def tokenizer(self, value: Any) -> None:
+        self._processors["text"] = value
+
+    def _processor(self, key: str, loader: str, side: int) -> Any:
+        if key not in self._processors:
+            self._processors[key] = None
+            if self.source is not None:
+                source = split_pair(self.source)[side]
+                try:
+                    self._processors[key] = getattr(transformers, loader).from_pretrained(source)
+                except (OSError, ValueError, KeyError) as error:
+                    logger.warning("no %s beside %r: %s", loader, source, str(error).splitlines()[0])
+        return self._processors[key]
+
+    # -- self-check -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def self_check(self) -> None:
+        """Run one small batch through the towers layer by layer and through the models themselves.
+
+        Raises:
+            ConfigError: the outputs differ, so this release of transformers runs the model in another way than
+                the adapter knows, and prompts would sit in the wrong place.
+        """
+        device = next(self.parameters()).device
+        pixel_values, input_ids, attention_mask = self._probe(device)
+        vision = self.vision.start(pixel_values)
+        vision = self.vision.run(vision, 0, self.vision.num_layers)
+        text = self.text.start(input_ids, attention_mask)
+        text = self.text.run(text, 0, self.text.num_layers)
+        expected_vision = self.vision.model(pixel_values=pixel_values.to(self.vision.dtype))
+        expected_text = self.text.model(input_ids=input_ids, attention_mask=attention_mask)
+        for tower, state, expected in ((self.vision, vision, expected_vision), (self.text, text, expected_text)):
+            wanted = expected.pooler_output
+            if wanted is None:
+                wanted = expected.last_hidden_state[:, 0]
+            found = tower.pool(state)
+            tolerance = 1e-5 if tower.dtype in (torch.float32, torch.float64) else 2e-2
+            error = (found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)
+            # An error that is no number must not pass for a small one.
+            if not bool(error <= tolerance):
+                raise ConfigError(
+                    f"self-check: the {tower.modality} tower ({type(tower.model).__name__}) run layer by layer differs "
+                    f"from the model's own output by {float(error):.2e} (at most {tolerance:.0e} wanted). This release "
+                    "of transformers may run the model differently: report it with the output of 'epic-fast doctor', "
+                    "or pass self_check=False to go on at your own risk"
+                )
+
+    def _probe(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        channels = getattr(self.vision.config, "num_channels", 3)
+        size = self.vision.image_size
+        pixel_values = torch.randn(2, channels, size, size, generator=generator)
+        length = min(8, self.text.max_length)
+        vocabulary = self.text.config.vocab_size
+        end = getattr(self.text.model, "eos_token_id", None)
+        end = vocabulary - 1 if end in (None, 2) else end
+        input_ids = torch.randint(3, max(4, vocabulary - 1), (2, length), generator=generator)
+        input_ids[0, -1] = end
+        input_ids[1, length // 2] = end
+        attention_mask = torch.ones(2, length, dtype=torch.long)
+        attention_mask[1, length // 2 + 1 :] = 0
+        input_ids = torch.where(attention_mask.bool(), input_ids, torch.zeros_like(input_ids))
+        return pixel_values.to(device), input_ids.to(device), attention_mask.to(device)

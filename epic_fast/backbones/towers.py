@@ -1,0 +1,351 @@
+"""One tower each: where embeddings, layers, final norm and pooling of a transformers model are.
+
+A tower never copies mathematics: it calls the model's own modules in the model's own order, so that prompts can
+be put in between.  :meth:`DualEncoder.self_check` proves that without prompts nothing changes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+
+from epic_fast.engine import TowerState, call_layer, call_layer_with_prompts, prompted_visibility
+from epic_fast.errors import ConfigError
+
+ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
+
+
+class Tower(ABC):
+    """A stack of transformer layers with an entrance and a pooling rule.
+
+    Args:
+        model: the transformers model of this tower.
+        projection: the map into the space shared by both towers, where the backbone has one.
+    """
+
+    modality: str
+    causal = False
+
+    def __init__(self, model: nn.Module, projection: nn.Linear | None = None):
+        self.model: Any = model
+        self.config: Any = model.config
+        self.projection = projection
+        self.layers: Sequence[nn.Module] = self.find_layers()
+        implementation = self.config._attn_implementation
+        if implementation not in ATTENTION_IMPLEMENTATIONS:
+            raise ConfigError(
+                f"the {self.modality} tower runs attn_implementation={implementation!r}, which takes no mask over "
+                f"prompts; wanted one of {', '.join(ATTENTION_IMPLEMENTATIONS)}: call "
+                "backbone.set_attn_implementation('sdpa') first"
+            )
+
+    @abstractmethod
+    def find_layers(self) -> Sequence[nn.Module]:
+        """The model's transformer layers, in order."""
+
+    @abstractmethod
+    def normalise(self, hidden: Tensor) -> Tensor:
+        """The model's final norm (the identity where it has none)."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the tokens."""
+        return self.config.hidden_size
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    def run(self, state: TowerState, start: int, stop: int) -> TowerState:
+        """Layers ``start`` to ``stop - 1`` without prompts, called exactly as the model itself calls them."""
+        if start >= stop:
+            return state
+        state = self.with_native_mask(state)
+        hidden = state.hidden
+        for layer in self.layers[start:stop]:
+            hidden = call_layer(layer, hidden, state.native_mask, **self.layer_arguments())
+        return state.with_hidden(hidden)
+
+    def run_prompted(
+        self, state: TowerState, index: int, prompts: Tensor, prompt_mask: str
+    ) -> tuple[TowerState, Tensor]:
+        """Layer ``index`` on ``[prompts ; tokens]``; prompts ``(B, P, D)`` go in and come out."""
+        if prompts.shape[1] == 0:
+            return self.run(state, index, index + 1), prompts
+        mask = self.prompted_mask(state, prompts.shape[1], prompt_mask)
+        hidden, prompts = call_layer_with_prompts(self.layers[index], state.hidden, prompts, mask)
+        return state.with_hidden(hidden), prompts
+
+    def prompted_mask(self, state: TowerState, prompts: int, prompt_mask: str) -> Tensor | None:
+        """The mask of a layer with prompts in the form that the tower's attention wants."""
+        if state.valid is None and not self.causal and prompt_mask == "full":
+            return None
+        valid = state.valid
+        if valid is None:
+            valid = torch.ones(state.hidden.shape[:2], dtype=torch.bool, device=state.hidden.device)
+        visible = prompted_visibility(valid, prompts, causal=self.causal, prompt_mask=prompt_mask)
+        if self.config._attn_implementation == "sdpa":
+            return visible
+        # The eager attention adds its mask to the scores: a boolean would silently be wrong there.
+        dtype = state.hidden.dtype
+        return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(
+            ~visible, torch.finfo(dtype).min
+        )
+
+    def with_native_mask(self, state: TowerState) -> TowerState:
+        """The state with the mask that the model's own layers get for it."""
+        if state.has_native_mask:
+            return state
+        return TowerState(state.hidden, state.valid, state.pool_index, self.native_mask(state), True)
+
+    def native_mask(self, state: TowerState) -> Any:
+        """The model's own attention mask for these tokens."""
+        return None
+
+    def layer_arguments(self) -> dict[str, Any]:
+        """Keyword arguments that the model itself hands to every layer."""
+        return {}
+
+    # -- features ---------------------------------------------------------------------------------------------
+
+    @property
+    def feature_widths(self) -> dict[str, int]:
+        """The features that this tower can give to a head, with their widths."""
+        widths = {"pooled": self.hidden_size, "cls": self.hidden_size, "mean": self.hidden_size}
+        if self.projection is not None:
+            widths["projected"] = self.projection.out_features
+        return widths
+
+    def feature_width(self, kinds: str) -> int:
+        """Width of the features ``kinds``, names joined by ``+``, such as ``"cls+mean"``."""
+        return sum(self.feature_widths[kind] for kind in self.split_kinds(kinds))
+
+    def split_kinds(self, kinds: str) -> list[str]:
+        """``"cls+mean"`` to ``["cls", "mean"]``; raises on a feature that this tower does not have."""
+        names = kinds.split("+")
+        unknown = [name for name in names if name not in self.feature_widths]
+        if unknown:
+            raise ConfigError(
+                f"EpicConfig.{self.modality}_head_input={kinds!r} asks for {unknown[0]!r}; this {self.modality} tower "
+                f"has {', '.join(self.feature_widths)} (join several with '+')"
+            )
+        return names
+
+    def features(self, state: TowerState, kinds: str) -> Tensor:
+        """Features of the last layer's tokens, ``(B, feature_width(kinds))``.
+
+        ``pooled`` is the model's own pooling, ``projected`` that after the backbone's projection, ``cls`` the first
+        row after the final norm, ``mean`` the mean of the valid content rows after the final norm.
+        """
+        parts = []
+        for kind in self.split_kinds(kinds):
+            if kind == "pooled":
+                parts.append(self.pool(state))
+            elif kind == "projected":
+                assert self.projection is not None
+                parts.append(self.projection(self.pool(state)))
+            elif kind == "cls":
+                parts.append(self.normalise(state.hidden[:, 0]))
+            else:
+                parts.append(self.mean(state))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    @abstractmethod
+    def pool(self, state: TowerState) -> Tensor:
+        """The model's own pooled output, ``(B, D)``."""
+
+    @abstractmethod
+    def mean(self, state: TowerState) -> Tensor:
+        """Mean over content rows after the final norm, ``(B, D)``."""
+
+
+class VisionTower(Tower):
+    """A tower over patches with a class token in row 0; no padding, no mask."""
+
+    modality = "vision"
+
+    @abstractmethod
+    def start(self, pixel_values: Tensor) -> TowerState:
+        """Pictures ``(B, 3, H, W)`` to the tokens before layer 0."""
+
+    @property
+    def image_size(self) -> int:
+        size = self.config.image_size
+        return size if isinstance(size, int) else size[0]
+
+    def mean(self, state: TowerState) -> Tensor:
+        return self.normalise(state.hidden[:, 1:]).mean(dim=1)
+
+
+class TextTower(Tower):
+    """A tower over token ids with padding."""
+
+    modality = "text"
+
+    @abstractmethod
+    def start(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> TowerState:
+        """Token ids ``(B, N)`` to the tokens before layer 0."""
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that this tower takes."""
+        return self.config.max_position_embeddings
+
+    def mean(self, state: TowerState) -> Tensor:
+        hidden = self.normalise(state.hidden)
+        if state.valid is None:
+            return hidden.mean(dim=1)
+        weight = state.valid.to(hidden.dtype)[:, :, None]
+        return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1.0)
+
+    def check_length(self, input_ids: Tensor) -> None:
+        if input_ids.dim() != 2:
+            raise ConfigError(f"input_ids has shape {tuple(input_ids.shape)}; wanted (batch, tokens)")
+        if input_ids.shape[1] > self.max_length:
+            raise ConfigError(
+                f"input_ids has {input_ids.shape[1]} tokens, but this text tower takes {self.max_length}: truncate in "
+                f"the tokenizer (truncation=True, max_length={self.max_length})"
+            )
+
+
+class ClipVisionTower(VisionTower):
+    """The picture tower of CLIP."""
+
+    def find_layers(self) -> Sequence[nn.Module]:
+        return list(self.model.encoder.layers)
+
+    def start(self, pixel_values: Tensor) -> TowerState:
+        hidden = self.model.embeddings(pixel_values.to(self.dtype))
+        return TowerState(self.model.pre_layrnorm(hidden))
+
+    def normalise(self, hidden: Tensor) -> Tensor:
+        return self.model.post_layernorm(hidden)
+
+    def pool(self, state: TowerState) -> Tensor:
+        return self.normalise(state.hidden[:, 0])
+
+
+class ClipTextTower(TextTower):
+    """The text tower of CLIP: causal, pooled at the end-of-text row."""
+
+    causal = True
+
+    def find_layers(self) -> Sequence[nn.Module]:
+        return list(self.model.encoder.layers)
+
+    @property
+    def feature_widths(self) -> dict[str, int]:
+        # In a causal tower the first row has read nothing of the text.
+        return {kind: width for kind, width in super().feature_widths.items() if kind != "cls"}
+
+    def start(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> TowerState:
+        self.check_length(input_ids)
+        # Configurations with eos_token_id 2 predate its right value; the end of the text is then the highest id.
+        end = input_ids if self.model.eos_token_id == 2 else (input_ids == self.model.eos_token_id)
+        pool_index = end.to(torch.int).argmax(dim=-1)
+        if attention_mask is None:
+            position = torch.arange(input_ids.shape[1], device=input_ids.device)
+            valid = position[None, :] <= pool_index[:, None]
+        else:
+            valid = attention_mask.bool()
+        state = TowerState(self.model.embeddings(input_ids=input_ids), valid, pool_index)
+        if attention_mask is None:
+            # Without a mask the model lets later rows read the padding; the pooled row cannot see it either way.
+            mask = create_causal_mask(
+                config=self.config, inputs_embeds=state.hidden, attention_mask=None, past_key_values=None
+            )
+            return TowerState(state.hidden, valid, pool_index, mask, True)
+        return state
+
+    def native_mask(self, state: TowerState) -> Any:
+        mask = None if state.valid is None else state.valid.long()
+        return create_causal_mask(
+            config=self.config, inputs_embeds=state.hidden, attention_mask=mask, past_key_values=None
+        )
+
+    def layer_arguments(self) -> dict[str, Any]:
+        return {"is_causal": True}
+
+    def normalise(self, hidden: Tensor) -> Tensor:
+        return self.model.final_layer_norm(hidden)
+
+    def pool(self, state: TowerState) -> Tensor:
+        rows = torch.arange(len(state.hidden), device=state.hidden.device)
+        return self.normalise(state.hidden[rows, state.pool_index])
+
+
+class ViTTower(VisionTower):
+    """``ViTModel``: pooled by its pooler where it has one, else by the class token."""
+
+    def find_layers(self) -> Sequence[nn.Module]:
+        return list(self.model.layers)
+
+    def start(self, pixel_values: Tensor) -> TowerState:
+        return TowerState(self.model.embeddings(pixel_values.to(self.dtype)))
+
+    def normalise(self, hidden: Tensor) -> Tensor:
+        return self.model.layernorm(hidden)
+
+    def pool(self, state: TowerState) -> Tensor:
+        if self.model.pooler is None:
+            return self.normalise(state.hidden[:, 0])
+        return self.model.pooler(self.normalise(state.hidden))
+
+
+class BertTower(TextTower):
+    """``BertModel``: pooled by its pooler where it has one, else by the first token."""
+
+    def find_layers(self) -> Sequence[nn.Module]:
+        return list(self.model.encoder.layer)
+
+    def start(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> TowerState:
+        self.check_length(input_ids)
+        hidden = self.model.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
+        return TowerState(hidden, None if attention_mask is None else attention_mask.bool())
+
+    def native_mask(self, state: TowerState) -> Any:
+        mask = None if state.valid is None else state.valid.long()
+        return create_bidirectional_mask(config=self.config, inputs_embeds=state.hidden, attention_mask=mask)
+
+    def normalise(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def pool(self, state: TowerState) -> Tensor:
+        if self.model.pooler is None:
+            return state.hidden[:, 0]
+        return self.model.pooler(state.hidden)
+
+
+TOWERS: dict[str, type[Tower]] = {
+    "clip_vision_model": ClipVisionTower,
+    "clip_text_model": ClipTextTower,
+    "vit": ViTTower,
+    "bert": BertTower,
+}
+
+
+def make_tower(model: nn.Module, modality: str, projection: nn.Linear | None = None) -> Tower:
+    """The adapter for a transformers model, chosen by its ``config.model_type``."""
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    known = {name: tower for name, tower in TOWERS.items() if tower.modality == modality}
+    if kind not in known:
+        raise ConfigError(
+            f"the {modality} tower is a {type(model).__name__} (model type {kind!r}); there are adapters for "
+            f"{', '.join(known)}. Convert the weights to one of those, or add a tower in epic_fast/backbones/towers.py"
+        )
+    return known[kind](model, projection)

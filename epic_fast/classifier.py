@@ -1,0 +1,97 @@
+"""A saved adapter as a classifier of pictures with texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from epic_fast.data import Collator, Example, load_image
+from epic_fast.errors import ConfigError
+from epic_fast.models import PromptedModel, from_pretrained
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a classifier says of one pair.
+
+    Attributes:
+        label: the most probable label; for multi-label tasks the list of labels at or above the threshold; for
+            regression the number (a list of numbers where there are several outputs).
+        probability: of that label; None for multi-label tasks and regression.
+        top: the ``top_k`` most probable labels with their probabilities, best first; empty for regression.
+    """
+
+    label: Any
+    probability: float | None
+    top: list[tuple[str, float]]
+
+
+class Classifier:
+    """Pictures and texts in, labels out.
+
+    Args:
+        model: a prompted model whose backbone has an image processor and a tokenizer.
+    """
+
+    def __init__(self, model: PromptedModel):
+        self.model = model.eval()
+        self.collator = Collator.for_model(model)
+        self.labels = model.labels or [str(index) for index in range(model.num_labels)]
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, backbone: Any = None, **options: Any) -> Classifier:
+        """The classifier saved in ``folder``; arguments as for :func:`epic_fast.from_pretrained`.
+
+        The model goes to the GPU where there is one, unless ``device`` says otherwise.
+        """
+        options.setdefault("device", "cuda" if torch.cuda.is_available() else None)
+        return cls(from_pretrained(folder, backbone, **options))
+
+    @torch.inference_mode()
+    def predict(
+        self, images: Sequence[Any], texts: Sequence[str], *, top_k: int = 3, batch_size: int = 64
+    ) -> list[Prediction]:
+        """Classify pairs.
+
+        Args:
+            images: paths, bytes or PIL pictures.
+            texts: as many texts.
+            top_k: how many labels to name with their probabilities.
+            batch_size: pairs at a time.
+        """
+        if isinstance(texts, str) or isinstance(images, (str, Path)):
+            raise ConfigError("predict() takes lists: predict(images=[picture], texts=[text])")
+        if len(images) != len(texts):
+            raise ConfigError(f"{len(images)} images and {len(texts)} texts were given; wanted one text an image")
+        predictions: list[Prediction] = []
+        for start in range(0, len(images), batch_size):
+            examples = [
+                Example(image=load_image(image), text=text, label=None, name=str(start + offset))
+                for offset, (image, text) in enumerate(
+                    zip(images[start : start + batch_size], texts[start : start + batch_size], strict=True)
+                )
+            ]
+            batch = {name: tensor.to(self.model.device) for name, tensor in self.collator(examples).items()}
+            logits = self.model(**batch).logits.float().cpu()
+            predictions.extend(self.describe(row, top_k) for row in logits)
+        return predictions
+
+    def describe(self, logits: torch.Tensor, top_k: int = 3) -> Prediction:
+        """Logits ``(K,)`` of one pair in words."""
+        if self.model.problem_type == "regression":
+            values = logits.tolist()
+            return Prediction(values[0] if len(values) == 1 else values, None, [])
+        single = self.model.problem_type == "single_label_classification"
+        probabilities = logits.softmax(dim=-1) if single else logits.sigmoid()
+        values, order = probabilities.topk(min(top_k, len(self.labels)))
+        top = [(self.labels[index], value) for index, value in zip(order.tolist(), values.tolist(), strict=True)]
+        if single:
+            best = int(probabilities.argmax())
+            return Prediction(self.labels[best], float(probabilities[best]), top)
+        threshold = 0.5 if self.model.threshold is None else self.model.threshold
+        chosen = [label for label, value in zip(self.labels, probabilities.tolist(), strict=True) if value >= threshold]
+        return Prediction(chosen, None, top)

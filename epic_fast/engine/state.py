@@ -1,0 +1,51 @@
+"""What flows through a tower between two layers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TowerState:
+    """The tokens of one tower at some layer, and what later layers and the pooling need to know of its input.
+
+    Attributes:
+        hidden: ``(B, N, D)`` tokens, never prompts.
+        valid: ``(B, N)`` boolean, True for tokens that are not padding; None where all are (vision).
+        pool_index: ``(B,)`` the row that the tower's own rule pools; None where that is row 0.
+        native_mask: the mask that the tower's own layers want for these tokens, made once by the tower and
+            carried along; None both before it is made and where the tower needs none.
+        has_native_mask: whether ``native_mask`` was made.
+    """
+
+    hidden: Tensor
+    valid: Tensor | None = None
+    pool_index: Tensor | None = None
+    native_mask: Any = None
+    has_native_mask: bool = False
+
+    def with_hidden(self, hidden: Tensor) -> TowerState:
+        """The same input, further along."""
+        return replace(self, hidden=hidden)
+
+    def to(self, device: torch.device | str) -> TowerState:
+        """On another device; the native mask is made anew there."""
+        valid = None if self.valid is None else self.valid.to(device)
+        pool_index = None if self.pool_index is None else self.pool_index.to(device)
+        return TowerState(self.hidden.to(device), valid, pool_index)
+
+    def rows(self, index: Tensor) -> TowerState:
+        """The samples ``index`` (``(b,)`` integers), text cut to the longest of them."""
+        hidden = self.hidden[index]
+        valid = None if self.valid is None else self.valid[index]
+        pool_index = None if self.pool_index is None else self.pool_index[index]
+        if valid is not None:
+            longest = int(valid.sum(dim=1).max())
+            # Cutting is exact only where the valid tokens come first.
+            if bool(valid[:, :longest].sum() == valid.sum()):
+                hidden, valid = hidden[:, :longest], valid[:, :longest]
+        return TowerState(hidden, valid, pool_index)

@@ -1,0 +1,287 @@
+"""What every method's model has: frozen backbone, task, loss, state that holds the trainable tensors only."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from epic_fast.backbones import DualEncoder
+from epic_fast.engine import Prefix
+from epic_fast.errors import ConfigError
+from epic_fast.models.configuration import MethodConfig
+
+PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+
+
+@dataclass
+class PromptedModelOutput(ModelOutput):
+    """Output of a prompted model.
+
+    Attributes:
+        loss: ``()``, None without labels.
+        logits: ``(B, K)`` float32.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+
+
+class PromptedModel(nn.Module, ABC):
+    """A frozen dual encoder with trainable prompts and a head.
+
+    Args:
+        backbone: the towers; frozen, and in ``eval()`` for good.
+        config: the method's configuration.
+        num_labels: K, outputs of the head.
+        problem_type: ``"single_label_classification"``, ``"multi_label_classification"`` or ``"regression"``.
+        labels: K names, or None.
+        pos_weight: of the multi-label loss: ``(K,)``, None, or ``"auto"``, which :func:`epic_fast.fit` resolves to
+            negatives / positives of the training set.
+    """
+
+    # Trainer asks for this when it resumes from a file that holds the trainable tensors only.
+    _keys_to_ignore_on_save: list[str] = []  # noqa: RUF012
+
+    def __init__(
+        self,
+        backbone: DualEncoder,
+        config: MethodConfig,
+        *,
+        num_labels: int,
+        problem_type: str = "single_label_classification",
+        labels: Sequence[str] | None = None,
+        pos_weight: Tensor | Sequence[float] | str | None = None,
+    ):
+        super().__init__()
+        _check_task(num_labels, problem_type, labels)
+        self.backbone = backbone
+        self.config = config
+        self.num_labels = num_labels
+        self.problem_type = problem_type
+        self.labels = None if labels is None else [str(label) for label in labels]
+        self.threshold: float | None = None
+        self.register_buffer("pos_weight_values", None)
+        self._pos_weight_auto = False
+        self._set_pos_weight_argument(pos_weight)
+        self.register_state_dict_post_hook(_drop_backbone)
+        self.register_load_state_dict_post_hook(_forgive_backbone)
+
+    # -- what a method says -----------------------------------------------------------------------------------
+
+    @abstractmethod
+    def first_layers(self) -> tuple[int, int]:
+        """The first (text, vision) layers that see a prompt; those below run without a graph."""
+
+    @abstractmethod
+    def features(self, prefix: Prefix) -> Tensor:
+        """From the towers below the first prompts to the head's input, ``(B, F)``."""
+
+    @abstractmethod
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """All trainable tensors by kind: ``prompts``, ``projections``, ``gates``, ``head``."""
+
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers worth a look during training, such as the gates."""
+        return {}
+
+    def describe_layer(self, modality: str, layer: int) -> str:
+        """What happens at a layer, in a few words, for :meth:`summary`."""
+        return ""
+
+    head: nn.Module
+
+    # -- forward ----------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        prefix: Prefix | None = None,
+    ) -> PromptedModelOutput:
+        """Logits of pictures and texts, and the loss where there are labels.
+
+        Args:
+            pixel_values: ``(B, 3, H, W)`` from the backbone's image processor.
+            input_ids, attention_mask, token_type_ids: ``(B, N)`` from its tokenizer.
+            labels: ``(B,)`` class indices; ``(B, K)`` zeros and ones; or ``(B,)`` / ``(B, K)`` numbers, by
+                ``problem_type``.
+            prefix: what :meth:`extract` gave for these inputs, in their place.
+        """
+        if prefix is None:
+            prefix = self.extract(pixel_values, input_ids, attention_mask, token_type_ids)
+        elif not torch.compiler.is_compiling():
+            self.backbone.ensure_eval()
+        logits = self.head(self.features(prefix))
+        return PromptedModelOutput(loss=None if labels is None else self.loss(logits, labels), logits=logits)
+
+    @torch.no_grad()
+    def extract(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Prefix:
+        """Embeddings and layers below the first prompts: frozen, no graph, a fixed function of the inputs."""
+        if pixel_values is None or input_ids is None:
+            missing = "pixel_values" if pixel_values is None else "input_ids"
+            raise ConfigError(f"{missing} was not given; wanted pictures and texts together, or prefix=")
+        if len(pixel_values) != len(input_ids):
+            raise ConfigError(f"{len(pixel_values)} pictures and {len(input_ids)} texts were given; wanted pairs")
+        if not torch.compiler.is_compiling():
+            self.backbone.ensure_eval()
+        text_layer, vision_layer = self.first_layers()
+        text, vision = self.backbone.text, self.backbone.vision
+        return Prefix(
+            text=text.run(text.start(input_ids, attention_mask, token_type_ids), 0, text_layer),
+            vision=vision.run(vision.start(pixel_values), 0, vision_layer),
+        )
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The task's loss, ``()``: cross-entropy, BCE with logits, or squared error."""
+        if self.problem_type == "single_label_classification":
+            smoothing = getattr(self.config, "label_smoothing", 0.0)
+            return nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+        if self.problem_type == "multi_label_classification":
+            if self._pos_weight_auto:
+                raise ConfigError(
+                    "pos_weight='auto' is not resolved yet: epic_fast.fit() does it from the training labels; in a "
+                    "loop of your own call model.set_pos_weight(negatives / positives) first"
+                )
+            weight = self.pos_weight_values
+            return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), pos_weight=weight)
+        return nn.functional.mse_loss(logits, labels.to(logits.dtype).reshape(logits.shape))
+
+    # -- task -------------------------------------------------------------------------------------------------
+
+    @property
+    def pos_weight(self) -> Tensor | str | None:
+        """Weight of the positives of each label: ``(K,)``, None, or ``"auto"`` while unresolved."""
+        return "auto" if self._pos_weight_auto else self.pos_weight_values
+
+    def set_pos_weight(self, weight: Tensor | Sequence[float]) -> None:
+        """Fix the weight of the positives, ``(K,)``."""
+        values = torch.as_tensor(weight, dtype=torch.float32)
+        if values.shape != (self.num_labels,):
+            raise ConfigError(f"pos_weight has shape {tuple(values.shape)}; wanted ({self.num_labels},), one a label")
+        self.pos_weight_values = values.to(self.device)
+        self._pos_weight_auto = False
+
+    def _set_pos_weight_argument(self, weight: Tensor | Sequence[float] | str | None) -> None:
+        if weight is None:
+            return
+        if self.problem_type != "multi_label_classification":
+            raise ConfigError(
+                f"pos_weight was given with problem_type={self.problem_type!r}; it belongs to "
+                "'multi_label_classification'"
+            )
+        if isinstance(weight, str):
+            if weight != "auto":
+                raise ConfigError(f"pos_weight={weight!r}; wanted {self.num_labels} numbers, None or 'auto'")
+            self._pos_weight_auto = True
+        else:
+            self.set_pos_weight(weight)
+
+    @property
+    def needs_feature_statistics(self) -> bool:
+        """Whether the head waits for :meth:`fit_feature_statistics`."""
+        return bool(getattr(getattr(self.head, "norm", None), "needs_statistics", False))
+
+    @torch.no_grad()
+    def fit_feature_statistics(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Standardise the head's input: one pass over the training set (batches as for :meth:`forward`)."""
+
+        def features() -> Iterable[Tensor]:
+            for batch in batches:
+                inputs = {name: _to(value, self.device) for name, value in batch.items() if name != "labels"}
+                prefix = inputs["prefix"] if "prefix" in inputs else self.extract(**inputs)
+                yield self.features(prefix).float()
+
+        self.head.norm.fit(features())  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+
+    # -- frozen and trainable ----------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> PromptedModel:
+        """Switch dropout of the head; the backbone stays in ``eval()``."""
+        super().train(mode)
+        return self
+
+    def trainable_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Names and tensors that training changes; none of the backbone's."""
+        return [(name, each) for name, each in self.named_parameters() if not name.startswith("backbone.")]
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Numbers of trainable and of all parameters."""
+        trainable = sum(parameter.numel() for _, parameter in self.trainable_parameters())
+        return trainable, sum(parameter.numel() for parameter in self.parameters())
+
+    def print_trainable_parameters(self) -> None:
+        """Say how much of the model is trained."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable parameters: {trainable:,} of {total:,} ({100 * trainable / total:.3f} %)")
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def summary(self) -> str:
+        """Where the prompts are: one line a layer, and the trainable tensors with their shapes."""
+        lines = [f"{type(self).__name__} on {self.backbone.family}"]
+        for tower in (self.backbone.text, self.backbone.vision):
+            lines.append(f"{tower.modality} tower: {tower.num_layers} layers, width {tower.hidden_size}")
+            lines.extend(
+                f"  layer {index:2d}  {self.describe_layer(tower.modality, index)}" for index in range(tower.num_layers)
+            )
+        lines.append("trainable:")
+        lines.extend(f"  {name}  {tuple(each.shape)}" for name, each in self.trainable_parameters())
+        trainable, total = self.get_nb_trainable_parameters()
+        lines.append(f"  {trainable:,} of {total:,} parameters ({100 * trainable / total:.3f} %)")
+        return "\n".join(lines)
+
+    # -- saving -----------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path, **unused: Any) -> None:
+        """Write ``config.json`` and ``model.safetensors`` (the trainable tensors) into ``folder``.
+
+        Each file replaces its predecessor only once it is whole on the disk.
+        """
+        from epic_fast.models.saving import save
+
+        save(self, Path(folder))
+
+    def unwrap(self) -> Any:
+        """The backbone as it was given to :func:`epic_fast.wrap`, bit for bit."""
+        return self.backbone.release()
+
+
+def _check_task(num_labels: int, problem_type: str, labels: Sequence[str] | None) -> None:
+    if problem_type not in PROBLEM_TYPES:
+        raise ConfigError(f"problem_type={problem_type!r}; wanted one of {', '.join(map(repr, PROBLEM_TYPES))}")
+    least = 2 if problem_type == "single_label_classification" else 1
+    if not isinstance(num_labels, int) or num_labels < least:
+        raise ConfigError(f"num_labels={num_labels!r}; wanted an integer of at least {least} for {problem_type}")
+    if labels is not None and len(labels) != num_labels:
+        raise ConfigError(f"{len(labels)} label names were given for num_labels={num_labels}; wanted one a label")
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    return value.to(device) if hasattr(value, "to") else value
+
+
+def _drop_backbone(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in [name for name in state if name.startswith(f"{prefix}backbone.")]:
+        del state[name]
+
+
+def _forgive_backbone(module: nn.Module, incompatible: Any) -> None:
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not f".{name}".count(".backbone.")]

@@ -1,0 +1,246 @@
+"""EPIC: temporal prompts in both frozen towers, exchanging information by similarity.
+
+A reconstruction.  The papers (EPIC, arXiv 2507.07415, and its predecessor MITP, arXiv 2401.14856) were known to
+the authors of this file by their abstracts and summaries only, and no code is public.  What those state: prompts
+are injected at intermediate layers of both frozen encoders, the other layers carry none; the two modalities'
+prompts meet in a light-weight hub by similarity, each keeping its own context; about one per cent of the
+parameters is trained.  Everything else is a choice, and a field of :class:`EpicConfig`.
+
+One step s on the layer pair (text layer t, vision layer v)::
+
+    acquire      [p̂_t ; u_t] = Layer_t([p_t ; u_t])        [p̂_v ; u_v] = Layer_v([p_v ; u_v])
+    interact     S = cos(p̂_t, W_vt p̂_v) / τ
+    generate     p_t ← p̂_t + α_t softmax_j(S) W_vt p̂_v      p_v ← p̂_v + α_v softmax_i(S)ᵀ W_tv p̂_t
+
+Layers between two pairs run the tokens alone while the prompts wait; after the last pair the prompts are
+dropped, so no hub follows it.  A linear head reads both pooled towers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from epic_fast.backbones import DualEncoder
+from epic_fast.engine import Prefix
+from epic_fast.errors import ConfigError
+from epic_fast.models.base import PromptedModel
+from epic_fast.models.configuration import MethodConfig, check_choice, check_range
+from epic_fast.nn import Head, InteractionHub
+
+MAX_PROMPT_LENGTH = 256
+
+
+@dataclass
+class EpicConfig(MethodConfig):
+    """The choices of EPIC.  Each is an inference from the papers' summaries; the defaults are our reading.
+
+    Attributes:
+        prompt_length: P, prompt rows a tower; 0 is the frozen backbone with a head.
+        layer_pairs: (text layer, vision layer) of each step, 0-based, rising in both; None takes the last
+            ``num_layer_pairs`` layers of each tower, one to one.
+        num_layer_pairs: S, used where ``layer_pairs`` is None (fewer where a tower has fewer layers).
+        prompt_mask: what prompt rows see of the tokens: ``"full"`` (every valid one) or ``"prefix"`` (none).
+        prompt_init_std: standard deviation of the initial text prompt.
+        vision_prompt_init: ``"projected"``, W_tv applied to the text prompt, or ``"gaussian"``, one of its own.
+        interaction: False takes the hub away (gates at zero for good): the control.
+        shared_projections: one pair W_tv, W_vt for all steps; False makes one pair a step.
+        gate: ``"scalar"`` or ``"channel"``.
+        gate_init, learn_gates: where the gates α start and whether they are trained.  From 0 a step begins as
+            plain propagation of the prompts.
+        temperature, learn_temperature: τ of the similarity at the start, trained in log space.
+        activation: ``"none"``, or ``"gelu_layernorm"`` on what the hub adds.
+        text_head_input, vision_head_input: features that the head reads, joined by ``+``: ``pooled`` (the tower's
+            own pooling), ``projected`` (after the backbone's projection), ``cls``, ``mean``.
+        feature_norm: ``"none"``, ``"layer"``, or ``"standardize"`` (by the training set's mean and deviation).
+        head: ``"linear"``, or ``"mlp"`` with ``head_hidden_size`` hidden units.
+        head_dropout: share of the head's inputs dropped in training.
+        label_smoothing: of the single-label loss.
+    """
+
+    method = "epic"
+
+    prompt_length: int = 8
+    layer_pairs: Sequence[tuple[int, int]] | None = None
+    num_layer_pairs: int = 6
+    prompt_mask: Literal["full", "prefix"] = "full"
+    prompt_init_std: float = 0.02
+    vision_prompt_init: Literal["projected", "gaussian"] = "projected"
+    interaction: bool = True
+    shared_projections: bool = True
+    gate: Literal["scalar", "channel"] = "scalar"
+    gate_init: float = 0.0
+    learn_gates: bool = True
+    temperature: float = 0.1
+    learn_temperature: bool = True
+    activation: Literal["none", "gelu_layernorm"] = "none"
+    text_head_input: str = "pooled"
+    vision_head_input: str = "pooled"
+    feature_norm: Literal["none", "layer", "standardize"] = "none"
+    head: Literal["linear", "mlp"] = "linear"
+    head_hidden_size: int = 256
+    head_dropout: float = 0.1
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_range(self, "prompt_length", 0, MAX_PROMPT_LENGTH)
+        check_range(self, "num_layer_pairs", 1)
+        check_range(self, "head_hidden_size", 1)
+        check_range(self, "prompt_init_std", 0.0)
+        check_range(self, "temperature", 0.0, exclusive=True)
+        check_range(self, "head_dropout", 0.0, 0.99)
+        check_range(self, "label_smoothing", 0.0, 0.99)
+        for name in ("prompt_mask", "vision_prompt_init", "gate", "activation", "feature_norm", "head"):
+            check_choice(self, name)
+        if self.layer_pairs is not None:
+            self.layer_pairs = [self._as_pair(pair) for pair in self.layer_pairs]
+            if not self.layer_pairs:
+                raise ConfigError(
+                    "EpicConfig.layer_pairs is empty; wanted at least one (text layer, vision layer), or None for the "
+                    "default. prompt_length=0 is the backbone without prompts"
+                )
+
+    @staticmethod
+    def _as_pair(pair: Any) -> tuple[int, int]:
+        if (
+            not isinstance(pair, (tuple, list))
+            or len(pair) != 2
+            or not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in pair)
+        ):
+            raise ConfigError(
+                f"EpicConfig.layer_pairs has the entry {pair!r}; wanted pairs (text layer, vision layer) of integers"
+            )
+        return (pair[0], pair[1])
+
+    def resolve_layer_pairs(self, text_layers: int, vision_layers: int) -> list[tuple[int, int]]:
+        """The pairs for towers of these depths.
+
+        Raises:
+            ConfigError: a layer that a tower does not have, or pairs that do not rise in both towers.
+        """
+        if self.layer_pairs is None:
+            steps = min(self.num_layer_pairs, text_layers, vision_layers)
+            return [(text_layers - steps + step, vision_layers - steps + step) for step in range(steps)]
+        pairs = [(text, vision) for text, vision in self.layer_pairs]
+        for modality, side, depth in (("text", 0, text_layers), ("vision", 1, vision_layers)):
+            for pair in pairs:
+                if not 0 <= pair[side] < depth:
+                    raise ConfigError(
+                        f"EpicConfig.layer_pairs names {modality} layer {pair[side]}, but this {modality} tower has "
+                        f"{depth} (0..{depth - 1})"
+                    )
+            for before, after in itertools.pairwise(pairs):
+                if after[side] <= before[side]:
+                    raise ConfigError(
+                        f"EpicConfig.layer_pairs has {modality} layer {after[side]} after {before[side]}; wanted pairs "
+                        "that rise in both towers: prompts travel upwards"
+                    )
+        return pairs
+
+
+class EpicModel(PromptedModel):
+    """A frozen dual encoder with EPIC's prompts, hub and head; made by :func:`epic_fast.wrap`."""
+
+    config: EpicConfig
+
+    def __init__(self, backbone: DualEncoder, config: EpicConfig, **task: Any):
+        super().__init__(backbone, config, **task)
+        text, vision = backbone.text, backbone.vision
+        self.layer_pairs = config.resolve_layer_pairs(text.num_layers, vision.num_layers)
+        if config.prompt_length:
+            projected = config.vision_prompt_init == "projected"
+            self.text_prompt = nn.Parameter(torch.empty(config.prompt_length, text.hidden_size))
+            nn.init.normal_(self.text_prompt, std=config.prompt_init_std)
+            if not projected:
+                self.vision_prompt = nn.Parameter(torch.empty(config.prompt_length, vision.hidden_size))
+                nn.init.normal_(self.vision_prompt, std=config.prompt_init_std)
+            self.hub = InteractionHub(
+                text.hidden_size,
+                vision.hidden_size,
+                steps=len(self.layer_pairs) - 1 if config.interaction else 0,
+                shared=config.shared_projections,
+                starts_vision=projected,
+                gate=config.gate,
+                gate_init=config.gate_init,
+                learn_gates=config.learn_gates,
+                temperature=config.temperature,
+                learn_temperature=config.learn_temperature,
+                activation=config.activation,
+            )
+        self.head = Head(
+            text.feature_width(config.text_head_input) + vision.feature_width(config.vision_head_input),
+            self.num_labels,
+            kind=config.head,
+            hidden_size=config.head_hidden_size,
+            dropout=config.head_dropout,
+            norm=config.feature_norm,
+        )
+
+    def first_layers(self) -> tuple[int, int]:
+        return self.layer_pairs[0]
+
+    def features(self, prefix: Prefix) -> Tensor:
+        text_tower, vision_tower = self.backbone.text, self.backbone.vision
+        text, vision = prefix.text, prefix.vision
+        text_at, vision_at = self.first_layers()
+        if self.config.prompt_length:
+            text_prompt, vision_prompt = self.initial_prompts(len(text.hidden))
+            for step, (text_layer, vision_layer) in enumerate(self.layer_pairs):
+                text = text_tower.run(text, text_at, text_layer)
+                vision = vision_tower.run(vision, vision_at, vision_layer)
+                text, text_prompt = text_tower.run_prompted(text, text_layer, text_prompt, self.config.prompt_mask)
+                vision, vision_prompt = vision_tower.run_prompted(
+                    vision, vision_layer, vision_prompt, self.config.prompt_mask
+                )
+                if step < self.hub.steps:
+                    text_prompt, vision_prompt = self.hub(text_prompt, vision_prompt, step)
+                text_at, vision_at = text_layer + 1, vision_layer + 1
+        text = text_tower.run(text, text_at, text_tower.num_layers)
+        vision = vision_tower.run(vision, vision_at, vision_tower.num_layers)
+        return torch.cat(
+            [
+                text_tower.features(text, self.config.text_head_input),
+                vision_tower.features(vision, self.config.vision_head_input),
+            ],
+            dim=-1,
+        )
+
+    def initial_prompts(self, batch: int) -> tuple[Tensor, Tensor]:
+        """The prompts before the first pair, ``(B, P, D_t)`` and ``(B, P, D_v)``, the same for every sample."""
+        if self.config.vision_prompt_init == "projected":
+            vision_prompt = self.hub.initial_vision_prompt(self.text_prompt)
+        else:
+            vision_prompt = self.vision_prompt
+        return self.text_prompt.expand(batch, -1, -1), vision_prompt.expand(batch, -1, -1)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        groups: dict[str, list[nn.Parameter]] = {"prompts": [], "projections": [], "gates": [], "head": []}
+        for name, parameter in self.trainable_parameters():
+            if name.startswith("head."):
+                groups["head"].append(parameter)
+            elif name in ("text_prompt", "vision_prompt"):
+                groups["prompts"].append(parameter)
+            elif name.endswith(("_gate", "log_temperature")):
+                groups["gates"].append(parameter)
+            else:
+                groups["projections"].append(parameter)
+        return {name: parameters for name, parameters in groups.items() if parameters}
+
+    def diagnostics(self) -> dict[str, float]:
+        return self.hub.diagnostics() if self.config.prompt_length else {}
+
+    def describe_layer(self, modality: str, layer: int) -> str:
+        side = 0 if modality == "text" else 1
+        if not self.config.prompt_length:
+            return "extraction"
+        for step, pair in enumerate(self.layer_pairs):
+            if pair[side] == layer:
+                hub = ", then the hub" if step < self.hub.steps else ""
+                return f"interaction {step}: {self.config.prompt_length} prompts{hub}"
+        return "extraction, no graph" if layer < self.first_layers()[side] else "extraction"

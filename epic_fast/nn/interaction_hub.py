@@ -1,0 +1,110 @@
+"""The hub between the towers: EPIC's trainable projections, gates and temperature."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from epic_fast import functional
+
+
+class InteractionHub(nn.Module):
+    """Holds the projections between the towers' spaces and mixes two prompt sets by similarity.
+
+    Equations: :func:`epic_fast.functional.prompt_interaction`; a reconstruction of EPIC (arXiv 2507.07415).
+    Tensors that nothing reads are not made, so that every trainable tensor gets a gradient.
+
+    Args:
+        text_width, vision_width: widths D_t and D_v of the two prompt sets.
+        steps: how often the hub mixes (one less than the layer pairs); 0 where it never does.
+        shared: one pair of projections for all steps, or one pair a step.
+        starts_vision: the initial vision prompt is the projected text prompt (this uses step 0's projection).
+        gate: ``"scalar"`` or ``"channel"``, one value a modality and step or one a channel.
+        gate_init, learn_gates: where gates start, and whether they are trained.
+        temperature, learn_temperature: where the temperature starts (trained in log space), and whether it is.
+        activation: ``"none"``, or ``"gelu_layernorm"``: GELU and a layer norm without parameters on what is added.
+    """
+
+    text_gate: Tensor
+    vision_gate: Tensor
+    log_temperature: Tensor
+
+    def __init__(
+        self,
+        text_width: int,
+        vision_width: int,
+        *,
+        steps: int,
+        shared: bool = True,
+        starts_vision: bool = True,
+        gate: str = "scalar",
+        gate_init: float = 0.0,
+        learn_gates: bool = True,
+        temperature: float = 0.1,
+        learn_temperature: bool = True,
+        activation: str = "none",
+    ):
+        super().__init__()
+        self.steps = steps
+        self.shared = shared
+        self.activation = activation
+        copies = 1 if shared else steps
+        outward = max(copies if steps else 0, 1 if starts_vision else 0)
+        self.text_to_vision = nn.ModuleList(nn.Linear(text_width, vision_width) for _ in range(outward))
+        self.vision_to_text = nn.ModuleList(nn.Linear(vision_width, text_width) for _ in range(copies if steps else 0))
+        for name, width in (("text_gate", text_width), ("vision_gate", vision_width)):
+            shape = (steps,) if gate == "scalar" else (steps, width)
+            value = torch.full(shape, float(gate_init))
+            if steps and learn_gates:
+                self.register_parameter(name, nn.Parameter(value))
+            else:
+                self.register_buffer(name, value)
+        log_temperature = torch.tensor(math.log(temperature))
+        if steps and learn_temperature:
+            self.log_temperature = nn.Parameter(log_temperature)
+        else:
+            self.register_buffer("log_temperature", log_temperature)
+
+    def initial_vision_prompt(self, text_prompt: Tensor) -> Tensor:
+        """The vision prompt that belongs to a text prompt ``(..., D_t)``: ``W_tv p_t + b``, ``(..., D_v)``."""
+        return self.text_to_vision[0](text_prompt)
+
+    def forward(self, text_prompt: Tensor, vision_prompt: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """Prompts ``(B, P, D_t)``, ``(B, P, D_v)`` after a layer pair to those of the next; ``step`` from 0."""
+        copy = 0 if self.shared else step
+        gates = self.text_gate[step], self.vision_gate[step]
+        temperature = self.log_temperature.exp()
+        if self.activation == "none":
+            projections = self._projections(copy, text_prompt.dtype)
+            return functional.prompt_interaction(text_prompt, vision_prompt, *projections, *gates, temperature)
+        # With a unit gate the operation returns prompt + mix, and the mix alone goes through the activation; in
+        # float32, for the difference would lose the mix's digits in a lower precision.
+        one = torch.ones_like(temperature)
+        text, vision = text_prompt.float(), vision_prompt.float()
+        mixed = functional.prompt_interaction(text, vision, *self._projections(copy, text.dtype), one, one, temperature)
+        return (
+            (text + gates[0] * self._activate(mixed[0] - text)).to(text_prompt.dtype),
+            (vision + gates[1] * self._activate(mixed[1] - vision)).to(vision_prompt.dtype),
+        )
+
+    def _projections(self, copy: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        outward, inward = self.text_to_vision[copy], self.vision_to_text[copy]
+        assert isinstance(outward, nn.Linear)
+        assert isinstance(inward, nn.Linear)
+        return outward.weight.to(dtype), outward.bias.to(dtype), inward.weight.to(dtype), inward.bias.to(dtype)
+
+    @staticmethod
+    def _activate(mix: Tensor) -> Tensor:
+        return nn.functional.layer_norm(nn.functional.gelu(mix), mix.shape[-1:])
+
+    def diagnostics(self) -> dict[str, float]:
+        """Size of the gates (mean absolute value a step) and the temperature."""
+        if not self.steps:
+            return {}
+        values = {"temperature": float(self.log_temperature.detach().exp())}
+        for name, gate in (("text_gate", self.text_gate), ("vision_gate", self.vision_gate)):
+            sizes = gate.detach().float().abs().reshape(self.steps, -1).mean(dim=1)
+            values.update({f"{name}/{step}": float(size) for step, size in enumerate(sizes)})
+        return values
