@@ -54,7 +54,8 @@ def prompt_attention(
         ``output`` ``(B, H, N, D)`` and ``prompt_output`` ``(B, H, P, D)``; the latter is None in prefix tuning.
 
     Raises:
-        ConfigError: shapes, types or devices that do not fit together, naming what was wanted and found.
+        ConfigError: shapes, types, devices, strides or lengths that do not fit together, naming what was wanted
+            and found.  Lengths on a GPU are not read (that would wait for it), so their range is not checked there.
     """
     _check_prompt_attention(query, key, value, prompt_query, prompt_key, prompt_value, prompt_mask, lengths)
     return ops.prompt_attention(
@@ -98,15 +99,16 @@ def prompt_interaction(
         text_to_vision_weight, text_to_vision_bias: ``(D_v, D_t)``, ``(D_v,)``, laid out as in ``nn.Linear``.
         vision_to_text_weight, vision_to_text_bias: ``(D_t, D_v)``, ``(D_t,)``.
         text_gate, vision_gate: a scalar ``()`` or one value a channel, ``(D_t,)`` and ``(D_v,)``.
-        temperature: ``()``, greater than zero.
-        eps: norms below it count as it.
+        temperature: ``()``, greater than zero (not checked: that would wait for a GPU).
+        eps: norms below it count as it.  The slope at a zero vector is therefore ``1 / eps``, which float16
+            cannot hold at the default.
         impl: ``"auto"``, ``"triton"`` (raises if it cannot run) or ``"reference"``.
 
     Returns:
         The next text and vision prompts, in the shapes and types of the given ones.
 
     Raises:
-        ConfigError: shapes or devices that do not fit together, naming what was wanted and found.
+        ConfigError: shapes, types or devices that do not fit together, naming what was wanted and found.
     """
     _check_prompt_interaction(
         text_prompt,
@@ -134,13 +136,17 @@ def prompt_interaction(
     )
 
 
-def _require(condition: bool, operation: str, message: str) -> None:
-    if not condition:
-        raise ConfigError(f"{operation}: {message}")
+def _wrong(operation: str, found: str, wanted: str) -> ConfigError:
+    return ConfigError(f"{operation}: {found}; wanted {wanted}")
 
 
 def _shape(tensor: Tensor) -> str:
-    return "(" + ", ".join(map(str, tensor.shape)) + ")"
+    # Not str(tuple(...)), which torch.compile cannot trace.
+    return "(" + ", ".join(map(str, tensor.shape)) + ("," if tensor.dim() == 1 else "") + ")"
+
+
+# The messages below are built only where something is wrong: a formatted size in a traced path would pin that
+# size, and a new batch size would recompile.
 
 
 def _check_prompt_attention(
@@ -154,69 +160,46 @@ def _check_prompt_attention(
     lengths: Tensor | None,
 ) -> None:
     name = "prompt_attention"
-    _require(query.dim() == 4, name, f"query has shape {_shape(query)}; wanted (batch, heads, tokens, head_dim)")
-    batch, heads, _, head_dim = query.shape
+    if query.dim() != 4:
+        raise _wrong(name, f"query has shape {_shape(query)}", "(batch, heads, tokens, head_dim)")
+    batch, heads, tokens, head_dim = query.shape
     for label, tensor in (("key", key), ("value", value)):
-        _require(
-            tensor.shape == query.shape,
-            name,
-            f"{label} has shape {_shape(tensor)}; wanted query's {_shape(query)}",
-        )
-    _require(
-        prompt_key.dim() == 4
-        and prompt_key.shape[0] in (1, batch)
-        and prompt_key.shape[1] == heads
-        and prompt_key.shape[3] == head_dim,
-        name,
-        f"prompt_key has shape {_shape(prompt_key)}; wanted ({batch} or 1, {heads}, prompts, {head_dim})",
-    )
-    prompts = [("prompt_value", prompt_value)] + ([] if prompt_query is None else [("prompt_query", prompt_query)])
+        if tensor.shape != query.shape:
+            raise _wrong(name, f"{label} has shape {_shape(tensor)}", f"query's {_shape(query)}")
+    prompts = [("prompt_key", prompt_key), ("prompt_value", prompt_value)]
+    if prompt_query is not None:
+        prompts.append(("prompt_query", prompt_query))
     for label, tensor in prompts:
-        _require(
-            tensor.dim() == 4 and tensor.shape[0] in (1, batch) and tensor.shape[1:] == prompt_key.shape[1:],
-            name,
-            f"{label} has shape {_shape(tensor)}; wanted ({batch} or 1, {heads}, {prompt_key.shape[2]}, {head_dim}), "
-            "as prompt_key",
-        )
-    for label, tensor in [
-        ("query", query),
-        ("key", key),
-        ("value", value),
-        ("prompt_key", prompt_key),
-        *prompts,
-    ]:
-        _require(tensor.is_floating_point(), name, f"{label} has type {tensor.dtype}; wanted a floating-point type")
-        _require(
-            tensor.dtype == query.dtype,
-            name,
-            f"{label} has type {tensor.dtype}; wanted query's {query.dtype}",
-        )
-        _require(
-            tensor.device == query.device,
-            name,
-            f"{label} is on {tensor.device}; wanted {query.device}, as query",
-        )
-        _require(
-            tensor.numel() == 0 or tensor.shape[-1] == 1 or tensor.stride(-1) == 1,
-            name,
-            f"{label} has last stride {tensor.stride(-1)}; wanted 1 (call .contiguous())",
-        )
-    _require(prompt_mask in ("full", "prefix"), name, f"prompt_mask={prompt_mask!r}; wanted 'full' or 'prefix'")
+        if (
+            tensor.dim() != 4
+            or tensor.shape[0] not in (1, batch)
+            or tensor.shape[1] != heads
+            or tensor.shape[3] != head_dim
+        ):
+            raise _wrong(name, f"{label} has shape {_shape(tensor)}", f"({batch} or 1, {heads}, prompts, {head_dim})")
+        if tensor.shape[2] != prompt_key.shape[2]:
+            raise _wrong(name, f"{label} has {tensor.shape[2]} prompts", f"{prompt_key.shape[2]}, as prompt_key")
+    for label, tensor in [("query", query), ("key", key), ("value", value), *prompts]:
+        if not tensor.is_floating_point():
+            raise _wrong(name, f"{label} has type {tensor.dtype}", "a floating-point type")
+        if tensor.dtype != query.dtype:
+            raise _wrong(name, f"{label} has type {tensor.dtype}", f"query's {query.dtype}")
+        if tensor.device != query.device:
+            raise _wrong(name, f"{label} is on {tensor.device}", f"{query.device}, as query")
+        if tensor.shape[-1] != 1 and tensor.stride(-1) != 1 and tensor.numel():
+            raise _wrong(name, f"{label} has last stride {tensor.stride(-1)}", "1 (call .contiguous())")
+    if prompt_mask not in ("full", "prefix"):
+        raise _wrong(name, f"prompt_mask={prompt_mask!r}", "'full' or 'prefix'")
     if lengths is None:
         return
-    _require(lengths.shape == (batch,), name, f"lengths has shape {_shape(lengths)}; wanted ({batch},)")
-    _require(
-        not lengths.is_floating_point() and lengths.dtype != torch.bool,
-        name,
-        f"lengths has type {lengths.dtype}; wanted an integer type",
-    )
-    if lengths.device.type == "cpu" and lengths.numel() and not torch.compiler.is_compiling():
+    if lengths.dim() != 1 or lengths.shape[0] != batch:
+        raise _wrong(name, f"lengths has shape {_shape(lengths)}", f"({batch},)")
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise _wrong(name, f"lengths has type {lengths.dtype}", "an integer type")
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
         low, high = int(lengths.min()), int(lengths.max())
-        _require(
-            low >= 0 and high <= query.shape[2],
-            name,
-            f"lengths run from {low} to {high}; wanted 0 to the {query.shape[2]} tokens of query",
-        )
+        if low < 0 or high > tokens:
+            raise _wrong(name, f"lengths run from {low} to {high}", f"0 to the {tokens} tokens of query")
 
 
 def _check_prompt_interaction(
@@ -232,36 +215,46 @@ def _check_prompt_interaction(
 ) -> None:
     name = "prompt_interaction"
     for label, tensor in (("text_prompt", text_prompt), ("vision_prompt", vision_prompt)):
-        _require(tensor.dim() == 3, name, f"{label} has shape {_shape(tensor)}; wanted (batch, prompts, width)")
-    _require(
-        text_prompt.shape[0] == vision_prompt.shape[0],
-        name,
-        f"text_prompt has batch {text_prompt.shape[0]}, vision_prompt {vision_prompt.shape[0]}; wanted the same",
+        if tensor.dim() != 3:
+            raise _wrong(name, f"{label} has shape {_shape(tensor)}", "(batch, prompts, width)")
+        if not tensor.is_floating_point():
+            raise _wrong(name, f"{label} has type {tensor.dtype}", "a floating-point type")
+    if vision_prompt.shape[0] != text_prompt.shape[0]:
+        raise _wrong(name, f"vision_prompt has batch {vision_prompt.shape[0]}", f"text_prompt's {text_prompt.shape[0]}")
+    text, vision = text_prompt.shape[2], vision_prompt.shape[2]
+    layouts = (
+        ("text_to_vision_weight", text_to_vision_weight, (vision, text), False),
+        ("text_to_vision_bias", text_to_vision_bias, (vision,), False),
+        ("vision_to_text_weight", vision_to_text_weight, (text, vision), False),
+        ("vision_to_text_bias", vision_to_text_bias, (text,), False),
+        ("text_gate", text_gate, (text,), True),
+        ("vision_gate", vision_gate, (vision,), True),
+        ("temperature", temperature, (), True),
     )
-    text_width, vision_width = text_prompt.shape[2], vision_prompt.shape[2]
-    wanted = (
-        ("text_to_vision_weight", text_to_vision_weight, [(vision_width, text_width)]),
-        ("text_to_vision_bias", text_to_vision_bias, [(vision_width,)]),
-        ("vision_to_text_weight", vision_to_text_weight, [(text_width, vision_width)]),
-        ("vision_to_text_bias", vision_to_text_bias, [(text_width,)]),
-        ("text_gate", text_gate, [(), (text_width,)]),
-        ("vision_gate", vision_gate, [(), (vision_width,)]),
-        ("temperature", temperature, [()]),
-    )
-    for label, tensor, shapes in wanted:
-        _require(
-            tuple(tensor.shape) in shapes,
-            name,
-            f"{label} has shape {_shape(tensor)}; wanted {' or '.join(map(str, shapes))} for prompts of width "
-            f"{text_width} (text) and {vision_width} (vision)",
-        )
-        _require(
-            tensor.device == text_prompt.device,
-            name,
-            f"{label} is on {tensor.device}; wanted {text_prompt.device}, as text_prompt",
-        )
-    _require(
-        vision_prompt.device == text_prompt.device,
-        name,
-        f"vision_prompt is on {vision_prompt.device}; wanted {text_prompt.device}, as text_prompt",
-    )
+    for label, tensor, shape, scalar_too in layouts:
+        if tensor.shape != shape and not (scalar_too and tensor.dim() == 0):
+            raise _wrong(
+                name,
+                f"{label} has shape {_shape(tensor)}",
+                f"{shape}{' or ()' if scalar_too and shape else ''} for prompts of width {text} (text) and {vision} "
+                "(vision)",
+            )
+    for label, tensor in (("vision_prompt", vision_prompt), *(layout[:2] for layout in layouts)):
+        if not tensor.is_floating_point():
+            raise _wrong(name, f"{label} has type {tensor.dtype}", "a floating-point type")
+        if tensor.device != text_prompt.device:
+            raise _wrong(name, f"{label} is on {tensor.device}", f"{text_prompt.device}, as text_prompt")
+    if torch.is_autocast_enabled(text_prompt.device.type):
+        return
+    for label, tensor, prompt_label, prompt in (
+        ("text_to_vision_weight", text_to_vision_weight, "text_prompt", text_prompt),
+        ("text_to_vision_bias", text_to_vision_bias, "text_prompt", text_prompt),
+        ("vision_to_text_weight", vision_to_text_weight, "vision_prompt", vision_prompt),
+        ("vision_to_text_bias", vision_to_text_bias, "vision_prompt", vision_prompt),
+    ):
+        if tensor.dtype != prompt.dtype:
+            raise _wrong(
+                name,
+                f"{label} has type {tensor.dtype}",
+                f"{prompt_label}'s {prompt.dtype} (outside torch.autocast nothing is converted)",
+            )

@@ -22,6 +22,8 @@ logger = logging.getLogger("epic_fast")
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
+_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -64,7 +66,7 @@ class Operation:
         reasons = []
         if self.triton is None:
             reasons.append("this version has no Triton kernel for this operation")
-        if not _triton_installed():
+        if not _TRITON_INSTALLED:
             reasons.append("the package triton is not installed")
         for device in sorted({str(each.device) for each in (*args, *kwargs.values()) if isinstance(each, Tensor)}):
             if not device.startswith("cuda"):
@@ -72,11 +74,6 @@ class Operation:
         if self.triton is not None:
             reasons.extend(self.limits(*args, **kwargs))
         return reasons
-
-
-@functools.cache
-def _triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -91,6 +88,6 @@ def available_implementations() -> dict[str, list[str]]:
 
     operations = (prompt_attention, prompt_interaction)
     return {
-        operation.name: ["reference"] + (["triton"] if operation.triton is not None and _triton_installed() else [])
+        operation.name: ["reference"] + (["triton"] if operation.triton is not None and _TRITON_INSTALLED else [])
         for operation in operations
     }
