@@ -68,13 +68,21 @@ class DualEncoder(nn.Module):
             self.image_processor = image_processor
         if tokenizer is not None:
             self.tokenizer = tokenizer
-        self._required_grad = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        self._was_training = {name for name, module in self.named_modules() if name and module.training}
         self._fingerprint: tuple[Any, dict[str, str]] | None = None
-        self.requires_grad_(False)
-        self.train(False)
+        self._frozen = False
+        self.freeze()
 
     # -- frozen ---------------------------------------------------------------------------------------------
+
+    def freeze(self) -> None:
+        """No gradients and ``eval()``, remembering what was before; nothing if it is frozen already."""
+        if self._frozen:
+            return
+        self._required_grad = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        self._was_training = {name for name, module in self.named_modules() if name and module.training}
+        self._frozen = True
+        self.requires_grad_(False)
+        self.train(False)
 
     def train(self, mode: bool = True) -> DualEncoder:
         """Frozen towers stay in ``eval()``, whatever the model around them does."""
@@ -87,11 +95,13 @@ class DualEncoder(nn.Module):
 
     def release(self) -> Any:
         """The backbone as it was given: the same objects, gradients and modes as before."""
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name in self._required_grad)
-        for name, module in self.named_modules():
-            if name:
-                module.training = name in self._was_training
+        if self._frozen:
+            for name, parameter in self.named_parameters():
+                parameter.requires_grad_(name in self._required_grad)
+            for name, module in self.named_modules():
+                if name:
+                    module.training = name in self._was_training
+            self._frozen = False
         return self.original
 
     @property

@@ -56,6 +56,7 @@ def wrap(
         kinds = ", ".join(kind.__name__ for kind, _ in METHODS.values())
         raise ConfigError(f"config is a {type(config).__name__}; wanted one of {kinds}")
     encoder = load_backbone(backbone, image_processor=image_processor, tokenizer=tokenizer)
+    encoder.freeze()
     try:
         if self_check:
             encoder.self_check()
