@@ -1,0 +1,143 @@
+"""A model's scores for a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epic_fast.errors import ConfigError
+from epic_fast.training.batches import Batch, collator_for, length_of, loader, ordered_batches
+from epic_fast.training.config import PRECISIONS
+from epic_fast.training.progress import ProgressLike, Reporter, make_reporter
+
+
+@dataclass
+class Predictions:
+    """``logits``: ``(N, K)`` float32 on the CPU, in the data set's order; ``labels``: as the collator gives them,
+    or None where the data has none."""
+
+    logits: Tensor
+    labels: Tensor | None
+
+
+@dataclass
+class Inference:
+    """What one process computed of its share of a data set; the loss is a sum over samples."""
+
+    indices: list[int]
+    logits: list[Tensor]
+    labels: list[Tensor]
+    loss_sum: float
+
+
+def predict(
+    model: Any,
+    dataset: Any,
+    *,
+    collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    batch_size: int = 64,
+    progress: ProgressLike = None,
+    num_workers: int = 0,
+    precision: str = "auto",
+) -> Predictions:
+    """Run ``model`` over ``dataset`` in order, without gradients, on the device where the model is.
+
+    Args:
+        model: as :func:`epic_fast.wrap` gives it.
+        dataset: anything with ``len`` and ``[i]``.
+        collator: list of samples to ``dict`` for ``model(**batch)``; None takes the backbone's own processors.
+        batch_size: samples at a time; the last batch may be smaller.
+        progress: None (a bar on a terminal), True, False.
+        num_workers: processes that load data.
+        precision: as in :class:`TrainingConfig`.
+
+    Raises:
+        DataError: the data set is empty or a sample cannot be read.
+        ConfigError: a batch size below 1 or an unknown precision.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"predict: batch_size is {batch_size!r}; wanted a whole number of at least 1")
+    length = length_of(dataset, "given")
+    device = device_of(model)
+    kind = resolve_precision(precision, device)
+    collate = collator or collator_for(model, dataset)
+    result = infer(
+        model,
+        loader(dataset, collate, ordered_batches(length, batch_size), seed=0, num_workers=num_workers),
+        device=device,
+        autocast=lambda: passes(kind, device),
+        reporter=make_reporter(progress),
+        description="predicting",
+        with_loss=False,
+    )
+    return Predictions(torch.cat(result.logits), torch.cat(result.labels) if result.labels else None)
+
+
+def infer(
+    model: Any,
+    batches: Any,
+    *,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    reporter: Reporter,
+    description: str,
+    with_loss: bool,
+) -> Inference:
+    """The model in ``eval()`` over loaded batches; its mode is as before at the end."""
+    from accelerate.utils import send_to_device
+
+    found = Inference([], [], [], 0.0)
+    was_training = model.training
+    model.eval()
+    reporter.start(description, len(batches))
+    try:
+        with torch.no_grad():
+            for which, batch in batches:
+                which: Batch
+                labels = batch.pop("labels", None)
+                inputs: dict[str, Any] = send_to_device(batch, device)  # pyright: ignore[reportAssignmentType]
+                if with_loss and labels is not None:
+                    inputs["labels"] = labels.to(device)
+                with autocast():
+                    out = model(**inputs)
+                found.indices.extend(which.indices)
+                found.logits.append(out.logits.float().cpu())
+                if labels is not None:
+                    found.labels.append(labels.cpu())
+                if with_loss and out.loss is not None:
+                    found.loss_sum += float(out.loss) * which.count
+                reporter.advance()
+    finally:
+        reporter.stop()
+        model.train(was_training)
+    return found
+
+
+def device_of(model: Any) -> torch.device:
+    """Where the model's parameters are."""
+    parameter = next(model.parameters(), None)
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """ "bf16", "fp16" or "fp32": what ``precision`` means on ``device``."""
+    if precision not in PRECISIONS:
+        raise ConfigError(f"precision is {precision!r}; wanted one of {', '.join(PRECISIONS)}")
+    if precision == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return "bf16" if bf16 else "fp32"
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("precision is 'fp16' on the CPU; wanted 'fp32' or 'bf16' there: fp16 needs a GPU")
+    return precision
+
+
+def passes(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """The autocast of a resolved precision."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16 if precision == "bf16" else torch.float16)
