@@ -1,0 +1,24 @@
+"""Files to batches: folders of pictures and texts, any picture to RGB, examples to tensors."""
+
+from epic_fast.data.archive import resolve_data
+from epic_fast.data.check import FolderReport, check_folder
+from epic_fast.data.collate import Collator
+from epic_fast.data.dataset import Example, PairDataset
+from epic_fast.data.folder import DataFolder, read_folder, read_rows
+from epic_fast.data.images import load_image
+from epic_fast.data.truncation import TruncationReport, truncation_report
+
+__all__ = [
+    "Collator",
+    "DataFolder",
+    "Example",
+    "FolderReport",
+    "PairDataset",
+    "TruncationReport",
+    "check_folder",
+    "load_image",
+    "read_folder",
+    "read_rows",
+    "resolve_data",
+    "truncation_report",
+]

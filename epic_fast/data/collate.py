@@ -1,0 +1,164 @@
+"""Examples to the batch that a model takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epic_fast.data.dataset import Example
+from epic_fast.data.labels import MULTI, REGRESSION, SINGLE, check_problem_type
+from epic_fast.errors import ConfigError, DataError
+
+TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+class Collator:
+    """Examples to ``pixel_values``, ``input_ids``, ``attention_mask``, ``token_type_ids`` and ``labels``.
+
+    Texts are cut at ``max_text_length`` tokens and padded on the right to the longest of the batch.  It can be
+    pickled, so it works in the worker processes of a ``DataLoader``.
+
+    Args:
+        image_processor, tokenizer: the backbone's own (Hugging Face).
+        max_text_length: the most tokens of a text, special ones included.
+        problem_type: decides the labels' type and shape: int64 ``(B,)`` for single-label, float32 ``(B, num_labels)``
+            of 0 and 1 for multi-label, float32 ``(B,)`` for regression.  None takes it from the labels themselves.
+        num_labels: number of classes; needed for multi-label, and to check class ids where given.
+
+    Raises:
+        ConfigError: no image processor, no tokenizer, or one that cannot pad.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: Any,
+        *,
+        max_text_length: int,
+        problem_type: str | None = None,
+        num_labels: int | None = None,
+    ):
+        check_problem_type(problem_type)
+        if image_processor is None:
+            raise ConfigError(_missing("image processor", "image_processor", "AutoImageProcessor"))
+        if tokenizer is None:
+            raise ConfigError(_missing("tokenizer", "tokenizer", "AutoTokenizer"))
+        if getattr(tokenizer, "pad_token", "") is None:
+            raise ConfigError(
+                f"the tokenizer {type(tokenizer).__name__} has no padding token, so texts of different lengths cannot "
+                "be batched: set tokenizer.pad_token = tokenizer.eos_token first"
+            )
+        if max_text_length < 1:
+            raise ConfigError(f"max_text_length={max_text_length}; wanted at least 1 token")
+        if problem_type == MULTI and not num_labels:
+            raise ConfigError(f"problem_type={MULTI!r} needs num_labels, the number of classes; {num_labels} was given")
+        self.image_processor = image_processor
+        self.tokenizer = tokenizer
+        self.max_text_length = max_text_length
+        self.problem_type = problem_type
+        self.num_labels = num_labels
+
+    @classmethod
+    def for_model(cls, model: Any) -> Collator:
+        """The collator of a wrapped model: its backbone's processors and text length, its problem and classes.
+
+        Raises:
+            ConfigError: the backbone has no tokenizer or no image processor.
+        """
+        return cls(
+            model.backbone.image_processor,
+            model.backbone.tokenizer,
+            max_text_length=model.backbone.max_text_length,
+            problem_type=model.problem_type,
+            num_labels=model.num_labels,
+        )
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """One batch of B examples; ``labels`` only where they have labels.
+
+        Raises:
+            DataError: labels that do not fit the problem, or only in some of the examples.
+        """
+        pictures = self.image_processor(images=[example.image for example in examples], return_tensors="pt")
+        batch = {"pixel_values": pictures["pixel_values"], **self.encode([example.text for example in examples])}
+        labels = self.labels(examples)
+        if labels is not None:
+            batch["labels"] = labels
+        return batch
+
+    def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Texts to token ids and attention mask, ``(B, N)``; token type ids only if the tokenizer makes them."""
+        encoded = self.tokenizer(
+            list(texts),
+            padding="longest",
+            padding_side="right",
+            truncation=True,
+            max_length=self.max_text_length,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        return {key: encoded[key] for key in TEXT_KEYS if key in encoded}
+
+    def labels(self, examples: Sequence[Example]) -> Tensor | None:
+        """The labels as a tensor, None where no example has one."""
+        bare = [example.name for example in examples if example.label is None]
+        if len(bare) == len(examples):
+            return None
+        if bare:
+            raise DataError(
+                f"{len(bare)} of {len(examples)} examples have no label, the first is {bare[0]!r}; wanted labels in "
+                "all of a batch or in none"
+            )
+        problem_type = self.problem_type or _problem_of(examples[0].label)
+        if problem_type == MULTI:
+            return self._multi_hot(examples)
+        values = [example.label for example in examples]
+        if problem_type == REGRESSION:
+            return self._tensor(values, examples, torch.float32)
+        for example in examples:
+            self._check_id(example.label, example)
+        return self._tensor(values, examples, torch.int64)
+
+    def _multi_hot(self, examples: Sequence[Example]) -> Tensor:
+        if not self.num_labels:
+            raise ConfigError("labels are lists of class ids; Collator needs num_labels, the number of classes")
+        labels = torch.zeros(len(examples), self.num_labels)
+        for row, example in enumerate(examples):
+            if not isinstance(example.label, (list, tuple)):
+                raise _wrong_label(example, "a list of class ids (multi-label)")
+            for index in example.label:
+                self._check_id(index, example)
+                labels[row, index] = 1.0
+        return labels
+
+    def _check_id(self, index: Any, example: Example) -> None:
+        if not isinstance(index, int) or index < 0 or (self.num_labels is not None and index >= self.num_labels):
+            known = f"0 to {self.num_labels - 1}" if self.num_labels is not None else "0 or more"
+            raise _wrong_label(example, f"a class id, {known}")
+
+    def _tensor(self, values: list[Any], examples: Sequence[Example], dtype: torch.dtype) -> Tensor:
+        try:
+            return torch.tensor(values, dtype=dtype)
+        except (TypeError, ValueError) as error:
+            odd = next((e for e in examples if not isinstance(e.label, (int, float))), examples[0])
+            raise _wrong_label(odd, "a number") from error
+
+
+def _problem_of(label: Any) -> str:
+    if isinstance(label, (list, tuple)):
+        return MULTI
+    return REGRESSION if isinstance(label, float) else SINGLE
+
+
+def _wrong_label(example: Example, wanted: str) -> DataError:
+    return DataError(f"{example.name!r} has the label {example.label!r}; wanted {wanted}")
+
+
+def _missing(what: str, argument: str, loader: str) -> str:
+    return (
+        f"the backbone has no {what}, which a collator needs; hand one over: epic_fast.load_backbone(backbone, "
+        f"{argument}=transformers.{loader}.from_pretrained(NAME_OR_FOLDER)), and give the result to epic_fast.wrap"
+    )

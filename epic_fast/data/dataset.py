@@ -1,0 +1,112 @@
+"""Pairs of a picture and a text, decoded one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+from torch.utils.data import Dataset
+
+from epic_fast.data.images import load_image
+from epic_fast.errors import DataError
+
+Label = int | list[int] | float
+
+
+@dataclass(frozen=True)
+class Example:
+    """One pair, read.
+
+    Attributes:
+        image: upright RGB, of any size.
+        text: as written.
+        label: the class id, the list of class ids (multi-label), the number (regression), or None.
+        name: the picture as the metadata names it.
+    """
+
+    image: Image.Image
+    text: str
+    label: Label | None
+    name: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pair, not read yet.
+
+    Attributes:
+        where: the line that says so, such as ``"train/metadata.jsonl, line 12"``.
+    """
+
+    name: str
+    path: Path
+    text: str
+    label: Label | None
+    where: str
+
+
+@dataclass(eq=False)
+class PairDataset(Dataset[Example]):
+    """Rows of a split; ``dataset[i]`` decodes the picture of row i, nothing is held in memory.
+
+    Attributes:
+        rows: one :class:`Row` for each pair.
+        labels: the class names in the order of their ids; empty for regression and without labels.
+        problem_type: one of transformers' three, or None without labels.
+        skipped: what ``skip_bad`` left out of this split, a line each.
+    """
+
+    rows: Sequence[Row]
+    labels: list[str] = field(default_factory=list)
+    problem_type: str | None = None
+    skipped: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self.rows[index]
+        return Example(read_picture(row), row.text, row.label, row.name)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether every row has a label (a split has labels in all of its rows or in none)."""
+        return bool(self.rows) and all(row.label is not None for row in self.rows)
+
+    def texts(self) -> list[str]:
+        """The texts, in order; no picture is touched."""
+        return [row.text for row in self.rows]
+
+    def names(self) -> list[str]:
+        """The pictures as the metadata names them, in order."""
+        return [row.name for row in self.rows]
+
+    def label_ids(self) -> list[Label]:
+        """The labels as in :attr:`Example.label`, in order; no picture is touched.
+
+        Raises:
+            DataError: a row without a label.
+        """
+        found = []
+        for row in self.rows:
+            if row.label is None:
+                raise DataError(f"{row.where}: no label; labels are needed to train and to evaluate, not to predict")
+            found.append(row.label)
+        return found
+
+
+def read_picture(row: Row) -> Image.Image:
+    """The picture of a row as RGB.
+
+    Raises:
+        DataError: it cannot be read, naming the row.
+    """
+    try:
+        return load_image(row.path)
+    except DataError as error:
+        raise DataError(
+            f"{row.where}: {error}. To go on without such rows: --skip-bad on the command line, "
+            "read_folder(..., skip_bad=True) in Python"
+        ) from error

@@ -1,0 +1,320 @@
+"""Folders of pictures and texts in the imagefolder convention."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from epic_fast.data.dataset import PairDataset, Row, read_picture
+from epic_fast.data.labels import REGRESSION, SINGLE, LabelEncoder, check_problem_type, class_names, infer_problem_type
+from epic_fast.data.metadata import (
+    Complain,
+    Entry,
+    Fields,
+    MetadataFile,
+    find_metadata,
+    read_entries,
+    read_label_names,
+    refuse,
+)
+from epic_fast.errors import DataError
+
+logger = logging.getLogger("epic_fast")
+
+SKIP_HINT = "put the file there, or leave such rows out: --skip-bad on the command line, skip_bad=True in Python"
+
+
+@dataclass
+class DataFolder:
+    """A data folder, read; pictures are decoded when an item is asked for.
+
+    Attributes:
+        splits: ``train``, ``validation``, ``test``, those that there are.
+        labels: the class names in the order of their ids; empty for regression and without labels.
+        problem_type: one of transformers' three, or None without labels.
+        skipped: what ``skip_bad`` left out, a line each.
+        warnings: what is odd, a line each; all of it was logged.
+        metadata: the metadata files with their sha256, for the record of a run.
+    """
+
+    path: Path
+    splits: dict[str, PairDataset]
+    labels: list[str]
+    problem_type: str | None
+    skipped: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def num_labels(self) -> int:
+        """Width of the logits: 1 for regression, 0 without labels."""
+        return 1 if self.problem_type == REGRESSION else len(self.labels)
+
+    def split(self, name: str) -> PairDataset:
+        """The split of this name.
+
+        Raises:
+            DataError: there is none, naming those that there are.
+        """
+        if name not in self.splits:
+            raise DataError(f"{str(self.path)!r} has no split {name!r}; it has {', '.join(self.splits)}")
+        return self.splits[name]
+
+    def describe(self) -> dict[str, Any]:
+        """What was read, in JSON's types: for the record of a run."""
+        return {
+            "metadata": dict(self.metadata),
+            "rows": {name: len(dataset) for name, dataset in self.splits.items()},
+            "problem_type": self.problem_type,
+            "labels": list(self.labels),
+            "skipped": len(self.skipped),
+        }
+
+
+def read_folder(
+    path: str | os.PathLike[str],
+    *,
+    text_field: str = "text",
+    label_field: str | None = None,
+    split_field: str = "split",
+    skip_bad: bool = False,
+    problem_type: str | None = None,
+    labels: Sequence[str] | None = None,
+) -> DataFolder:
+    """Read a folder of pictures and texts: ``metadata.jsonl`` (or ``.csv``) and the pictures that it names.
+
+    Either one metadata file at the top with a split field (without one, all rows are training rows), or one in
+    each of ``train/``, ``validation/`` (``val``, ``valid``, ``dev``) and ``test/``.  A row names its picture
+    (``file_name``, ``image`` or ``img``, relative to the metadata file), its text and its label.
+
+    Labels that are names or whole numbers make single-label classification, lists of names multi-label, numbers
+    with a decimal point regression.  Class ids follow ``labels``, else ``labels.txt`` at the top, else the sorted
+    names of the training split.  A validation or test split may have no labels at all: it can be predicted then.
+
+    Args:
+        text_field, split_field: the fields that hold text and split.
+        label_field: the field that holds the label; None takes ``label`` or ``labels``.
+        skip_bad: leave out rows whose picture is missing or cannot be decoded (every picture is decoded once for
+            this) and list them in ``skipped``; otherwise a missing picture is an error here and a damaged one when
+            its item is read.
+        problem_type: one of transformers' three names, in place of the inferred one.
+        labels: class names in the order of their ids, such as ``model.labels`` to evaluate a trained model.
+
+    Raises:
+        DataError: no metadata, a broken line, a missing picture, a text that is no string, an unknown label;
+            each naming file and line.
+        ConfigError: an unknown ``problem_type``.
+    """
+    check_problem_type(problem_type)
+    folder = Path(path)
+    files = find_metadata(folder)
+    fields = Fields(text=text_field, label=label_field, split=split_field)
+    entries = [entry for file in files for entry in read_entries(file, fields)]
+    return build_folder(folder, files, entries, skip_bad=skip_bad, problem_type=problem_type, labels=labels)
+
+
+def read_rows(path: str | os.PathLike[str], *, text_field: str = "text", skip_bad: bool = False) -> PairDataset:
+    """Rows to predict: a ``.jsonl`` (or ``.csv``) file of pictures, relative to it, and texts.
+
+    Labels in it are not looked at.  With ``skip_bad``, ``dataset.skipped`` lists the rows left out.
+
+    Raises:
+        DataError: as :func:`read_folder`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(
+            f"the file {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}; wanted a file with one "
+            'JSON object a line: {"file_name": "0001.jpg", "text": "a red bird"}'
+        )
+    entries = list(read_entries(MetadataFile(path, "rows", path.name), Fields(text=text_field), labelled=False))
+    if not entries:
+        raise DataError(f"the file {str(path)!r} has no rows")
+    kept, skipped = check_pictures([_row(entry, None) for entry in entries], skip_bad=skip_bad)
+    _warn_of_empty_texts(kept, [])
+    return PairDataset(kept, skipped=skipped)
+
+
+def build_folder(
+    folder: Path,
+    files: Sequence[MetadataFile],
+    entries: Sequence[Entry],
+    *,
+    skip_bad: bool,
+    problem_type: str | None,
+    labels: Sequence[str] | None,
+    complain: Complain = refuse,
+    pictures: bool = True,
+) -> DataFolder:
+    """Rows as written to splits with class ids; ``pictures=False`` does not look for the pictures."""
+    if not entries:
+        complain(DataError(f"{', '.join(file.shown for file in files)} in {str(folder)!r}: no rows"))
+    encoder = make_encoder(folder, entries, problem_type, labels, complain)
+    _check_labelled(entries, complain)
+    rows: dict[str, list[Row]] = {}
+    for split in ("train", "validation", "test"):
+        for entry in entries:
+            if entry.split == split:
+                try:
+                    rows.setdefault(split, []).append(_row(entry, encoder.encode(entry) if encoder else None))
+                except DataError as error:
+                    complain(error)
+    skipped: dict[str, list[str]] = {}
+    if pictures:
+        for split in rows:
+            rows[split], skipped[split] = check_pictures(rows[split], skip_bad=skip_bad, complain=complain)
+            if not rows[split]:
+                complain(
+                    DataError(f"{str(folder)!r}: no picture of the split {split!r} can be read: {skipped[split][0]}")
+                )
+    warnings = _warn(folder, files, rows, encoder)
+    names = encoder.names if encoder else []
+    kind = encoder.problem_type if encoder else None
+    return DataFolder(
+        path=folder,
+        splits={split: PairDataset(rows[split], names, kind, skipped.get(split, [])) for split in rows},
+        labels=names,
+        problem_type=kind,
+        skipped=[line for lines in skipped.values() for line in lines],
+        warnings=warnings,
+        metadata={file.shown: hashlib.sha256(file.path.read_bytes()).hexdigest() for file in files},
+    )
+
+
+def make_encoder(
+    folder: Path,
+    entries: Sequence[Entry],
+    problem_type: str | None,
+    labels: Sequence[str] | None,
+    complain: Complain = refuse,
+) -> LabelEncoder | None:
+    """The encoder that fits the labels of the training split; None where no row has a label."""
+    if all(entry.label is None for entry in entries):
+        return None
+    train = [entry for entry in entries if entry.split == "train" and entry.label is not None]
+    try:
+        problem_type = problem_type or infer_problem_type(train or entries) or SINGLE
+        if problem_type == REGRESSION:
+            return LabelEncoder(REGRESSION)
+        listed = read_label_names(folder)
+        if labels:
+            return LabelEncoder(problem_type, labels, "the labels given", listed=listed)
+        if listed is not None:
+            return LabelEncoder(problem_type, listed, "labels.txt", listed=listed)
+        if not train:
+            complain(
+                DataError(
+                    f"{str(folder)!r} has no training split to take the class names from; add labels.txt (one name a "
+                    "line, in the order of the ids), or pass labels=model.labels"
+                )
+            )
+        return LabelEncoder(problem_type, class_names(train or entries, problem_type, complain), "the training split")
+    except DataError as error:
+        complain(error)
+        return None
+
+
+def check_pictures(rows: Sequence[Row], *, skip_bad: bool, complain: Complain = refuse) -> tuple[list[Row], list[str]]:
+    """The rows whose picture is there, and a line for each of the others.
+
+    With ``skip_bad`` every picture is decoded once, on several threads.
+
+    Raises:
+        DataError: a picture is missing and ``skip_bad`` is False.
+    """
+    if skip_bad:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            errors = list(pool.map(_picture_error, rows))
+        kept = [row for row, error in zip(rows, errors, strict=True) if error is None]
+        skipped = [error for error in errors if error is not None]
+        if skipped:
+            logger.warning("%d of %d rows are left out, the first: %s", len(skipped), len(rows), skipped[0])
+        return kept, skipped
+    missing = [row for row in rows if not row.path.is_file()]
+    if missing:
+        others = f" ({len(missing) - 1} other pictures are missing too)" if len(missing) > 1 else ""
+        complain(DataError(f"{missing[0].where}: the picture {missing[0].name!r} does not exist{others}; {SKIP_HINT}"))
+    return list(rows), []
+
+
+def _picture_error(row: Row) -> str | None:
+    if not row.path.is_file():
+        return f"{row.where}: the picture {row.name!r} does not exist"
+    try:
+        read_picture(row)
+    except DataError as error:
+        return f"{row.where}: {error.__cause__ or error}"
+    return None
+
+
+def _row(entry: Entry, label: Any) -> Row:
+    text = entry.text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # Half of a surrogate pair (a text cut in the middle of an emoji), which no tokenizer takes.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return Row(entry.name, entry.path, text, label, entry.where)
+
+
+def _check_labelled(entries: Sequence[Entry], complain: Complain) -> None:
+    """A training split has labels in all of its rows, another split in all of them or in none."""
+    for split in ("train", "validation", "test"):
+        bare = [entry for entry in entries if entry.split == split and entry.label is None]
+        count = sum(entry.split == split for entry in entries)
+        if bare and (split == "train" or len(bare) < count):
+            rule = "every training row needs one" if split == "train" else "the other rows of this split have one"
+            others = f" ({len(bare)} rows of {count})" if len(bare) > 1 else ""
+            complain(
+                DataError(
+                    f"{bare[0].where} ({split}): no label{others}; {rule}. Wanted a field 'label' or 'labels', or "
+                    "the name of another as label_field="
+                )
+            )
+
+
+def _warn(
+    folder: Path, files: Sequence[MetadataFile], rows: dict[str, list[Row]], encoder: LabelEncoder | None
+) -> list[str]:
+    found: list[str] = []
+    everything = [row for split in rows.values() for row in split]
+    _warn_of_empty_texts(everything, found)
+    seen: dict[Path, str] = {}
+    shared: dict[Path, list[str]] = {}
+    for split, members in rows.items():
+        for row in members:
+            if seen.setdefault(row.path, split) != split:
+                shared.setdefault(row.path, [seen[row.path]]).append(split)
+    if shared:
+        path, splits = next(iter(shared.items()))
+        _say(
+            found,
+            f"{_count(len(shared), 'picture stands', 'pictures stand')} in more than one split, such as "
+            f"{path.name!r} ({', '.join(dict.fromkeys(splits))}): scores on such a split flatter",
+        )
+    if set(rows) == {"train"} and files[0].split is None:
+        _say(found, f"{str(folder)!r} has training rows only: no validation, no test")
+    if encoder is not None and encoder.problem_type == SINGLE and len(encoder.names) < 2:
+        _say(found, f"there is one class only ({', '.join(encoder.names)}): nothing can be learned")
+    return found
+
+
+def _warn_of_empty_texts(rows: Iterable[Row], found: list[str]) -> None:
+    empty = [row for row in rows if not row.text.strip()]
+    if empty:
+        _say(found, f"{_count(len(empty), 'text is', 'texts are')} empty, the first at {empty[0].where}")
+
+
+def _count(number: int, one: str, many: str) -> str:
+    return f"{number} {one if number == 1 else many}"
+
+
+def _say(found: list[str], line: str) -> None:
+    found.append(line)
+    logger.warning("%s", line)
