@@ -1,0 +1,11 @@
+"""Figures of a run, as PNG files: training curves, a confusion matrix, a contact sheet.
+
+They are drawn with matplotlib's Agg canvas and never touch pyplot, so neither a display nor the caller's own
+figures matter.  Colours are told apart by colour-blind readers, and none carries a meaning alone.
+"""
+
+from epic_fast.plots.confusion import confusion_matrix
+from epic_fast.plots.curves import training_curves
+from epic_fast.plots.sheet import SheetItem, contact_sheet
+
+__all__ = ["SheetItem", "confusion_matrix", "contact_sheet", "training_curves"]

@@ -1,0 +1,117 @@
+"""A contact sheet: pictures with their text, the predicted and the true label."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.patches import Rectangle
+
+from epic_fast.errors import DataError
+from epic_fast.plots.style import GREEN, INK, QUIET, VERMILLION, figure_style, new_figure, save_figure, wrap_lines
+
+_PIXELS = 360
+_LABEL_LETTERS = 24
+_TEXT_LETTERS = 32
+_TEXT_LINES = 3
+_CELL, _GAP = 2.0, 0.14  # inches
+_LOWEST = -0.36  # where the lines below a picture end, the picture's side being 1
+
+
+@dataclass(frozen=True)
+class SheetItem:
+    """One picture of a contact sheet.
+
+    Attributes:
+        image: a PIL picture.
+        text: the text of the pair; cut to three lines.
+        label: the true label as it shall read, or None if it is unknown.
+        predicted: the predicted label as it shall read.
+        probability: the model's probability of the predicted label, in [0, 1], or None.
+        correct: whether the prediction counts as right; None compares ``label`` with ``predicted``.
+    """
+
+    image: Any
+    text: str
+    label: str | None
+    predicted: str
+    probability: float | None = None
+    correct: bool | None = None
+
+    @property
+    def right(self) -> bool | None:
+        """Whether the prediction is right; None if that cannot be said."""
+        if self.correct is not None or self.label is None:
+            return self.correct
+        return self.label == self.predicted
+
+
+def contact_sheet(
+    items: Sequence[SheetItem], png: str | Path, *, columns: int | None = None, title: str | None = None
+) -> Path:
+    """Draw pictures in a grid, each with its text, the predicted and the true label.
+
+    A right prediction has a green frame and a tick, a wrong one an orange-red frame and a cross (the two colours of
+    Okabe and Ito that stay apart for colour-blind readers).
+
+    Args:
+        items: what to show, in this order, row by row.
+        png: the file to write.
+        columns: pictures a row; by default 3 to 6, so that few places stay empty.
+        title: what stands above the sheet.
+
+    Returns:
+        The path of the picture.
+
+    Raises:
+        DataError: there is nothing to show.
+    """
+    if not items:
+        raise DataError("contact_sheet was given no items; give at least one picture")
+    columns = columns or _columns(len(items))
+    rows = math.ceil(len(items) / columns)
+    head = 0.42 if title else 0.06
+    width, height = columns * (_CELL + _GAP) + _GAP, rows * (_CELL * (1 - _LOWEST) + _GAP) + head
+    with figure_style():
+        figure = new_figure(width, height, layout=None)
+        if title:
+            figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=12, fontweight="bold")
+        for place, item in enumerate(items):
+            row, column = divmod(place, columns)
+            left, top = _GAP + column * (_CELL + _GAP), head + row * (_CELL * (1 - _LOWEST) + _GAP)
+            size = (_CELL / width, _CELL * (1 - _LOWEST) / height)
+            axes = figure.add_axes((left / width, 1 - top / height - size[1], *size))
+            axes.set_axis_off()
+            _draw(axes, item)
+        return save_figure(figure, png)
+
+
+def _columns(count: int) -> int:
+    wanted = math.sqrt(1.5 * count)
+    return min(range(min(count, 3), min(count, 6) + 1), key=lambda each: (-count % each, abs(each - wanted)))
+
+
+def _draw(axes: Any, item: SheetItem) -> None:
+    colour = {True: GREEN, False: VERMILLION, None: QUIET}[item.right]
+    picture = item.image.convert("RGB")
+    picture.thumbnail((_PIXELS, _PIXELS))
+    longest = max(picture.size)
+    width, height = 0.94 * picture.width / longest, 0.94 * picture.height / longest
+    left, bottom = (1 - width) / 2, (1 - height) / 2
+    axes.imshow(picture, extent=(left, left + width, bottom, bottom + height), interpolation="antialiased")
+    axes.set(xlim=(0, 1), ylim=(_LOWEST, 1), aspect="equal")
+    axes.add_patch(Rectangle((0.015, 0.015), 0.97, 0.97, fill=False, edgecolor=colour, linewidth=2.5))
+    mark = {True: "✓ ", False: "✗ ", None: ""}[item.right]
+    share = "" if item.probability is None else f" {item.probability:.0%}"
+    said = wrap_lines(item.predicted, _LABEL_LETTERS - len(mark) - len(share), 1)[0]
+    axes.text(0.015, -0.03, f"{mark}{said}{share}", va="top", fontsize=9.5, fontweight="bold", color=colour)
+    below = -0.125
+    if item.right is False:
+        true = wrap_lines(f"true: {item.label}", _LABEL_LETTERS + 3, 1)[0]
+        axes.text(0.015, below, true, va="top", fontsize=9.5, color=INK)
+        below -= 0.09
+    lines = wrap_lines(item.text, _TEXT_LETTERS, _TEXT_LINES - (item.right is False))
+    axes.text(0.015, below, "\n".join(lines), va="top", fontsize=8.5, color=QUIET, linespacing=1.15)
