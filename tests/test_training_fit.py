@@ -1,0 +1,443 @@
+"""What fit() does: curves, best weights, files, seeds, odd sizes, errors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+
+import pytest
+import torch
+import yaml
+
+import epic_fast
+from epic_fast.errors import ConfigError, DataError, EpicFastError
+from epic_fast.testing import tiny_clip
+from epic_fast.testing.pairs import RandomPairs
+from epic_fast.training import Callback, TrainingConfig, compute_metrics, fit, predict, tune_threshold
+from epic_fast.training.batches import ordered_batches, training_batches
+from epic_fast.training.progress import BarReporter, LineReporter, Reporter, make_reporter
+
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+
+
+def build(problem_type=SINGLE, *, seed=0, num_labels=3, pos_weight=None, **options):
+    config = {"prompt_length": 2, "num_layer_pairs": 2, "head_dropout": 0.2} | options
+    backbone = tiny_clip()
+    torch.manual_seed(seed)
+    return epic_fast.wrap(
+        backbone,
+        epic_fast.EpicConfig(**config),
+        num_labels=num_labels,
+        problem_type=problem_type,
+        pos_weight=pos_weight,
+        self_check=False,
+    )
+
+
+def settings(**changes) -> TrainingConfig:
+    values = {"epochs": 2, "batch_size": 8, "log_every_steps": 2, "tensorboard": False, "device": "cpu"}
+    return TrainingConfig(**{**values, "learning_rate": 1e-2, "head_learning_rate": 1e-2, **changes})
+
+
+def run(model, length=26, validation=10, *, output_dir=None, callbacks=(), data=None, **changes):
+    train = RandomPairs(length, model.problem_type, model.num_labels) if data is None else data
+    held_out = RandomPairs(validation, model.problem_type, model.num_labels, seed=1) if validation else None
+    options = {"config": settings(**changes), "output_dir": output_dir, "progress": False, "callbacks": callbacks}
+    return fit(model, train, held_out, **options)
+
+
+def same_bits(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+class Record(Callback):
+    def __init__(self):
+        self.steps, self.epochs = [], []
+
+    def on_step(self, row):
+        self.steps.append(row)
+
+    def on_epoch(self, row):
+        self.epochs.append(row)
+
+
+@pytest.mark.parametrize("problem_type", [SINGLE, MULTI, REGRESSION])
+def test_learns_and_reports(problem_type, tmp_path):
+    model = build(problem_type, num_labels=1 if problem_type == REGRESSION else 3)
+    data = RandomPairs(48, problem_type, 3)
+    held_out = RandomPairs(16, problem_type, 3, seed=1)
+    result = fit(model, data, held_out, config=settings(epochs=6), output_dir=tmp_path, progress=False)
+    history = result.history
+    assert [row["epoch"] for row in history] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in history] == [6, 12, 18, 24, 30, 36]
+    assert history[-1]["train_loss"] < 0.8 * history[0]["train_loss"]
+    names = {SINGLE: "accuracy f1_macro", MULTI: "f1_micro f1_macro threshold", REGRESSION: "mae mse pearson"}
+    assert set(history[0]["validation"]) == {*names[problem_type].split(), "loss"}
+    assert set(history[0]["learning_rates"]) == {"prompts", "projections", "gates", "head"}
+    assert "temperature" in history[0]["gates"]
+    assert all(row["seconds"] > 0 and row["samples_per_second"] > 0 for row in history)
+    assert result.run_dir == tmp_path
+    assert result.best_metrics == history[result.best_epoch - 1]["validation"]
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_backbone_is_bit_identical_after_training():
+    model = build()
+    before = {name: each.clone() for name, each in model.backbone.state_dict().items()}
+    trained = {name: each.clone() for name, each in model.state_dict().items()}
+    run(model)
+    assert same_bits(model.backbone.state_dict(), before)
+    assert all(not torch.equal(each, trained[name]) for name, each in model.state_dict().items() if "gate" not in name)
+
+
+def test_model_and_folder_hold_the_best_epoch(tmp_path):
+    model, record = build(), Record()
+    weights = []
+    record.on_epoch = lambda row: weights.append({n: v.clone() for n, v in model.state_dict().items()})  # type: ignore[method-assign]
+    result = run(
+        model,
+        epochs=5,
+        learning_rate=1.0,
+        head_learning_rate=1.0,
+        output_dir=tmp_path,
+        callbacks=[record],
+        metric="loss",
+    )
+    losses = [row["validation"]["loss"] for row in result.history]
+    assert result.best_epoch == losses.index(min(losses)) + 1
+    assert result.best_epoch < 5  # otherwise this proves nothing
+    assert [row["best"] for row in result.history] == [value == min(losses[: n + 1]) for n, value in enumerate(losses)]
+    assert same_bits(model.state_dict(), weights[result.best_epoch - 1])
+    saved = epic_fast.from_pretrained(tmp_path, backbone=tiny_clip())
+    assert same_bits(saved.state_dict(), model.state_dict())
+    last = build()
+    run(last, epochs=5, learning_rate=1.0, head_learning_rate=1.0, load_best=False, metric="loss")
+    assert same_bits(last.state_dict(), weights[-1])
+
+
+def test_best_metrics_are_those_of_the_returned_model():
+    model = build()
+    result = run(model, epochs=3)
+    held_out = RandomPairs(10, seed=1)
+    found = predict(model, held_out, batch_size=8, progress=False)
+    measured = compute_metrics(found.logits, found.labels, SINGLE, num_labels=3)
+    assert measured == {name: result.best_metrics[name] for name in measured}
+    expected = torch.nn.functional.cross_entropy(found.logits, found.labels)
+    assert result.best_metrics["loss"] == pytest.approx(float(expected), abs=1e-6)
+
+
+def test_multi_label_tunes_and_saves_the_threshold(tmp_path):
+    model = build(MULTI, pos_weight="auto")
+    result = run(model, output_dir=tmp_path)
+    found = predict(model, RandomPairs(10, MULTI, seed=1), batch_size=8, progress=False)
+    assert model.threshold == result.best_metrics["threshold"] == tune_threshold(found.logits, found.labels)
+    assert epic_fast.from_pretrained(tmp_path, backbone=tiny_clip()).threshold == model.threshold
+    data = RandomPairs(26, MULTI)
+    labels = torch.tensor(data.label_ids())
+    expected = (26 - labels.sum(0)) / labels.sum(0)
+    assert model.pos_weight.tolist() == pytest.approx(expected.clamp(0.01, 100).tolist())
+
+
+def test_run_folder(tmp_path):
+    model = build()
+    result = fit(
+        model,
+        RandomPairs(26),
+        RandomPairs(10, seed=1),
+        config=settings(tensorboard=True),
+        output_dir=tmp_path,
+        progress=False,
+        description={"backbone": "tiny", "data": "random"},
+    )
+    names = "checkpoint config.json log.jsonl metrics.json model.safetensors tensorboard training.yaml".split()
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert json.loads((tmp_path / "metrics.json").read_text())["validation"] == result.best_metrics
+    described = yaml.safe_load((tmp_path / "training.yaml").read_text())
+    assert described["backbone"] == "tiny"
+    assert described["training"] == settings(tensorboard=True).to_dict()
+    assert described["method"]["prompt_length"] == 2
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [(row["type"], row["step"]) for row in rows] == [
+        *(("step", 2), ("step", 4), ("epoch", 4)),
+        *(("step", 6), ("step", 8), ("epoch", 8)),
+    ]
+    assert rows[2]["validation"] == result.history[0]["validation"]
+    assert "seconds" not in rows[2]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [each.step for each in events.Scalars("train/loss")] == [2, 4, 6, 8]
+    assert [each.value for each in events.Scalars("validation/accuracy")] == pytest.approx(
+        [row["validation"]["accuracy"] for row in result.history]
+    )
+    assert {"learning_rate/gates", "gates/temperature", "speed/samples_per_second"} <= set(events.Tags()["scalars"])
+
+
+def test_a_training_yaml_of_the_caller_is_left_alone(tmp_path):
+    (tmp_path / "training.yaml").write_text("backbone: mine\n")
+    run(build(), output_dir=tmp_path, epochs=1)
+    assert (tmp_path / "training.yaml").read_text() == "backbone: mine\n"
+
+
+def test_same_seed_same_bits_other_seed_other_bits(tmp_path):
+    logs, states = [], []
+    for number, seed in enumerate((3, 3, 4)):
+        model = build()
+        torch.rand(number)  # what was drawn before does not matter
+        run(model, output_dir=tmp_path / str(number), seed=seed, data=RandomPairs(26, augment=True))
+        logs.append((tmp_path / str(number) / "log.jsonl").read_bytes())
+        states.append(model.state_dict())
+    assert logs[0] == logs[1]
+    assert same_bits(states[0], states[1])
+    assert logs[0] != logs[2]
+    assert not same_bits(states[0], states[2])
+
+
+@pytest.mark.slow
+def test_workers_change_nothing():
+    states = []
+    for workers in (0, 2):
+        model = build()
+        run(model, num_workers=workers, data=RandomPairs(26, augment=True))
+        states.append(model.state_dict())
+    assert same_bits(*states)
+
+
+def test_order_follows_from_seed_and_epoch():
+    def order(seed, epoch):
+        return [index for batch in training_batches(20, 8, seed=seed, epoch=epoch) for index in batch.indices]
+
+    assert sorted(order(0, 0)) == list(range(20))
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+    assert [len(batch.indices) for batch in training_batches(20, 8, seed=0, epoch=0)] == [8, 8, 4]
+
+
+@pytest.mark.parametrize("length", [1, 2, 9, 16, 17])
+def test_processes_share_every_batch_without_duplicates(length):
+    one = training_batches(length, 8, seed=0, epoch=0)
+    shares = [training_batches(length, 8, seed=0, epoch=0, rank=rank, ranks=3) for rank in range(3)]
+    for whole, *parts in zip(one, *shares, strict=True):
+        counted = [index for part in parts for index in part.indices[: part.count]]
+        assert sorted(counted) == sorted(whole.indices)
+        assert all(part.indices and part.total == len(whole.indices) for part in parts)
+    seen = [i for rank in range(3) for part in ordered_batches(length, 4, rank=rank, ranks=3) for i in part.indices]
+    assert sorted(seen) == list(range(length))
+
+
+@pytest.mark.parametrize(("length", "batch_size", "steps"), [(26, 8, 4), (5, 64, 1), (1, 1, 1), (9, 8, 2)])
+def test_odd_sizes(length, batch_size, steps):
+    record = Record()
+    result = run(build(), length, validation=1, batch_size=batch_size, epochs=1, callbacks=[record])
+    assert result.history[0]["step"] == len(record.steps) == steps
+    assert math.isfinite(result.history[0]["train_loss"])
+
+
+def test_train_loss_is_the_mean_over_samples():
+    record = Record()
+    result = run(build(), 9, epochs=1, callbacks=[record])
+    losses = [row["loss"] for row in record.steps]
+    assert result.history[0]["train_loss"] == pytest.approx((8 * losses[0] + losses[1]) / 9)
+
+
+def test_callbacks_see_rates_norms_and_rows():
+    record = Record()
+    result = run(build(), callbacks=[record])
+    assert [row["step"] for row in record.steps] == list(range(1, 9))
+    assert [row["epoch"] for row in record.steps] == [1] * 4 + [2] * 4
+    assert record.steps[0]["learning_rates"]["head"] == pytest.approx(1e-2)
+    assert all(row["grad_norm"] > 0 for row in record.steps)
+    assert record.epochs == result.history
+
+
+def test_without_validation_the_last_epoch_is_the_best(tmp_path):
+    model = build()
+    result = run(model, validation=0, output_dir=tmp_path)
+    assert result.best_epoch == 2
+    assert result.best_metrics == {}
+    assert result.history[0]["validation"] == {}
+    assert same_bits(epic_fast.from_pretrained(tmp_path, backbone=tiny_clip()).state_dict(), model.state_dict())
+
+
+def test_nothing_is_written_without_an_output_dir(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(build(), epochs=1)
+    assert not os.listdir(tmp_path)
+
+
+def test_empty_and_unusable_data():
+    with pytest.raises(DataError, match="the training data is empty"):
+        run(build(), 0)
+    with pytest.raises(DataError, match="the validation data is empty"):
+        fit(build(), RandomPairs(4), RandomPairs(0), progress=False)
+    with pytest.raises(DataError, match="has no length"):
+        fit(build(), iter([1]), progress=False)
+    unlabelled = [{k: v for k, v in RandomPairs(4)[i].items() if k != "labels"} for i in range(4)]
+    with pytest.raises(DataError, match="training samples carry no labels"):
+        fit(build(), unlabelled, config=settings(), progress=False)
+    with pytest.raises(DataError, match="validation samples carry no labels"):
+        fit(build(), RandomPairs(4), unlabelled, config=settings(), progress=False)
+    with pytest.raises(DataError, match="is empty"):
+        predict(build(), RandomPairs(0))
+
+
+def test_settings_that_do_not_fit():
+    with pytest.raises(ConfigError, match="'f1_micro'; for single_label"):
+        run(build(), metric="f1_micro")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+            run(build(), precision="fp16")
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        predict(build(), RandomPairs(4), batch_size=0)
+
+
+class Poisoned(RandomPairs):
+    """One sample holds a NaN."""
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        if index == 3:
+            sample["pixel_values"] = sample["pixel_values"] * float("nan")
+        return sample
+
+
+def test_non_finite_loss_names_step_and_tensor_and_keeps_the_checkpoint(tmp_path):
+    order = [i for batch in training_batches(26, 8, seed=0, epoch=0) for i in batch.indices]
+    step = order.index(3) // 8 + 1
+    model = build()
+    with pytest.raises(EpicFastError, match=rf"step {step} \(epoch 1.*NaN in the batch's 'pixel_values'") as caught:
+        run(model, output_dir=tmp_path, data=Poisoned(26), checkpoint_every_steps=1)
+    assert all(torch.isfinite(each).all() for each in model.state_dict().values())
+    if step > 1:
+        assert str(tmp_path / "checkpoint") in str(caught.value)
+        assert json.loads((tmp_path / "checkpoint" / "state.json").read_text())["position"]["step"] == step - 1
+
+
+def test_non_finite_gradient_names_the_parameter():
+    model = build()
+    model.text_prompt.register_hook(lambda grad: grad * float("inf"))
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    with pytest.raises(EpicFastError, match=r"step 1 \(epoch 1, batch 1\).*in the gradient of parameter 'text_prompt'"):
+        run(model)
+    assert same_bits(model.state_dict(), before)
+
+
+def test_non_finite_weight_names_the_parameter():
+    model = build()
+    with torch.no_grad():
+        model.text_prompt[0, 0] = float("inf")
+    with pytest.raises(EpicFastError, match="an infinity in parameter 'text_prompt'"):
+        run(model)
+
+
+def test_clipping_bounds_the_step():
+    norms = []
+    for limit in (None, 1e-3):
+        model, record = build(), Record()
+        seen: list[float] = []
+        model.text_prompt.register_post_accumulate_grad_hook(lambda p: None)
+        step = torch.optim.AdamW.step
+
+        def watched(self, *args, seen=seen, step=step, **kwargs):
+            grads = [p.grad for group in self.param_groups for p in group["params"]]
+            seen.append(float(torch.nn.utils.get_total_norm(grads)))
+            return step(self, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "step", watched)
+            run(model, epochs=1, max_grad_norm=limit, callbacks=[record])
+        norms.append((seen, [row["grad_norm"] for row in record.steps]))
+    assert norms[0][0] == pytest.approx(norms[0][1], rel=1e-5)
+    assert max(norms[1][0]) <= 1e-3 * 1.0001
+    assert min(norms[1][1]) > 1e-2
+
+
+def test_bf16_keeps_parameters_in_float32_and_the_model_clean():
+    model = build()
+    dtypes = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_hook(lambda module, args, out: dtypes.append(out.dtype))
+    run(model, precision="bf16", epochs=1)
+    assert torch.bfloat16 in dtypes
+    assert all(each.dtype == torch.float32 for each in model.parameters())
+    assert not {"forward", "_original_forward", "_is_accelerate_prepared"} & set(vars(model))
+    dtypes.clear()
+    run(model, precision="fp32", epochs=1)  # another precision in the same process
+    assert set(dtypes) == {torch.float32}
+    assert predict(model, RandomPairs(4), progress=False, precision="bf16").logits.dtype == torch.float32
+
+
+def test_an_accelerator_of_the_caller_stays_whole():
+    from accelerate import Accelerator
+
+    mine = Accelerator(cpu=True, mixed_precision="no")
+    run(build(), precision="bf16", epochs=1)
+    assert mine.mixed_precision == "no"
+    assert mine.device.type == "cpu"
+
+
+def test_feature_statistics_are_fitted_once_before_the_first_step():
+    model = build(feature_norm="standardize")
+    assert model.needs_feature_statistics
+    run(model, epochs=1)
+    assert not model.needs_feature_statistics
+
+
+def test_set_epoch_is_called_before_each_epoch():
+    class Fresh(RandomPairs):
+        seen: list[int]
+
+        def set_epoch(self, epoch):
+            self.seen.append(epoch)
+
+    data = Fresh(9)
+    data.seen = []
+    run(build(), data=data, epochs=3)
+    assert data.seen == [0, 1, 2]
+
+
+def test_predict_keeps_the_order_and_the_mode():
+    model, data = build(), RandomPairs(11)
+    model.train()
+    whole = predict(model, data, batch_size=11, progress=False)
+    parts = predict(model, data, batch_size=4, progress=False)
+    assert model.training
+    assert whole.logits.shape == (11, 3)
+    torch.testing.assert_close(parts.logits, whole.logits, rtol=1e-5, atol=1e-5)
+    assert torch.equal(parts.labels, data.classes)
+    unlabelled = [{k: v for k, v in data[i].items() if k != "labels"} for i in range(3)]
+    assert predict(model, unlabelled, progress=False).labels is None
+
+
+def test_a_line_an_epoch_where_there_is_no_terminal(capfd, caplog):
+    lines = []
+    options = {"config": settings(), "output_dir": None}
+    fit(build(), RandomPairs(9), RandomPairs(4, seed=1), progress=lines.append, **options)
+    assert len(lines) == 2
+    assert lines[0].startswith("epoch 1/2, train loss ")
+    assert "accuracy" in lines[0]
+    with caplog.at_level(logging.INFO, "epic_fast"):
+        fit(build(), RandomPairs(9), RandomPairs(4, seed=1), **options)
+    assert [record.message for record in caplog.records if record.message.startswith("epoch ")] != []
+    assert capfd.readouterr().out == ""
+
+
+def test_what_progress_means(monkeypatch):
+    assert type(make_reporter(False)) is Reporter
+    assert isinstance(make_reporter(True), BarReporter)
+    assert isinstance(make_reporter(print), LineReporter)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    assert isinstance(make_reporter(None), BarReporter)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False, raising=False)
+    assert isinstance(make_reporter(None), LineReporter)
+
+
+def test_the_bar_runs_through(capfd):
+    fit(build(), RandomPairs(9), RandomPairs(4, seed=1), config=settings(epochs=1), progress=True)
+    assert "epoch 1/1, train loss" in capfd.readouterr().err
