@@ -6,14 +6,16 @@ import json
 import logging
 import math
 import os
+import random
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 import epic_fast
 from epic_fast.errors import ConfigError, DataError, EpicFastError
-from epic_fast.testing import tiny_clip
+from epic_fast.testing import make_folder, tiny_clip
 from epic_fast.testing.pairs import RandomPairs
 from epic_fast.training import Callback, TrainingConfig, compute_metrics, fit, predict, tune_threshold
 from epic_fast.training.batches import ordered_batches, training_batches
@@ -183,6 +185,41 @@ def test_a_training_yaml_of_the_caller_is_left_alone(tmp_path):
     assert (tmp_path / "training.yaml").read_text() == "backbone: mine\n"
 
 
+@pytest.mark.parametrize(("multi_label", "problem_type"), [(False, SINGLE), (True, MULTI)])
+def test_pictures_and_texts_from_a_folder(multi_label, problem_type, tmp_path):
+    """Files to metrics with the library's own reader and collator."""
+    from epic_fast.data import read_folder
+
+    tiny_clip(tmp_path / "towers")
+    folder = read_folder(make_folder(tmp_path / "data", multi_label=multi_label))
+    model = epic_fast.wrap(
+        str(tmp_path / "towers"),
+        epic_fast.EpicConfig(prompt_length=2, num_layer_pairs=2, feature_norm="standardize"),
+        num_labels=len(folder.labels),
+        problem_type=folder.problem_type,
+        labels=folder.labels,
+        pos_weight="auto" if multi_label else None,
+    )
+    assert model.problem_type == problem_type
+    splits = folder.splits
+    result = fit(
+        model,
+        splits["train"],
+        splits["validation"],
+        config=settings(epochs=4),
+        output_dir=tmp_path / "run",
+        progress=False,
+    )
+    assert result.best_metrics["f1_macro"] > 0.6
+    found = predict(epic_fast.from_pretrained(tmp_path / "run"), splits["test"], progress=False)
+    assert found.logits.shape == (9, len(folder.labels))
+    assert found.labels is not None
+    if multi_label:
+        ids = splits["train"].label_ids()
+        share = [sum(label in row for row in ids) / 24 for label in range(len(folder.labels))]
+        assert model.pos_weight.tolist() == pytest.approx([(1 - each) / each for each in share])
+
+
 def test_same_seed_same_bits_other_seed_other_bits(tmp_path):
     logs, states = [], []
     for number, seed in enumerate((3, 3, 4)):
@@ -195,6 +232,45 @@ def test_same_seed_same_bits_other_seed_other_bits(tmp_path):
     assert same_bits(states[0], states[1])
     assert logs[0] != logs[2]
     assert not same_bits(states[0], states[2])
+
+
+class Whole(RandomPairs):
+    """Hands out a batch at a time."""
+
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+def test_data_that_hands_out_batches():
+    states = []
+    for kind in (RandomPairs, Whole):
+        model = build()
+        run(model, data=kind(26))
+        states.append(model.state_dict())
+    assert same_bits(*states)
+
+
+def test_draws_of_the_data_leave_the_dropout_alone():
+    """The model's own randomness is the same whether or not the data draws any."""
+    seen = []
+    for data in (RandomPairs(26), Drawing(26), DrawingWhole(26)):
+        model = build()
+        run(model, data=data)
+        seen.append(model.state_dict())
+    assert same_bits(seen[0], seen[1])
+    assert same_bits(seen[0], seen[2])
+
+
+class Drawing(RandomPairs):
+    """Draws from every global generator and uses nothing of it."""
+
+    def __getitem__(self, index):
+        torch.rand(index + 1), np.random.rand(), random.random()  # noqa: NPY002
+        return super().__getitem__(index)
+
+
+class DrawingWhole(Drawing, Whole):
+    pass
 
 
 @pytest.mark.slow

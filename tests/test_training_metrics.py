@@ -184,6 +184,10 @@ def test_labels_as_rows_as_ids_and_from_samples():
     assert torch.equal(multi_hot_labels(Labelled([[1, 0, 1], [0, 0, 0], [0, 1, 0]]), 3), expected)
     assert torch.equal(multi_hot_labels(Labelled(expected), 3), expected)
     assert torch.equal(multi_hot_labels(Labelled([[0, 2], [], [1]]), 3), expected)
+    assert multi_hot_labels(Labelled([[0, 1], [0, 1]]), 2).tolist() == [[1, 1], [1, 1]]
+    assert multi_hot_labels(Labelled([[0, 1], [1, 0]]), 2).tolist() == [[0, 1], [1, 0]]
+    assert multi_hot_labels(Labelled([[0.0, 1.0]]), 2).tolist() == [[0, 1]]
+    assert multi_hot_labels(Labelled([[0], []]), 1).tolist() == [[1], [0]]
     data = RandomPairs(5, MULTI)
     samples = [data[index] for index in range(5)]
     assert torch.equal(multi_hot_labels(samples, 3), multi_hot_labels(data, 3))

@@ -54,7 +54,11 @@ def ordered_batches(length: int, batch_size: int, *, rank: int = 0, ranks: int =
 
 class SeededBatches(Dataset):
     """Loads a :class:`Batch`, so that what a sample draws depends on (seed, epoch, sample) and on nothing else:
-    not on the number of workers, on the other samples of its batch, nor on where a resumed run began."""
+    not on the number of workers, on the other samples of its batch, nor on where a resumed run began.
+
+    A data set with PyTorch's ``__getitems__`` (a list of indices at once) is asked for the whole batch, which saves
+    the seeding of each sample (some 30 microseconds); its draws then depend on (seed, epoch, batch, process).
+    """
 
     def __init__(self, dataset: Any, collator: Callable[[list[Any]], Mapping[str, Any]], seed: int):
         self.dataset = dataset
@@ -63,12 +67,17 @@ class SeededBatches(Dataset):
 
     def __getitem__(self, batch: Batch) -> tuple[Batch, dict[str, Any]]:
         with host_randomness_kept():
-            items = []
-            for index in batch.indices:
-                seed_host(derived_seed(self.seed, "sample", batch.epoch, index))
-                items.append(self.dataset[index])
+            if hasattr(self.dataset, "__getitems__"):
+                seed_host(derived_seed(self.seed, "samples", batch.epoch, batch.number, batch.indices[0]))
+                items = self.dataset.__getitems__(list(batch.indices))
+            else:
+                items = [self._sample(batch.epoch, index) for index in batch.indices]
             seed_host(derived_seed(self.seed, "batch", batch.epoch, batch.number))
             return batch, dict(self.collator(items))
+
+    def _sample(self, epoch: int, index: int) -> Any:
+        seed_host(derived_seed(self.seed, "sample", epoch, index))
+        return self.dataset[index]
 
 
 def loader(

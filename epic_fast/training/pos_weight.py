@@ -45,7 +45,7 @@ def multi_hot_labels(dataset: Any, num_labels: int) -> Tensor:
         with host_randomness_kept():
             rows = [_label_of(dataset[index]) for index in range(len(dataset))]
     rows = [torch.as_tensor(row) for row in rows]
-    if all(row.shape == (num_labels,) and bool(((row == 0) | (row == 1)).all()) for row in rows):
+    if all(_may_be_multi_hot(row, num_labels) for row in rows) and not all(_is_rising(row) for row in rows):
         return torch.stack(rows).float()
     labels = torch.zeros(len(rows), num_labels)
     for index, row in enumerate(rows):
@@ -57,6 +57,15 @@ def multi_hot_labels(dataset: Any, num_labels: int) -> Tensor:
             )
         labels[index, ids] = 1.0
     return labels
+
+
+def _may_be_multi_hot(row: Tensor, num_labels: int) -> bool:
+    return row.shape == (num_labels,) and bool(((row == 0) | (row == 1)).all())
+
+
+def _is_rising(row: Tensor) -> bool:
+    """Whether whole numbers rise, as class ids do: of 0/1 rows only (0,) and (0, 1) look like that."""
+    return not row.is_floating_point() and bool((row[1:] > row[:-1]).all())
 
 
 def _label_of(sample: Any) -> Any:
