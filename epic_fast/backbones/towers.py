@@ -120,7 +120,10 @@ class Tower(ABC):
     @property
     def feature_widths(self) -> dict[str, int]:
         """The features that this tower can give to a head, with their widths."""
-        widths = {"pooled": self.hidden_size, "cls": self.hidden_size, "mean": self.hidden_size}
+        widths = {"pooled": self.hidden_size, "mean": self.hidden_size}
+        if not self.causal:
+            # In a causal tower the first row has read nothing of the text.
+            widths["cls"] = self.hidden_size
         if self.projection is not None:
             widths["projected"] = self.projection.out_features
         return widths
@@ -243,11 +246,6 @@ class ClipTextTower(TextTower):
 
     def find_layers(self) -> Sequence[nn.Module]:
         return list(self.model.encoder.layers)
-
-    @property
-    def feature_widths(self) -> dict[str, int]:
-        # In a causal tower the first row has read nothing of the text.
-        return {kind: width for kind, width in super().feature_widths.items() if kind != "cls"}
 
     def start(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None

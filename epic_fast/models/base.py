@@ -148,7 +148,12 @@ class PromptedModel(nn.Module, ABC):
         )
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """The task's loss, ``()``: cross-entropy, BCE with logits, or squared error."""
+        """The task's loss, ``()``: cross-entropy, BCE with logits, or squared error.
+
+        Raises:
+            ConfigError: labels whose shape or type is not the task's, or ``pos_weight="auto"`` unresolved.
+        """
+        self._check_labels(logits, labels)
         if self.problem_type == "single_label_classification":
             smoothing = getattr(self.config, "label_smoothing", 0.0)
             return nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
@@ -161,6 +166,29 @@ class PromptedModel(nn.Module, ABC):
             weight = self.pos_weight_values
             return nn.functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), pos_weight=weight)
         return nn.functional.mse_loss(logits, labels.to(logits.dtype).reshape(logits.shape))
+
+    def _check_labels(self, logits: Tensor, labels: Tensor) -> None:
+        batch, outputs = logits.shape
+        if self.problem_type == "single_label_classification":
+            wanted = labels.dim() == 1 and labels.shape[0] == batch
+        elif labels.dim() == 1:
+            wanted = self.problem_type == "regression" and outputs == 1 and labels.shape[0] == batch
+        else:
+            wanted = labels.shape == logits.shape
+        if not wanted:
+            single = f"({batch},)"
+            shapes = {
+                "single_label_classification": single,
+                "multi_label_classification": f"({batch}, {outputs})",
+                "regression": f"({batch}, {outputs})" + (f" or {single}" if outputs == 1 else ""),
+            }
+            raise ConfigError(
+                f"labels have shape {tuple(labels.shape)}; wanted {shapes[self.problem_type]} for {self.problem_type}"
+            )
+        if self.problem_type == "single_label_classification" and labels.is_floating_point():
+            raise ConfigError(
+                f"labels are of type {labels.dtype}; wanted integers, class indices, for {self.problem_type}"
+            )
 
     # -- task -------------------------------------------------------------------------------------------------
 
@@ -284,4 +312,11 @@ def _drop_backbone(module: nn.Module, state: dict[str, Any], prefix: str, metada
 
 
 def _forgive_backbone(module: nn.Module, incompatible: Any) -> None:
-    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not f".{name}".count(".backbone.")]
+    """Strict loading misses none of this backbone's tensors; a stranger named ``backbone`` is not forgiven."""
+    own = {f"backbone.{name}" for name in module.backbone.state_dict()}  # pyright: ignore[reportCallIssue]
+
+    def is_own(name: str) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[at:]) in own for at, part in enumerate(parts) if part == "backbone")
+
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not is_own(name)]

@@ -99,6 +99,9 @@ class Head(nn.Module):
             )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features ``(B, width)`` to logits ``(B, K)``, float32."""
+        """Features ``(B, width)`` to logits ``(B, K)``, float32; float64 where the head was converted to it."""
+        output = self.classifier[-1]
+        assert isinstance(output, nn.Linear)
+        wide = torch.promote_types(output.weight.dtype, torch.float32)
         with torch.autocast(features.device.type, enabled=False):
-            return self.classifier(self.norm(features.float()))
+            return self.classifier(self.norm(features.to(wide)).to(output.weight.dtype)).to(wide)

@@ -80,9 +80,10 @@ class InteractionHub(nn.Module):
             projections = self._projections(copy, text_prompt.dtype)
             return functional.prompt_interaction(text_prompt, vision_prompt, *projections, *gates, temperature)
         # With a unit gate the operation returns prompt + mix, and the mix alone goes through the activation; in
-        # float32, for the difference would lose the mix's digits in a lower precision.
+        # at least float32, for the difference would lose the mix's digits in a lower precision.
         one = torch.ones_like(temperature)
-        text, vision = text_prompt.float(), vision_prompt.float()
+        wide = torch.promote_types(text_prompt.dtype, torch.float32)
+        text, vision = text_prompt.to(wide), vision_prompt.to(wide)
         mixed = functional.prompt_interaction(text, vision, *self._projections(copy, text.dtype), one, one, temperature)
         return (
             (text + gates[0] * self._activate(mixed[0] - text)).to(text_prompt.dtype),
