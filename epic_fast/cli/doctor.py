@@ -210,9 +210,9 @@ def _self_test() -> Finding:
         optimizer.step()
         after = model(**batch).loss
     if without or not bool(torch.isfinite(after)):
-        return Finding("self-test", "fail", f"no gradient for {without}, loss {float(after)}", "please report this")
+        return Finding("self test", "fail", f"no gradient for {without}, loss {float(after)}", "please report this")
     seconds = time.perf_counter() - start
-    return Finding("self-test", "ok", f"tiny CLIP wrapped and trained one step on {model.device} in {seconds:.1f} s")
+    return Finding("self test", "ok", f"tiny CLIP wrapped and trained one step on {model.device} in {seconds:.1f} s")
 
 
 def _tiny_clip() -> Any:
