@@ -20,58 +20,82 @@ class Prefix:
     vision: TowerState
 
     def to(self, device: torch.device | str) -> Prefix:
+        """On another device."""
         return Prefix(self.text.to(device), self.vision.to(device))
 
 
 class PrefixCache:
     """Prefixes of a fixed list of samples in memory, texts and pictures addressed apart.
 
-    Exact: a batch taken from here gives what :meth:`PromptedModel.extract` would give for it, text cut to the
+    Exact: a batch taken from here gives what :meth:`PromptedModel.extract` would give for it, texts padded to the
     longest of the batch.  Only right while the pictures are not augmented.
+
+    Args:
+        prefixes: of consecutive batches of the samples.
     """
 
     def __init__(self, prefixes: Iterable[Prefix]):
         prefixes = list(prefixes)
         if not prefixes:
             raise ConfigError("PrefixCache: no prefixes were given; wanted those of at least one batch")
-        self.vision = _stack([prefix.vision for prefix in prefixes])
-        self.text = _stack([prefix.text for prefix in prefixes])
+        self.vision = TowerCache([prefix.vision for prefix in prefixes])
+        self.text = TowerCache([prefix.text for prefix in prefixes])
 
     def __len__(self) -> int:
-        return len(self.vision.hidden)
+        return len(self.vision)
 
     @property
     def nbytes(self) -> int:
         """Bytes held."""
-        return sum(state.hidden.numel() * state.hidden.element_size() for state in (self.vision, self.text))
-
-    def to(self, device: torch.device | str) -> PrefixCache:
-        """The same cache on another device."""
-        moved = object.__new__(PrefixCache)
-        moved.vision, moved.text = self.vision.to(device), self.text.to(device)
-        return moved
+        return self.vision.nbytes + self.text.nbytes
 
     def batch(self, pictures: Tensor, texts: Tensor | None = None) -> Prefix:
         """The prefix of pictures ``(b,)`` beside texts ``(b,)`` (integers; texts default to the pictures')."""
-        pictures = pictures.to(self.vision.hidden.device)
-        texts = pictures if texts is None else texts.to(self.text.hidden.device)
-        return Prefix(text=self.text.rows(texts), vision=self.vision.rows(pictures))
+        return Prefix(text=self.text.rows(pictures if texts is None else texts), vision=self.vision.rows(pictures))
 
 
-def _stack(states: list[TowerState]) -> TowerState:
-    longest = max(state.hidden.shape[1] for state in states)
-    hidden = torch.cat([_pad(state.hidden, longest) for state in states])
-    valid = None
-    if states[0].valid is not None:
-        valid = torch.cat([_pad(state.valid, longest) for state in states if state.valid is not None])
-    pool_index = None
-    if states[0].pool_index is not None:
-        pool_index = torch.cat([state.pool_index for state in states if state.pool_index is not None])
-    return TowerState(hidden, valid, pool_index)
+class TowerCache:
+    """The states of one tower, end to end: padding is not kept.
 
+    Args:
+        states: of consecutive batches; padding, if any, on the right.
+    """
 
-def _pad(tensor: Tensor, length: int) -> Tensor:
-    if tensor.shape[1] == length:
-        return tensor
-    padding = tensor.new_zeros(tensor.shape[0], length - tensor.shape[1], *tensor.shape[2:])
-    return torch.cat([tensor, padding], dim=1)
+    def __init__(self, states: list[TowerState]):
+        tokens, lengths, pool = [], [], []
+        for state in states:
+            width = state.hidden.shape[1]
+            valid = state.valid
+            if valid is None:
+                valid = torch.ones(state.hidden.shape[:2], dtype=torch.bool, device=state.hidden.device)
+            length = valid.sum(dim=1)
+            if not torch.equal(valid, torch.arange(width, device=valid.device) < length[:, None]):
+                raise ConfigError("PrefixCache: a text is padded on the left or in the middle; wanted right padding")
+            tokens.append(state.hidden[valid])
+            lengths.append(length)
+            pool.append(state.pool_index)
+        self.tokens = torch.cat(tokens)
+        self.lengths = torch.cat(lengths)
+        self.first = self.lengths.cumsum(0) - self.lengths
+        self.pool_index = None if pool[0] is None else torch.cat(pool)
+        self.masked = states[0].valid is not None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return self.tokens.numel() * self.tokens.element_size()
+
+    def rows(self, index: Tensor) -> TowerState:
+        """The states of samples ``(b,)``, padded with zeros to the longest of them."""
+        index = index.to(self.tokens.device)
+        lengths = self.lengths[index]
+        position = torch.arange(int(lengths.max()), device=index.device)
+        valid = position < lengths[:, None]
+        hidden = self.tokens[(self.first[index][:, None] + position).clamp_max(len(self.tokens) - 1)]
+        if not self.masked:
+            return TowerState(hidden)
+        pool_index = None if self.pool_index is None else self.pool_index[index]
+        return TowerState(hidden * valid[:, :, None], valid, pool_index)

@@ -37,15 +37,3 @@ class TowerState:
         valid = None if self.valid is None else self.valid.to(device)
         pool_index = None if self.pool_index is None else self.pool_index.to(device)
         return TowerState(self.hidden.to(device), valid, pool_index)
-
-    def rows(self, index: Tensor) -> TowerState:
-        """The samples ``index`` (``(b,)`` integers), text cut to the longest of them."""
-        hidden = self.hidden[index]
-        valid = None if self.valid is None else self.valid[index]
-        pool_index = None if self.pool_index is None else self.pool_index[index]
-        if valid is not None:
-            longest = int(valid.sum(dim=1).max())
-            # Cutting is exact only where the valid tokens come first.
-            if bool(valid[:, :longest].sum() == valid.sum()):
-                hidden, valid = hidden[:, :longest], valid[:, :longest]
-        return TowerState(hidden, valid, pool_index)

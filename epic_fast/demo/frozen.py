@@ -1,0 +1,109 @@
+"""What the frozen towers make of the demo's pictures and titles, computed once for every rival."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from epic_fast.backbones import DualEncoder
+from epic_fast.backbones.demo import VISION_FOLDER
+from epic_fast.data import Collator, PairDataset, read_folder, resolve_data
+from epic_fast.engine import Prefix, PrefixCache
+
+SPLITS = ("train", "validation", "test")
+TEXT_FEATURES, VISION_FEATURES = "mean", "cls+mean"
+
+
+@dataclass
+class FrozenPairs:
+    """The demo's pairs as the frozen towers see them; rows are those of train, validation and test in turn.
+
+    Attributes:
+        cache: both towers right below the first layer pair.
+        text: ``(n, 384)`` mean of MiniLM's last layer.
+        vision: ``(n, 512)`` class token and patch mean of the ViT's last layer, after its final norm.
+        labels: ``(n,)`` class ids.
+        rows: the rows of each split.
+        names: class names.
+        titles, pictures: the title and the file of each row.
+    """
+
+    cache: PrefixCache
+    text: Tensor
+    vision: Tensor
+    labels: Tensor
+    rows: dict[str, Tensor]
+    names: list[str]
+    titles: list[str]
+    pictures: list[Path]
+
+    @property
+    def device(self) -> torch.device:
+        return self.text.device
+
+    def aligned_vision(self) -> Tensor:
+        """The pictures in the space of the titles, ``(n, 384)``, by the map that the tower was aligned with."""
+        alignment = safetensors.torch.load_file(VISION_FOLDER / "alignment.safetensors")
+        weight, bias = (alignment[f"visual_projection.{name}"].to(self.vision) for name in ("weight", "bias"))
+        return torch.nn.functional.linear(self.vision, weight, bias)
+
+
+@torch.no_grad()
+def read_frozen_pairs(
+    backbone: DualEncoder,
+    first_layers: tuple[int, int],
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 64,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> FrozenPairs:
+    """Read the demo's pairs and run them through the towers.
+
+    Args:
+        backbone: the demo's pair of towers.
+        first_layers: (text, vision) layers below which the cache stands.
+        device: where to run and to keep the result.
+        tick: told (pairs done, pairs in all) after every batch.
+    """
+    folder = read_folder(resolve_data("demo"))
+    backbone.to(device)
+    collator = Collator(backbone.image_processor, backbone.tokenizer, max_text_length=backbone.max_text_length)
+    parts: list[PairDataset] = [folder.splits[name] for name in SPLITS]
+    total = sum(map(len, parts))
+    prefixes, text_features, vision_features, labels = [], [], [], []
+    done = 0
+    for part in parts:
+        for start in range(0, len(part), batch_size):
+            examples = [part[index] for index in range(start, min(start + batch_size, len(part)))]
+            batch = {name: tensor.to(device) for name, tensor in collator(examples).items()}
+            labels.append(batch.pop("labels"))
+            pixel_values = batch.pop("pixel_values")
+            text_layer, vision_layer = first_layers
+            text = backbone.text.run(backbone.text.start(**batch), 0, text_layer)
+            vision = backbone.vision.run(backbone.vision.start(pixel_values), 0, vision_layer)
+            prefixes.append(Prefix(text=text, vision=vision))
+            text = backbone.text.run(text, text_layer, backbone.text.num_layers)
+            vision = backbone.vision.run(vision, vision_layer, backbone.vision.num_layers)
+            text_features.append(backbone.text.features(text, TEXT_FEATURES))
+            vision_features.append(backbone.vision.features(vision, VISION_FEATURES))
+            done += len(examples)
+            tick(done, total)
+    rows, first = {}, 0
+    for name, part in zip(SPLITS, parts, strict=True):
+        rows[name] = torch.arange(first, first + len(part), device=device)
+        first += len(part)
+    return FrozenPairs(
+        cache=PrefixCache(prefixes),
+        text=torch.cat(text_features),
+        vision=torch.cat(vision_features),
+        labels=torch.cat(labels),
+        rows=rows,
+        names=folder.labels,
+        titles=[title for part in parts for title in part.texts()],
+        pictures=[row.path for part in parts for row in part.rows],
+    )
