@@ -28,7 +28,7 @@ from epic_fast.training import TrainingConfig, fit
 from epic_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from epic_fast.training.log import cut_back
 
-EVENTS = ("step:2", "step:4", "step:5", "step:7", "step:10", "fsync:9", "rename:9", "rename:12", "rename:13")
+EVENTS = ("step:2", "step:4", "step:5", "step:7", "step:12", "fsync:9", "rename:9", "rename:12", "rename:13")
 
 
 def build(seed: int = 0, **options):

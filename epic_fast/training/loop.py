@@ -87,8 +87,9 @@ def fit(
         callbacks: see :class:`Callback`; anything with ``on_step`` or ``on_epoch``.
         description: more keys for ``training.yaml``, such as where backbone and data came from.
 
-    Under ``accelerate launch`` with several processes each computes its share of every batch of ``batch_size``; the
-    result is that of one process up to rounding (and, with dropout, up to its draws).  All must see the run folder.
+    Under ``accelerate launch`` or ``torchrun`` with several processes each computes its share of every batch of
+    ``batch_size``; the result is that of one process up to rounding (and, with dropout, up to its draws).  All must
+    see the run folder.
 
     Raises:
         ConfigError: settings that do not fit the model, or a checkpoint of another run.
@@ -157,6 +158,8 @@ class _Run:
         self.main = accelerator.is_main_process
         self.rank, self.ranks = accelerator.process_index, accelerator.num_processes
         self.precision = precision
+        # Without workers a batch is there when it is asked for, and may already lie on the GPU.
+        self.pinned = accelerator.device.type == "cuda" and config.num_workers > 0
         self.metric = choose_metric(config.metric, model.problem_type)
         self.collator = collator or collator_for(model, train)
         self.folder = None if output_dir is None else Path(output_dir)
@@ -288,7 +291,7 @@ class _Run:
         self.reporter.start(f"epoch {at.epoch + 1}/{config.epochs}", len(batches), at.batch)
         clock = time.perf_counter()
         for which, batch in self._loader(self.train_data, batches[at.batch :]):
-            inputs: Any = send_to_device(batch, self.accelerator.device)
+            inputs: Any = send_to_device(batch, self.accelerator.device, non_blocking=self.pinned)
             loss, norm = self._step(inputs, which.count, which.total)
             at.batch, at.step = at.batch + 1, at.step + 1
             at.loss_sum, at.samples = at.loss_sum + loss * which.total, at.samples + which.total
@@ -434,7 +437,7 @@ class _Run:
             batches,
             seed=self.config.seed,
             num_workers=self.config.num_workers,
-            pin_memory=self.accelerator.device.type == "cuda",
+            pin_memory=self.pinned,
         )
 
     def _set_epoch(self, epoch: int) -> None:
