@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import random
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 import pytest
@@ -517,3 +518,81 @@ def test_what_progress_means(monkeypatch):
 def test_the_bar_runs_through(capfd):
     fit(build(), RandomPairs(9), RandomPairs(4, seed=1), config=settings(epochs=1), progress=True)
     assert "epoch 1/1, train loss" in capfd.readouterr().err
+
+
+@pytest.fixture
+def loss_scaling(monkeypatch):
+    """fp16 as on a GPU: accelerate's loss scaling with PyTorch's CPU scaler, the passes themselves in float32."""
+    from epic_fast.training import loop
+
+    scalers = []
+    original = loop.launched
+
+    @contextmanager
+    def scaled(config):
+        with original(config) as (accelerator, precision):
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16, growth_interval=3)
+            accelerator.state._mixed_precision = "fp16"
+            accelerator.prepare_model = lambda model: model
+            accelerator.native_amp = True
+            monkeypatch.setattr(accelerator, "autocast", nullcontext)
+            scalers.append(accelerator.scaler)
+            yield accelerator, precision
+
+    monkeypatch.setattr(loop, "launched", scaled)
+    return scalers
+
+
+def test_fp16_overflow_is_skipped_and_scaled_down(loss_scaling):
+    model, record, calls = build(), Record(), [0]
+
+    def overflow(grad):
+        calls[0] += 1
+        return grad * float("inf") if calls[0] == 1 else grad
+
+    model.text_prompt.register_hook(overflow)
+    run(model, epochs=1, callbacks=[record])
+    assert math.isinf(record.steps[0]["grad_norm"])
+    assert all(math.isfinite(row["grad_norm"]) for row in record.steps[1:])
+    assert record.steps[1]["learning_rates"] == record.steps[0]["learning_rates"]  # a skipped step moves no schedule
+    assert record.steps[2]["learning_rates"] != record.steps[1]["learning_rates"]
+    assert loss_scaling[0].get_scale() == 2.0**16  # halved once, doubled after three good steps
+
+
+def test_fp16_that_always_overflows_ends(loss_scaling, monkeypatch):
+    model = build()
+    model.text_prompt.register_hook(lambda grad: grad * float("inf"))
+    monkeypatch.setattr("epic_fast.training.loop.MOST_SKIPPED_STEPS", 3)
+    before = {name: each.clone() for name, each in model.state_dict().items()}
+    with pytest.raises(EpicFastError, match=r"step 3 .*in the gradient of parameter 'text_prompt'"):
+        run(model)
+    assert same_bits(model.state_dict(), before)
+
+
+def test_scaled_gradients_train_as_unscaled_ones(loss_scaling, monkeypatch):
+    scaled, plain = build(), build()
+    run(scaled, epochs=1)
+    monkeypatch.undo()
+    run(plain, epochs=1)
+    for name, each in plain.state_dict().items():
+        torch.testing.assert_close(scaled.state_dict()[name], each, rtol=1e-5, atol=1e-6)
+    assert loss_scaling[0].get_scale() == 2.0**17
+
+
+class Interrupt:
+    def on_step(self, row):
+        if row["step"] == 7:
+            raise KeyboardInterrupt
+
+
+def test_loss_scale_is_resumed(loss_scaling, tmp_path):
+    data = RandomPairs(26), RandomPairs(10, seed=1)
+    options = {"config": settings(epochs=3, checkpoint_every_steps=3), "progress": False}
+    whole = build()
+    fit(whole, *data, output_dir=tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        fit(build(), *data, output_dir=tmp_path / "cut", callbacks=[Interrupt()], **options)
+    resumed = build()
+    fit(resumed, *data, output_dir=tmp_path / "cut", resume="auto", **options)
+    assert same_bits(resumed.state_dict(), whole.state_dict())
+    assert loss_scaling[2].get_scale() == loss_scaling[0].get_scale() == 2.0**20
