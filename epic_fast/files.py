@@ -15,21 +15,32 @@ from typing import Any
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that replaces it when the block ends well, and vanishes otherwise."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with atomic_files(path) as (temporary,):
         yield temporary
-        _sync(temporary)
+
+
+@contextmanager
+def atomic_files(*paths: str | Path) -> Iterator[list[Path]]:
+    """Temporary paths beside ``paths`` that replace them together, once all of them are whole on the disk."""
+    temporaries: list[Path] = []
+    try:
+        for path in map(Path, paths):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+            os.close(handle)
+            temporaries.append(Path(name))
+        yield list(temporaries)
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
+        for temporary in temporaries:
+            _sync(temporary)
+            temporary.chmod(0o666 & ~umask)
+        for temporary, path in zip(temporaries, paths, strict=True):
+            temporary.replace(path)
     finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+        for temporary in temporaries:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
 
 
 @contextmanager
@@ -73,7 +84,12 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 def atomic_write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON to ``path``, whole or not at all."""
-    atomic_write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    atomic_write_text(path, to_json(value))
+
+
+def to_json(value: Any) -> str:
+    """``value`` as it stands in the project's JSON files: indented, with a last line end."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def _previous(path: Path) -> Path:

@@ -143,8 +143,8 @@ class PromptedModel(nn.Module, ABC):
         text_layer, vision_layer = self.first_layers()
         text, vision = self.backbone.text, self.backbone.vision
         return Prefix(
-            text=text.run(text.start(input_ids, attention_mask, token_type_ids), 0, text_layer),
-            vision=vision.run(vision.start(pixel_values), 0, vision_layer),
+            text=text.run(text.start(input_ids, attention_mask, token_type_ids), text_layer),
+            vision=vision.run(vision.start(pixel_values), vision_layer),
         )
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
@@ -296,10 +296,15 @@ def _check_task(num_labels: int, problem_type: str, labels: Sequence[str] | None
     if problem_type not in PROBLEM_TYPES:
         raise ConfigError(f"problem_type={problem_type!r}; wanted one of {', '.join(map(repr, PROBLEM_TYPES))}")
     least = 2 if problem_type == "single_label_classification" else 1
-    if not isinstance(num_labels, int) or num_labels < least:
+    if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < least:
         raise ConfigError(f"num_labels={num_labels!r}; wanted an integer of at least {least} for {problem_type}")
+    if isinstance(labels, str):
+        raise ConfigError(f"labels={labels!r}; wanted a list of {num_labels} names")
     if labels is not None and len(labels) != num_labels:
         raise ConfigError(f"{len(labels)} label names were given for num_labels={num_labels}; wanted one a label")
+    twice = sorted({repr(label) for label in labels or () if list(labels or ()).count(label) > 1})
+    if twice:
+        raise ConfigError(f"label names are given twice: {', '.join(twice)}; wanted names that tell the labels apart")
 
 
 def _to(value: Any, device: torch.device) -> Any:

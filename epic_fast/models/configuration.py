@@ -29,6 +29,8 @@ class MethodConfig:
                     f"{type(self).__name__}.{field.name}={value!r} is a {type(value).__name__}; wanted "
                     f"{hints[field.name].__name__}"
                 )
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ConfigError(f"{type(self).__name__}.{field.name}={value!r}; wanted a finite number")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values of all fields."""
@@ -61,7 +63,7 @@ def check_choice(config: MethodConfig, name: str) -> None:
 def check_range(
     config: MethodConfig, name: str, low: float, high: float = math.inf, *, exclusive: bool = False
 ) -> None:
-    """The field lies in [low, high], or in (low, high] if ``exclusive``; NaN never does."""
+    """The field lies in [low, high], or in (low, high] if ``exclusive``."""
     value = getattr(config, name)
     if not (low <= value <= high) or (exclusive and value == low):
         above = f"more than {low}" if exclusive else f"at least {low}"

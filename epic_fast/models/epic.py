@@ -99,6 +99,10 @@ class EpicConfig(MethodConfig):
         for name in ("prompt_mask", "vision_prompt_init", "gate", "activation", "feature_norm", "head"):
             check_choice(self, name)
         if self.layer_pairs is not None:
+            if not isinstance(self.layer_pairs, (list, tuple)):
+                raise ConfigError(
+                    f"EpicConfig.layer_pairs={self.layer_pairs!r}; wanted a list of (text layer, vision layer), or None"
+                )
             self.layer_pairs = [self._as_pair(pair) for pair in self.layer_pairs]
             if not self.layer_pairs:
                 raise ConfigError(

@@ -11,10 +11,10 @@ import torch
 from safetensors import SafetensorError
 
 import epic_fast
-from epic_fast.backbones import load_backbone
+from epic_fast.backbones import DualEncoder, load_backbone
 from epic_fast.backbones.fingerprint import describe_difference
-from epic_fast.errors import AdapterError
-from epic_fast.files import atomic_file, atomic_write_json
+from epic_fast.errors import AdapterError, ConfigError
+from epic_fast.files import atomic_files, to_json
 from epic_fast.models.base import PromptedModel
 from epic_fast.models.wrapping import METHODS, wrap
 
@@ -45,9 +45,10 @@ def save(model: PromptedModel, folder: Path) -> None:
         },
     }
     try:
-        with atomic_file(folder / WEIGHTS) as temporary:
-            safetensors.torch.save_file(state, temporary, metadata={"format": "pt", "library": "epic_fast"})
-        atomic_write_json(folder / CONFIG, description)
+        # Together: new weights beside an old description, or the other way round, would be no adapter at all.
+        with atomic_files(folder / WEIGHTS, folder / CONFIG) as (weights, config):
+            safetensors.torch.save_file(state, weights, metadata={"format": "pt", "library": "epic_fast"})
+            config.write_text(to_json(description), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise AdapterError(
             f"the adapter could not be written to {folder}: {error}. What was saved there before is untouched; free "
@@ -105,15 +106,7 @@ def from_pretrained(
                     f"the adapter in {folder} was trained on another backbone than the one given{kinds}: {difference}. "
                     f"Wanted {recorded['source'] or recorded['family']}; pass that one as backbone="
                 )
-        config_class, _ = METHODS[description["method"]]
-        model = wrap(
-            encoder,
-            config_class.from_dict(description["config"]),
-            description["num_labels"],
-            description["problem_type"],
-            labels=description["labels"],
-            self_check=False,
-        )
+        model = _rebuild(encoder, description, folder)
         load_weights(model, folder / WEIGHTS)
     except Exception:
         encoder.release()
@@ -144,13 +137,40 @@ def read_description(folder: Path) -> dict[str, Any]:
         raise AdapterError(
             f"{path} was not written by epic_fast; is {folder} a backbone, or another library's adapter?"
         )
+    _check_entries(description, ("format", "version", "method"), path)
     if description["format"] != FORMAT or description["method"] not in METHODS:
         raise AdapterError(
             f"{path} holds method {description['method']!r} in format {description['format']}, written by epic_fast "
             f"{description['version']}; this version {epic_fast.__version__} reads format {FORMAT} and the methods "
             f"{', '.join(METHODS)}"
         )
+    _check_entries(description, ("config", "num_labels", "problem_type", "labels", "threshold", "backbone"), path)
+    _check_entries(description["config"], (), path)
+    _check_entries(description["backbone"], ("source", "family", "dtype", "tensors"), path)
+    if not isinstance(getattr(torch, str(description["backbone"]["dtype"]), None), torch.dtype):
+        raise AdapterError(f"{path} is damaged: its backbone has the type {description['backbone']['dtype']!r}")
     return description
+
+
+def _check_entries(values: Any, names: tuple[str, ...], path: Path) -> None:
+    missing = [name for name in names if name not in values] if isinstance(values, dict) else ["an object"]
+    if missing:
+        raise AdapterError(f"{path} is damaged: it lacks {', '.join(missing)}. Copy it again, or save the model anew")
+
+
+def _rebuild(encoder: DualEncoder, description: dict[str, Any], folder: Path) -> PromptedModel:
+    config_class, _ = METHODS[description["method"]]
+    try:
+        return wrap(
+            encoder,
+            config_class.from_dict(description["config"]),
+            description["num_labels"],
+            description["problem_type"],
+            labels=description["labels"],
+            self_check=False,
+        )
+    except ConfigError as error:
+        raise AdapterError(f"{folder / CONFIG} describes a model that cannot be built: {error}") from error
 
 
 def load_weights(model: PromptedModel, path: Path) -> None:
