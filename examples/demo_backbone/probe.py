@@ -109,7 +109,7 @@ def matching(seen: Tensor, titles: Tensor, rows: list[dict[str, str]], split: di
         cosine = seen[split[name]] @ titles[split[name]].T
         other = torch.tensor([[a != b for b in texts] for a in texts])
         same = torch.tensor([[a == b for b in labels] for a in labels])
-        own = cosine.diagonal()
+        own = cosine.diagonal().contiguous()
         scores: dict[str, float] = {}
         for kind, allowed in (("any_class", other), ("same_class", other & same)):
             scores[f"auc_{kind}"] = auc(own, cosine[allowed])
