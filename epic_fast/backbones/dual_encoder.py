@@ -177,9 +177,9 @@ class DualEncoder(nn.Module):
         device = next(self.parameters()).device
         pixel_values, input_ids, attention_mask = self._probe(device)
         vision = self.vision.start(pixel_values)
-        vision = self.vision.run(vision, 0, self.vision.num_layers)
+        vision = self.vision.run_all(vision)
         text = self.text.start(input_ids, attention_mask)
-        text = self.text.run(text, 0, self.text.num_layers)
+        text = self.text.run_all(text)
         expected_vision = self.vision.model(pixel_values=pixel_values.to(self.vision.dtype))
         expected_text = self.text.model(input_ids=input_ids, attention_mask=attention_mask)
         for tower, state, expected in ((self.vision, vision, expected_vision), (self.text, text, expected_text)):

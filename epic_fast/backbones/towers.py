@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -65,25 +66,38 @@ class Tower(ABC):
     def dtype(self) -> torch.dtype:
         return next(self.model.parameters()).dtype
 
-    def run(self, state: TowerState, start: int, stop: int) -> TowerState:
-        """Layers ``start`` to ``stop - 1`` without prompts, called exactly as the model itself calls them."""
-        if start >= stop:
+    def run(self, state: TowerState, stop: int) -> TowerState:
+        """The layers from where the state is up to ``stop - 1``, without prompts, called as the model calls them."""
+        if state.layer > stop:
+            raise ConfigError(
+                f"these {self.modality} tokens have been through {state.layer} layers, but prompts join them at layer "
+                f"{stop}: the prefix was made for other layer pairs; call model.extract() again"
+            )
+        if state.layer == stop:
             return state
         state = self.with_native_mask(state)
         hidden = state.hidden
-        for layer in self.layers[start:stop]:
+        for layer in self.layers[state.layer : stop]:
             hidden = call_layer(layer, hidden, state.native_mask, **self.layer_arguments())
-        return state.with_hidden(hidden)
+        return state.after(hidden, stop)
 
     def run_prompted(
         self, state: TowerState, index: int, prompts: Tensor, prompt_mask: str
     ) -> tuple[TowerState, Tensor]:
-        """Layer ``index`` on ``[prompts ; tokens]``; prompts ``(B, P, D)`` go in and come out."""
+        """The tokens alone up to layer ``index``, then that layer on ``[prompts ; tokens]``.
+
+        Prompts ``(B, P, D)`` go in and come out.
+        """
+        state = self.run(state, index)
         if prompts.shape[1] == 0:
-            return self.run(state, index, index + 1), prompts
+            return self.run(state, index + 1), prompts
         mask = self.prompted_mask(state, prompts.shape[1], prompt_mask)
         hidden, prompts = call_layer_with_prompts(self.layers[index], state.hidden, prompts, mask)
-        return state.with_hidden(hidden), prompts
+        return state.after(hidden, index + 1), prompts
+
+    def run_all(self, state: TowerState) -> TowerState:
+        """What is left of the layers, without prompts."""
+        return self.run(state, self.num_layers)
 
     def prompted_mask(self, state: TowerState, prompts: int, prompt_mask: str) -> Tensor | None:
         """The mask of a layer with prompts in the form that the tower's attention wants."""
@@ -105,7 +119,7 @@ class Tower(ABC):
         """The state with the mask that the model's own layers get for it."""
         if state.has_native_mask:
             return state
-        return TowerState(state.hidden, state.valid, state.pool_index, self.native_mask(state), True)
+        return replace(state, native_mask=self.native_mask(state), has_native_mask=True)
 
     def native_mask(self, state: TowerState) -> Any:
         """The model's own attention mask for these tokens."""
@@ -259,13 +273,13 @@ class ClipTextTower(TextTower):
             valid = position[None, :] <= pool_index[:, None]
         else:
             valid = attention_mask.bool()
-        state = TowerState(self.model.embeddings(input_ids=input_ids), valid, pool_index)
+        state = TowerState(self.model.embeddings(input_ids=input_ids), 0, valid, pool_index)
         if attention_mask is None:
             # Without a mask the model lets later rows read the padding; the pooled row cannot see it either way.
             mask = create_causal_mask(
                 config=self.config, inputs_embeds=state.hidden, attention_mask=None, past_key_values=None
             )
-            return TowerState(state.hidden, valid, pool_index, mask, True)
+            return replace(state, native_mask=mask, has_native_mask=True)
         return state
 
     def native_mask(self, state: TowerState) -> Any:
@@ -314,7 +328,7 @@ class BertTower(TextTower):
     ) -> TowerState:
         self.check_length(input_ids)
         hidden = self.model.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
-        return TowerState(hidden, None if attention_mask is None else attention_mask.bool())
+        return TowerState(hidden, valid=None if attention_mask is None else attention_mask.bool())
 
     def native_mask(self, state: TowerState) -> Any:
         mask = None if state.valid is None else state.valid.long()

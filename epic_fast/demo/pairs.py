@@ -42,10 +42,27 @@ class CacheCollator:
         return {"prefix": self.cache.batch(pictures, titles), "labels": labels}
 
 
-def own_titles(frozen: FrozenPairs, split: str) -> Pairs:
-    """Every picture of a split with its own title and its class."""
-    rows = frozen.rows[split].cpu()
-    return Pairs(rows, rows, frozen.labels[frozen.rows[split]].cpu())
+class OwnTitles(Pairs):
+    """Every picture of a split with its own title and its class.
+
+    Args:
+        frozen: the demo's pairs.
+        split: whose.
+        seed: of the views.
+        fresh: show an augmented view drawn anew for each epoch (training), where there are any.
+    """
+
+    def __init__(self, frozen: FrozenPairs, split: str, *, seed: int = 0, fresh: bool = False):
+        self.rows = frozen.rows[split].cpu()
+        self.views = frozen.views.cpu()
+        self.seed = seed
+        self.fresh = fresh
+        super().__init__(self.rows, self.rows, frozen.labels.cpu()[self.rows])
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw the views of an epoch."""
+        if self.fresh:
+            self.pictures = draw_views(self.views, self.rows, epoch_generator(self.seed, epoch))
 
 
 class MatchPairs(Pairs):
@@ -55,38 +72,67 @@ class MatchPairs(Pairs):
         frozen: the demo's pairs.
         split: whose pictures and titles.
         same_class: share of the other titles that come from a picture of the same class, which is harder.
+        repeats: how many other titles (and times its own) each picture gets.
         seed: of the draw.
-        fresh: draw anew for each epoch (training); otherwise the pairs are fixed.
+        fresh: draw titles and augmented views anew for each epoch (training); otherwise the pairs are fixed.
     """
 
-    def __init__(self, frozen: FrozenPairs, split: str, *, same_class: float = 0.0, seed: int = 0, fresh: bool = False):
+    def __init__(
+        self,
+        frozen: FrozenPairs,
+        split: str,
+        *,
+        same_class: float = 0.0,
+        repeats: int = 1,
+        seed: int = 0,
+        fresh: bool = False,
+    ):
         self.rows = frozen.rows[split].cpu()
-        self.classes = frozen.labels.cpu()
+        self.views = frozen.views.cpu()
         self.same_class = same_class
+        self.repeats = repeats
         self.seed = seed
         self.fresh = fresh
         known = {title: index for index, title in enumerate(dict.fromkeys(map(_normalised, frozen.titles)))}
-        self.title_ids = torch.tensor([known[_normalised(title)] for title in frozen.titles])
+        titles = torch.tensor([known[_normalised(frozen.titles[row])] for row in self.rows.tolist()])
+        classes = frozen.labels.cpu()[self.rows]
+        self._different = titles[:, None] != titles[None, :]
+        self._same = classes[:, None] == classes[None, :]
         super().__init__(*self.draw(0))
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw the other titles of an epoch."""
+        """Draw the pairs of an epoch."""
         if self.fresh:
             self.pictures, self.titles, self.labels = self.draw(epoch)
 
     def draw(self, epoch: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures, titles and labels (1 own, 0 another's), ``(2 n,)`` each."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        """Pictures, titles and labels (1 own, 0 another's), ``(2 · repeats · n,)`` each."""
+        generator = epoch_generator(self.seed, epoch)
         rows = self.rows
-        different = self.title_ids[rows][:, None] != self.title_ids[rows][None, :]
-        same = self.classes[rows][:, None] == self.classes[rows][None, :]
-        hard = torch.rand(len(rows), generator=generator) < self.same_class
-        allowed = different & (same | ~hard[:, None])
-        # A picture without another title in its class takes one of any class.
-        allowed = torch.where(allowed.any(dim=1, keepdim=True), allowed, different)
-        other = rows[torch.multinomial(allowed.double(), 1, generator=generator)[:, 0]]
-        labels = torch.cat([torch.ones(len(rows), dtype=torch.long), torch.zeros(len(rows), dtype=torch.long)])
-        return torch.cat([rows, rows]), torch.cat([rows, other]), labels
+        others = []
+        for _ in range(self.repeats):
+            hard = torch.rand(len(rows), generator=generator) < self.same_class
+            allowed = self._different & (self._same | ~hard[:, None])
+            # A picture without another title in its class takes one of any class.
+            allowed = torch.where(allowed.any(dim=1, keepdim=True), allowed, self._different)
+            others.append(rows[torch.multinomial(allowed.double(), 1, generator=generator)[:, 0]])
+        pictures = rows.repeat(2 * self.repeats)
+        if self.fresh:
+            pictures = draw_views(self.views, pictures, generator)
+        titles = torch.cat([rows.repeat(self.repeats), *others])
+        labels = torch.arange(2).flip(0).repeat_interleave(self.repeats * len(rows))
+        return pictures, titles, labels
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """Randomness that follows from (seed, epoch) alone, so a resumed run draws the same."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+
+
+def draw_views(views: Tensor, rows: Tensor, generator: torch.Generator) -> Tensor:
+    """For each picture one of its views ``(n, 1 + V)``, itself among them."""
+    choice = torch.randint(views.shape[1], (len(rows),), generator=generator)
+    return views[rows, choice]
 
 
 def _normalised(title: str) -> str:

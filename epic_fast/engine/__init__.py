@@ -1,7 +1,15 @@
 """How a frozen tower is executed.  So far: its own, unmodified layers."""
 
 from epic_fast.engine.plain import call_layer, call_layer_with_prompts, prompted_visibility
-from epic_fast.engine.prefix import Prefix, PrefixCache
+from epic_fast.engine.prefix import Prefix, PrefixCache, TowerCache
 from epic_fast.engine.state import TowerState
 
-__all__ = ["Prefix", "PrefixCache", "TowerState", "call_layer", "call_layer_with_prompts", "prompted_visibility"]
+__all__ = [
+    "Prefix",
+    "PrefixCache",
+    "TowerCache",
+    "TowerState",
+    "call_layer",
+    "call_layer_with_prompts",
+    "prompted_visibility",
+]

@@ -38,11 +38,18 @@ class PrefixCache:
         prefixes = list(prefixes)
         if not prefixes:
             raise ConfigError("PrefixCache: no prefixes were given; wanted those of at least one batch")
-        self.vision = TowerCache([prefix.vision for prefix in prefixes])
         self.text = TowerCache([prefix.text for prefix in prefixes])
+        self.vision = TowerCache([prefix.vision for prefix in prefixes])
+
+    @classmethod
+    def from_towers(cls, text: TowerCache, vision: TowerCache) -> PrefixCache:
+        """A cache of two towers whose rows need not correspond, such as several views of a picture."""
+        cache = cls.__new__(cls)
+        cache.text, cache.vision = text, vision
+        return cache
 
     def __len__(self) -> int:
-        return len(self.vision)
+        return len(self.text)
 
     @property
     def nbytes(self) -> int:
@@ -78,6 +85,7 @@ class TowerCache:
         self.lengths = torch.cat(lengths)
         self.first = self.lengths.cumsum(0) - self.lengths
         self.pool_index = None if pool[0] is None else torch.cat(pool)
+        self.layer = states[0].layer
         self.masked = states[0].valid is not None
 
     def __len__(self) -> int:
@@ -96,6 +104,6 @@ class TowerCache:
         valid = position < lengths[:, None]
         hidden = self.tokens[(self.first[index][:, None] + position).clamp_max(len(self.tokens) - 1)]
         if not self.masked:
-            return TowerState(hidden)
+            return TowerState(hidden, self.layer)
         pool_index = None if self.pool_index is None else self.pool_index[index]
-        return TowerState(hidden * valid[:, :, None], valid, pool_index)
+        return TowerState(hidden * valid[:, :, None], self.layer, valid, pool_index)

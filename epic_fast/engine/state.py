@@ -15,6 +15,7 @@ class TowerState:
 
     Attributes:
         hidden: ``(B, N, D)`` tokens, never prompts.
+        layer: how many layers they have been through; 0 after the embeddings.
         valid: ``(B, N)`` boolean, True for tokens that are not padding; None where all are (vision).
         pool_index: ``(B,)`` the row that the tower's own rule pools; None where that is row 0.
         native_mask: the mask that the tower's own layers want for these tokens, made once by the tower and
@@ -23,17 +24,18 @@ class TowerState:
     """
 
     hidden: Tensor
+    layer: int = 0
     valid: Tensor | None = None
     pool_index: Tensor | None = None
     native_mask: Any = None
     has_native_mask: bool = False
 
-    def with_hidden(self, hidden: Tensor) -> TowerState:
+    def after(self, hidden: Tensor, layer: int) -> TowerState:
         """The same input, further along."""
-        return replace(self, hidden=hidden)
+        return replace(self, hidden=hidden, layer=layer)
 
     def to(self, device: torch.device | str) -> TowerState:
         """On another device; the native mask is made anew there."""
         valid = None if self.valid is None else self.valid.to(device)
         pool_index = None if self.pool_index is None else self.pool_index.to(device)
-        return TowerState(self.hidden.to(device), valid, pool_index)
+        return TowerState(self.hidden.to(device), self.layer, valid, pool_index)

@@ -57,6 +57,7 @@ class EpicConfig(MethodConfig):
         activation: ``"none"``, or ``"gelu_layernorm"`` on what the hub adds.
         text_head_input, vision_head_input: features that the head reads, joined by ``+``: ``pooled`` (the tower's
             own pooling), ``projected`` (after the backbone's projection), ``cls``, ``mean``.
+        head_reads_prompts: the head also reads the mean prompt of each tower after the last pair.
         feature_norm: ``"none"``, ``"layer"``, or ``"standardize"`` (by the training set's mean and deviation).
         head: ``"linear"``, or ``"mlp"`` with ``head_hidden_size`` hidden units.
         head_dropout: share of the head's inputs dropped in training.
@@ -81,6 +82,7 @@ class EpicConfig(MethodConfig):
     activation: Literal["none", "gelu_layernorm"] = "none"
     text_head_input: str = "pooled"
     vision_head_input: str = "pooled"
+    head_reads_prompts: bool = False
     feature_norm: Literal["none", "layer", "standardize"] = "none"
     head: Literal["linear", "mlp"] = "linear"
     head_hidden_size: int = 256
@@ -177,8 +179,11 @@ class EpicModel(PromptedModel):
                 learn_temperature=config.learn_temperature,
                 activation=config.activation,
             )
+        width = text.feature_width(config.text_head_input) + vision.feature_width(config.vision_head_input)
+        if config.head_reads_prompts and config.prompt_length:
+            width += text.hidden_size + vision.hidden_size
         self.head = Head(
-            text.feature_width(config.text_head_input) + vision.feature_width(config.vision_head_input),
+            width,
             self.num_labels,
             kind=config.head,
             hidden_size=config.head_hidden_size,
@@ -192,25 +197,24 @@ class EpicModel(PromptedModel):
     def features(self, prefix: Prefix) -> Tensor:
         text_tower, vision_tower = self.backbone.text, self.backbone.vision
         text, vision = prefix.text, prefix.vision
-        text_at, vision_at = self.first_layers()
+        from_prompts: list[Tensor] = []
         if self.config.prompt_length:
             text_prompt, vision_prompt = self.initial_prompts(len(text.hidden))
             for step, (text_layer, vision_layer) in enumerate(self.layer_pairs):
-                text = text_tower.run(text, text_at, text_layer)
-                vision = vision_tower.run(vision, vision_at, vision_layer)
                 text, text_prompt = text_tower.run_prompted(text, text_layer, text_prompt, self.config.prompt_mask)
                 vision, vision_prompt = vision_tower.run_prompted(
                     vision, vision_layer, vision_prompt, self.config.prompt_mask
                 )
                 if step < self.hub.steps:
                     text_prompt, vision_prompt = self.hub(text_prompt, vision_prompt, step)
-                text_at, vision_at = text_layer + 1, vision_layer + 1
-        text = text_tower.run(text, text_at, text_tower.num_layers)
-        vision = vision_tower.run(vision, vision_at, vision_tower.num_layers)
+            if self.config.head_reads_prompts:
+                from_prompts = [text_prompt.mean(dim=1), vision_prompt.mean(dim=1)]
+        text, vision = text_tower.run_all(text), vision_tower.run_all(vision)
         return torch.cat(
             [
                 text_tower.features(text, self.config.text_head_input),
                 vision_tower.features(vision, self.config.vision_head_input),
+                *from_prompts,
             ],
             dim=-1,
         )

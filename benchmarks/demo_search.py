@@ -1,0 +1,181 @@
+"""Which settings the demo takes: many short trainings on the demo's two tasks, judged on validation alone.
+
+    python -m benchmarks.demo_search --task match --processes 12 --output FILE.jsonl [--only NAME ...]
+
+Every line of FILE holds a name, its overrides, seed and scores.  The test split is scored too, so that the choice
+can be held against it afterwards; nothing here reads it to choose.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import multiprocessing
+
+
+@dataclass
+class Trial:
+    """One training: overrides of the base recipe of its task."""
+
+    name: str
+    task: str
+    seed: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    aligned_start: bool = False
+
+
+BASE_CONFIG = {
+    "num_layer_pairs": 3,
+    "prompt_length": 8,
+    "text_head_input": "mean",
+    "vision_head_input": "cls+mean",
+    "feature_norm": "standardize",
+    "head_dropout": 0.5,
+}
+BASE_TRAINING = {"batch_size": 128, "head_learning_rate": 1e-3, "epochs": 15, "precision": "fp32"}
+
+
+def run(trial: Trial, backbone: Any, frozen: Any) -> dict[str, Any]:
+    """Train and score one trial."""
+    from epic_fast.demo.pairs import MatchPairs, OwnTitles
+    from epic_fast.demo.prompted import train_epic
+    from epic_fast.demo.rivals import accuracy
+    from epic_fast.models import EpicConfig
+    from epic_fast.training import TrainingConfig
+
+    config = EpicConfig(**{**BASE_CONFIG, **trial.config})
+    training = TrainingConfig(**{**BASE_TRAINING, **trial.training})
+    if trial.task == "match":
+        labels = ["other", "own"]
+        train = MatchPairs(frozen, "train", seed=trial.seed + 1, fresh=True, **trial.data)
+        validation = MatchPairs(frozen, "validation", same_class=0.5, repeats=3)
+        tests = {"any": MatchPairs(frozen, "test"), "same": MatchPairs(frozen, "test", same_class=1.0)}
+    else:
+        labels = frozen.names
+        train = OwnTitles(frozen, "train", seed=trial.seed + 1, fresh=True)
+        validation, tests = OwnTitles(frozen, "validation"), {"test": OwnTitles(frozen, "test")}
+    merged = next(iter(tests.values()))
+    result, model, extra = train_epic(
+        trial.name, backbone, frozen, config, training, train, validation, merged, labels=labels, seed=trial.seed,
+        progress=False,
+    )  # fmt: skip
+    scores = {next(iter(tests)): accuracy(result.predictions, merged.labels)}
+    if "same" in tests:
+        from epic_fast.demo.pairs import CacheCollator
+        from epic_fast.training import predict
+
+        other = predict(model, tests["same"], collator=CacheCollator(frozen.cache)).logits.argmax(dim=1)
+        scores["same"] = accuracy(other, tests["same"].labels)
+    model.unwrap()
+    history = [(round(row["train_loss"], 4), row["validation"]["accuracy"]) for row in extra["history"]]
+    return {
+        "name": trial.name,
+        "task": trial.task,
+        "seed": trial.seed,
+        "config": trial.config,
+        "training": trial.training,
+        "data": trial.data,
+        "validation": result.validation,
+        "test": scores,
+        "epoch": result.chosen["epoch"],
+        "seconds": result.seconds,
+        "trainable": result.trainable,
+        "history": history,
+        "diagnostics": extra["diagnostics"],
+    }
+
+
+def work(number: int, trials: list[Trial], processes: int, output: Path, views: int, first: tuple[int, int]) -> None:
+    """One process: every ``processes``-th trial."""
+    from epic_fast.backbones import load_backbone
+    from epic_fast.demo.frozen import read_frozen_pairs
+
+    torch.set_num_threads(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backbone = load_backbone("demo")
+    frozen = read_frozen_pairs(backbone, first, views=views, device=device)
+    for trial in trials[number::processes]:
+        started = time.perf_counter()
+        try:
+            row = run(trial, backbone, frozen)
+        except Exception as error:
+            row = {"name": trial.name, "seed": trial.seed, "error": repr(error)}
+            backbone.release()
+        row["wall"] = time.perf_counter() - started
+        with output.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+
+
+def match_trials() -> list[Trial]:
+    """Changes of one thing at a time, with both heads."""
+    variants: dict[str, dict[str, Any]] = {
+        "base": {},
+        "off": {"config": {"interaction": False}},
+        "hard0.5": {"data": {"same_class": 0.5}},
+        "prompts-read": {"config": {"head_reads_prompts": True}},
+        "prompts-read-off": {"config": {"head_reads_prompts": True, "interaction": False}},
+        "gelu-ln": {"config": {"activation": "gelu_layernorm"}},
+        "gelu-ln-0.3": {"config": {"activation": "gelu_layernorm", "gate_init": 0.3}},
+        "gate-0.1": {"config": {"gate_init": 0.1}},
+        "gate-lr-3e-2": {"training": {"gate_learning_rate": 3e-2}},
+        "gate-lr-3e-3": {"training": {"gate_learning_rate": 3e-3}},
+        "channel": {"config": {"gate": "channel"}},
+        "pairs-2": {"config": {"num_layer_pairs": 2}},
+        "pairs-4": {"config": {"num_layer_pairs": 4}},
+        "pairs-6": {"config": {"num_layer_pairs": 6}},
+        "prompts-4": {"config": {"prompt_length": 4}},
+        "prompts-16": {"config": {"prompt_length": 16}},
+        "temperature-0.5": {"config": {"temperature": 0.5}},
+        "temperature-0.03": {"config": {"temperature": 0.03}},
+        "std-0.2": {"config": {"prompt_init_std": 0.2}},
+        "gaussian-0.2": {"config": {"prompt_init_std": 0.2, "vision_prompt_init": "gaussian"}},
+        "per-step": {"config": {"shared_projections": False}},
+        "wd-0.1": {"training": {"weight_decay": 0.1}},
+        "wd-0.5": {"training": {"weight_decay": 0.5}},
+        "lr-3e-4": {"training": {"learning_rate": 3e-4}},
+        "lr-3e-3": {"training": {"learning_rate": 3e-3}},
+        "epochs-40": {"training": {"epochs": 40}},
+        "smooth": {"config": {"label_smoothing": 0.1}},
+    }
+    return [
+        Trial(
+            f"{head}/{name}",
+            "match",
+            seed=seed,
+            config={"head": head, **change.get("config", {})},
+            training=change.get("training", {}),
+            data=change.get("data", {}),
+        )
+        for seed in (0,)
+        for name, change in variants.items()
+        for head in ("linear", "mlp")
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--task", choices=["match"], default="match")
+    parser.add_argument("--processes", type=int, default=12)
+    parser.add_argument("--views", type=int, default=3)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--only", nargs="*")
+    arguments = parser.parse_args()
+    trials = [trial for trial in match_trials() if not arguments.only or trial.name in arguments.only]
+    first = (2, 2)
+    multiprocessing.spawn(
+        work,
+        args=(trials, arguments.processes, arguments.output, arguments.views, first),
+        nprocs=arguments.processes,
+    )
+
+
+if __name__ == "__main__":
+    main()
