@@ -153,13 +153,13 @@ def test_run_folder(tmp_path):
         config=settings(tensorboard=True),
         output_dir=tmp_path,
         progress=False,
-        description={"backbone": "tiny", "data": "random"},
+        description={"backbone": "tiny", "data": tmp_path},
     )
     names = "checkpoint config.json log.jsonl metrics.json model.safetensors tensorboard training.yaml".split()
     assert sorted(path.name for path in tmp_path.iterdir()) == names
     assert json.loads((tmp_path / "metrics.json").read_text())["validation"] == result.best_metrics
     described = yaml.safe_load((tmp_path / "training.yaml").read_text())
-    assert described["backbone"] == "tiny"
+    assert (described["backbone"], described["data"]) == ("tiny", str(tmp_path))
     assert described["training"] == settings(tensorboard=True).to_dict()
     assert described["method"]["prompt_length"] == 2
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]

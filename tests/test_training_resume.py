@@ -178,6 +178,17 @@ class Interrupt:
             raise KeyboardInterrupt
 
 
+def test_tensorboard_shows_no_step_twice(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, callbacks=[Interrupt(12)], tensorboard=True)
+    train(tmp_path, tensorboard=True)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [each.step for each in events.Scalars("train/loss")] == [2, 4, 6, 8, 10, 12]
+    assert [each.step for each in events.Scalars("validation/accuracy")] == [4, 8, 12]
+
+
 def test_resuming_a_finished_run_changes_nothing(tmp_path):
     model, result = train(tmp_path, resume="auto")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
@@ -185,6 +196,24 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path):
     assert same_bits(model.state_dict(), again.state_dict())
     assert repeated.history == result.history
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+class Count:
+    steps = 0
+
+    def on_step(self, row) -> None:
+        self.steps += 1
+
+
+def test_checkpoint_set_aside_by_a_killed_exchange_is_found(tmp_path, whole_run):
+    """Between the two renames of the exchange only the old checkpoint's other name is there."""
+    shutil.copytree(whole_run[0], tmp_path / "run")
+    (tmp_path / "run" / "checkpoint").rename(tmp_path / "run" / ".checkpoint.previous")
+    (tmp_path / "run" / ".checkpoint.abc.tmp").mkdir()
+    count = Count()
+    train(tmp_path / "run", resume="auto", callbacks=[count])
+    assert count.steps == 0
+    assert not list((tmp_path / "run").glob(".checkpoint*"))
 
 
 def test_never_starts_afresh_in_a_used_folder(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import shutil
@@ -482,7 +483,8 @@ class _Run:
             "method": asdict(method) if is_dataclass(method) and not isinstance(method, type) else None,
             "training": self.config.to_dict(),
         }
-        text = OWN_YAML + yaml.safe_dump(finite(values), sort_keys=False, allow_unicode=True)
+        plain = json.loads(json.dumps(finite(values), default=str))
+        text = OWN_YAML + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
         self._write("training.yaml", lambda place: atomic_write_text(place, text))
 
     def _save_checkpoint(self) -> None:
