@@ -30,8 +30,7 @@ def atomic_files(*paths: str | Path) -> Iterator[list[Path]]:
             os.close(handle)
             temporaries.append(Path(name))
         yield list(temporaries)
-        umask = os.umask(0)
-        os.umask(umask)
+        umask = _umask()
         for temporary in temporaries:
             _sync(temporary)
             temporary.chmod(0o666 & ~umask)
@@ -58,6 +57,7 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         for each in temporary.rglob("*"):
             if each.is_file():
                 _sync(each)
+        temporary.chmod(0o777 & ~_umask())
         previous = _previous(path)
         if path.exists():
             if previous.exists():
@@ -94,6 +94,12 @@ def to_json(value: Any) -> str:
 
 def _previous(path: Path) -> Path:
     return path.with_name(f".{path.name}.previous")
+
+
+def _umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def _sync(path: Path) -> None:

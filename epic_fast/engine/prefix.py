@@ -86,7 +86,8 @@ class TowerCache:
         self.first = self.lengths.cumsum(0) - self.lengths
         self.pool_index = None if pool[0] is None else torch.cat(pool)
         self.layer = states[0].layer
-        self.masked = states[0].valid is not None
+        # Rows of different lengths need a mask even where each batch by itself had none.
+        self.masked = any(state.valid is not None for state in states) or len(self.lengths.unique()) > 1
 
     def __len__(self) -> int:
         return len(self.lengths)
