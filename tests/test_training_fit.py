@@ -96,29 +96,35 @@ def test_backbone_is_bit_identical_after_training():
     assert all(not torch.equal(each, trained[name]) for name, each in model.state_dict().items() if "gate" not in name)
 
 
+class Spoil(Callback):
+    """Keeps each epoch's weights; after the third it turns the head round, which no later epoch can mend."""
+
+    def __init__(self, model):
+        self.model, self.weights = model, []
+
+    def on_epoch(self, row):
+        self.weights.append({name: each.clone() for name, each in self.model.state_dict().items()})
+        if row["epoch"] == 3:
+            with torch.no_grad():
+                for parameter in self.model.head.parameters():
+                    parameter.mul_(-50.0)
+
+
 def test_model_and_folder_hold_the_best_epoch(tmp_path):
-    model, record = build(), Record()
-    weights = []
-    record.on_epoch = lambda row: weights.append({n: v.clone() for n, v in model.state_dict().items()})  # type: ignore[method-assign]
-    result = run(
-        model,
-        epochs=5,
-        learning_rate=1.0,
-        head_learning_rate=1.0,
-        output_dir=tmp_path,
-        callbacks=[record],
-        metric="loss",
-    )
+    model, last = build(), build()
+    spoil = Spoil(model)
+    result = run(model, epochs=5, output_dir=tmp_path, callbacks=[spoil], metric="loss")
     losses = [row["validation"]["loss"] for row in result.history]
-    assert result.best_epoch == losses.index(min(losses)) + 1
-    assert result.best_epoch < 5  # otherwise this proves nothing
-    assert [row["best"] for row in result.history] == [value == min(losses[: n + 1]) for n, value in enumerate(losses)]
-    assert same_bits(model.state_dict(), weights[result.best_epoch - 1])
+    assert result.best_epoch == losses.index(min(losses)) + 1 <= 3
+    assert [row["best"] for row in result.history] == [
+        value == min(losses[: n + 1]) and value not in losses[:n] for n, value in enumerate(losses)
+    ]
+    assert same_bits(model.state_dict(), spoil.weights[result.best_epoch - 1])
     saved = epic_fast.from_pretrained(tmp_path, backbone=tiny_clip())
     assert same_bits(saved.state_dict(), model.state_dict())
-    last = build()
-    run(last, epochs=5, learning_rate=1.0, head_learning_rate=1.0, load_best=False, metric="loss")
-    assert same_bits(last.state_dict(), weights[-1])
+    again = Spoil(last)
+    run(last, epochs=5, load_best=False, metric="loss", callbacks=[again])
+    assert same_bits(last.state_dict(), spoil.weights[-1])
 
 
 def test_best_metrics_are_those_of_the_returned_model():
@@ -596,3 +602,8 @@ def test_loss_scale_is_resumed(loss_scaling, tmp_path):
     fit(resumed, *data, output_dir=tmp_path / "cut", resume="auto", **options)
     assert same_bits(resumed.state_dict(), whole.state_dict())
     assert loss_scaling[2].get_scale() == loss_scaling[0].get_scale() == 2.0**20
+
+
+def test_fp16_takes_no_nan_for_an_overflow(loss_scaling):
+    with pytest.raises(EpicFastError, match="NaN in the batch's 'pixel_values'"):
+        run(build(), data=Poisoned(26), epochs=1)
