@@ -72,6 +72,7 @@ def test_single_folder_inside_is_taken(tmp_path):
 def test_single_split_folder_inside_is_not_the_data(tmp_path):
     make_folder(tmp_path / "data" / "train", validation=0, test=0)
     found = resolve_data(pack(tmp_path / "data", tmp_path / "a.zip"))
+    assert found.name != "train"
     assert len(read_folder(found).splits["train"]) == 24
 
 

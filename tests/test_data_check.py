@@ -40,7 +40,7 @@ def test_everything_wrong_at_once(tmp_path):
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
     for row in rows:
         row["text"] = f"text {row['file_name']}"
-    rows[6]["text"] = ""
+    rows[6]["text"] = rows[40]["text"] = ""
     rows[1]["text"] = rows[2]["text"] = "Same  text"
     rows[41]["text"] = "same text"
     rows[7]["text"] = 5
@@ -62,10 +62,10 @@ def test_everything_wrong_at_once(tmp_path):
     assert report.shared_pictures == {"train+validation": 0, "train+test": 1, "validation+test": 0}
     assert report.repeated_pictures == {"train": 1, "validation": 0, "test": 0}
     assert report.repeated_pairs == {"train": 1, "validation": 0, "test": 0}
-    assert report.words["0"] == 1
-    assert any("1 text is empty" in warning for warning in report.warnings)
+    assert report.words["0"] == 2
+    assert any("2 texts are empty" in warning for warning in report.warnings)
     shown = str(report)
-    for part in ("train 22", "missing: 1", "broken: 1", "errors: 4", "train+test 1", "warning: 1 text is empty"):
+    for part in ("train 22", "missing: 1", "broken: 1", "errors: 4", "train+test 1", "warning: 2 texts are empty"):
         assert part in shown
 
 

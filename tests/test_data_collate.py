@@ -28,7 +28,7 @@ def processors(tmp_path_factory):
     return AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
 
-def example(text: str = "a cat", label=None, size=(20, 12), colour="red") -> Example:
+def example(text: str = "a cat", label=None, size=(20, 12), colour: str = "red") -> Example:
     return Example(Image.new("RGB", size, colour), text, label, f"{text}.png")
 
 
@@ -80,7 +80,7 @@ def test_thin_pictures(processors, size):
     thin = Example(Image.fromarray(pixels), "a", None, "thin.png")
     found = collator(processors)([thin])["pixel_values"]
     torch.testing.assert_close(
-        found, collator(processors)([example("a", size=(32, 32), colour=(255, 0, 0))])["pixel_values"]
+        found, collator(processors)([example("a", size=(32, 32), colour="#ff0000")])["pixel_values"]
     )
 
 
@@ -189,7 +189,7 @@ def test_pair_of_towers_from_their_folders(tmp_path):
         load_backbone(f"vision={tmp_path / 'vit'},text={tmp_path / 'bert'}"),
         EpicConfig(),
         num_labels=data.num_labels,
-        problem_type=data.problem_type,
+        problem_type=SINGLE,
         labels=data.labels,
     )
     batch = Collator.for_model(model)([data.splits["train"][index] for index in range(4)])

@@ -179,9 +179,11 @@ def test_exif_orientation_is_applied(tmp_path, orientation, suffix):
 
 
 @pytest.mark.filterwarnings("ignore:.*:UserWarning:PIL")
-def test_damaged_exif_does_not_spoil_the_picture(tmp_path):
-    path = saved(tmp_path, Image.new("RGB", (16, 16), RED), "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff\0\0")
-    assert load_image(path).size == (16, 16)
+@pytest.mark.parametrize("exif", [b"MM\0*\0\0", b"MM\0*\xff\xff\xff\xff\0\0", b"no exif at all"])
+def test_damaged_exif_does_not_spoil_the_picture(tmp_path, exif):
+    for name in ("a.jpg", "a.png", "a.webp"):
+        path = saved(tmp_path, Image.new("RGB", (16, 16), RED), name, exif=b"Exif\0\0" + exif)
+        assert load_image(path).size == (16, 16), name
 
 
 @pytest.mark.parametrize("suffix", ["gif", "png", "webp"])

@@ -80,7 +80,7 @@ def _unpack_to(archive: Path, folder: Path) -> None:
         ) from error
     try:
         with zipfile.ZipFile(archive) as file:
-            members = [info for info in file.infolist() if not info.filename.startswith("__MACOSX/")]
+            members = file.infolist()
             for info in members:
                 _check_member(info, archive)
             needed, free = sum(info.file_size for info in members), shutil.disk_usage(temporary).free

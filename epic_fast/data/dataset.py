@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -69,6 +69,9 @@ class PairDataset(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         row = self.rows[index]
         return Example(read_picture(row), row.text, row.label, row.name)
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
 
     @property
     def has_labels(self) -> bool:

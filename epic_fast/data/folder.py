@@ -244,8 +244,6 @@ def check_pictures(rows: Sequence[Row], *, skip_bad: bool, complain: Complain = 
 
 
 def _picture_error(row: Row) -> str | None:
-    if not row.path.is_file():
-        return f"{row.where}: the picture {row.name!r} does not exist"
     try:
         read_picture(row)
     except DataError as error:
