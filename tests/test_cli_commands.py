@@ -255,7 +255,7 @@ def test_train_json_and_a_config_file(here: Path, tmp_path: Path, answer: Callab
         "backbone": str(here / "clip"),
         "output": str(tmp_path / "run"),
         "model": {"prompt_length": 1, "num_layer_pairs": 1},
-        "training": {"epochs": 1, "batch_size": 12, "tensorboard": False, "load_best": False},
+        "training": {"epochs": 1, "batch_size": 12, "tensorboard": False},
     }
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
     found = answer("train", "--config", tmp_path / "c.yaml", "prompt_length=3")
@@ -263,6 +263,27 @@ def test_train_json_and_a_config_file(here: Path, tmp_path: Path, answer: Callab
     assert load_file(tmp_path / "run" / "model.safetensors")["text_prompt"].shape == (3, 32)
     again = answer("eval", tmp_path / "run", "--data", here / "data")
     assert again["accuracy"] == found["test"]["accuracy"]
+
+
+def test_the_scores_are_those_of_the_saved_adapter(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the model ends with its last weights and the first epoch was the best."""
+    from epic_fast.cli import scoring
+    from epic_fast.training import loop
+
+    scored: list[dict[str, torch.Tensor]] = []
+    score = scoring.score
+
+    def spy(model: Any, *arguments: Any, **options: Any) -> Any:
+        scored.append({name: each.clone() for name, each in model.state_dict().items()})
+        return score(model, *arguments, **options)
+
+    monkeypatch.setattr(scoring, "score", spy)
+    monkeypatch.setattr(loop, "is_better", lambda name, value, best: best is None)
+    assert train(here, tmp_path / "run", "load_best=false", epochs=2) == 0
+    saved = load_file(tmp_path / "run" / "model.safetensors")
+    assert len(scored) == 2, "validation and test"
+    for state in scored:
+        assert all(torch.equal(state[name], saved[name]) for name in saved)
 
 
 def test_stopped_by_ctrl_c_and_resumed_to_the_same_bits(
@@ -288,8 +309,10 @@ def test_stopped_by_ctrl_c_and_resumed_to_the_same_bits(
     assert "Traceback" not in error
     assert not (run / "metrics.json").exists()
     assert epic_fast("train", "--output", run, "--resume", "auto") == 0
-    for name in ("model.safetensors", "log.jsonl"):
-        assert (run / name).read_bytes() == (here / "run" / name).read_bytes(), name
+    resumed, whole = (load_file(each / "model.safetensors") for each in (run, here / "run"))
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert (run / "log.jsonl").read_bytes() == (here / "run" / "log.jsonl").read_bytes()
     assert (
         json.loads((run / "metrics.json").read_text())["test"]
         == json.loads((here / "run" / "metrics.json").read_text())["test"]
@@ -324,7 +347,7 @@ def test_a_real_interrupt(here: Path, tmp_path: Path) -> None:
 
 def test_resuming_a_finished_run_changes_nothing(here: Path, tmp_path: Path) -> None:
     run = shutil.copytree(here / "run", tmp_path / "run")
-    before = {each.name: each.read_bytes() for each in run.iterdir() if each.is_file() and each.suffix != ".yaml"}
+    before = {name: (run / name).read_bytes() for name in ("model.safetensors", "log.jsonl", "metrics.json")}
     assert epic_fast("train", "--output", run, "--resume", "auto") == 0
     after = {name: (run / name).read_bytes() for name in before}
     assert after == before

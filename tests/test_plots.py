@@ -116,7 +116,7 @@ def test_confusion_matrix_refuses(tmp_path: Path, labels: list[int], predicted: 
 
 def items(right: list[bool | None]) -> list[SheetItem]:
     picture = Image.new("RGBA", (300, 90), (120, 120, 120, 255))
-    text = "costs $5 to $6, and so on and so on\n" * 5
+    text = "costs $\\frac$, which is no formula, and so on\n" * 5
     return [SheetItem(picture, text, "a label" * 9, "another" * 9, 0.5, correct=each) for each in right]
 
 

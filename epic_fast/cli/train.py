@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -79,7 +80,7 @@ def train(
         if is_main_process():
             answer(summary)
             if not json:
-                _show(summary, run)
+                _show(summary, run, settings.data.path)
 
 
 def _train(settings: Any, run: Path, *, resuming: bool, overwrite: bool) -> dict[str, Any]:
@@ -213,10 +214,11 @@ def _fit(model: Any, folder: Any, training: Any, run: Path, resuming: bool) -> A
         raise
 
 
-def _show(summary: dict[str, Any], run: Path) -> None:
+def _show(summary: dict[str, Any], run: Path, data: str) -> None:
     from epic_fast.cli.console import say, show_table
 
     rows = [{"split": split, **summary[split]} for split in ("validation", "test") if split in summary]
     if rows:
         show_table(rows, title=f"epoch {summary['best_epoch']} of {summary['epochs']}, {summary['seconds']:.1f} s")
-    say(f"saved: {run} (score it with: epic-fast eval {run} --data FOLDER --split test)")
+    again = f"epic-fast eval {shlex.quote(str(run))} --data {shlex.quote(data)} --split test"
+    say(f"saved: {run} (score it with: {again})")

@@ -16,9 +16,8 @@ from epic_fast.plots.style import GREEN, INK, QUIET, VERMILLION, figure_style, n
 _PIXELS = 360
 _LABEL_LETTERS = 24
 _TEXT_LETTERS = 32
-_TEXT_LINES = 3
-_CELL, _GAP = 2.0, 0.14  # inches
-_LOWEST = -0.36  # where the lines below a picture end, the picture's side being 1
+_LABEL_LINE, _TEXT_LINE = 0.092, 0.072  # heights, the picture's side being 1
+_SIDE, _GAP = 2.0, 0.14  # inches
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,8 @@ class SheetItem:
 
     Attributes:
         image: a PIL picture.
-        text: the text of the pair; cut to three lines.
-        label: the true label as it shall read, or None if it is unknown.
+        text: the text of the pair; cut to two or three lines.
+        label: the true label (or labels) as it shall read, or None if it is unknown.
         predicted: the predicted label as it shall read.
         probability: the model's probability of the predicted label, in [0, 1], or None.
         correct: whether the prediction counts as right; None compares ``label`` with ``predicted``.
@@ -73,20 +72,46 @@ def contact_sheet(
         raise DataError("contact_sheet was given no items; give at least one picture")
     columns = columns or _columns(len(items))
     rows = math.ceil(len(items) / columns)
-    head = 0.42 if title else 0.06
-    width, height = columns * (_CELL + _GAP) + _GAP, rows * (_CELL * (1 - _LOWEST) + _GAP) + head
+    captions = [_caption(item) for item in items]
+    below = max(caption.height for caption in captions)
+    head, cell = 0.42 if title else 0.06, _SIDE * (1 + below)
+    width, height = columns * (_SIDE + _GAP) + _GAP, rows * (cell + _GAP) + head
     with figure_style():
         figure = new_figure(width, height, layout=None)
         if title:
             figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=12, fontweight="bold")
-        for place, item in enumerate(items):
+        for place, (item, caption) in enumerate(zip(items, captions, strict=True)):
             row, column = divmod(place, columns)
-            left, top = _GAP + column * (_CELL + _GAP), head + row * (_CELL * (1 - _LOWEST) + _GAP)
-            size = (_CELL / width, _CELL * (1 - _LOWEST) / height)
+            left, top = _GAP + column * (_SIDE + _GAP), head + row * (cell + _GAP)
+            size = (_SIDE / width, cell / height)
             axes = figure.add_axes((left / width, 1 - top / height - size[1], *size))
             axes.set_axis_off()
-            _draw(axes, item)
+            _draw(axes, item, caption)
+            axes.set(xlim=(0, 1), ylim=(-below, 1), aspect="equal")
         return save_figure(figure, png)
+
+
+@dataclass(frozen=True)
+class _Caption:
+    """The lines below a picture."""
+
+    said: list[str]
+    true: list[str]
+    text: list[str]
+
+    @property
+    def height(self) -> float:
+        """In units of the picture's side."""
+        return 0.04 + _LABEL_LINE * (len(self.said) + len(self.true)) + _TEXT_LINE * len(self.text)
+
+
+def _caption(item: SheetItem) -> _Caption:
+    mark = {True: "✓ ", False: "✗ ", None: ""}[item.right]
+    share = "" if item.probability is None else f" {item.probability:.0%}"
+    said = wrap_lines(mark + item.predicted, _LABEL_LETTERS - len(share), 2)
+    said[-1] += share
+    true = wrap_lines(f"true: {item.label}", _LABEL_LETTERS + 2, 2) if item.right is False else []
+    return _Caption(said, true, wrap_lines(item.text, _TEXT_LETTERS, 2 if true else 3))
 
 
 def _columns(count: int) -> int:
@@ -94,7 +119,7 @@ def _columns(count: int) -> int:
     return min(range(min(count, 3), min(count, 6) + 1), key=lambda each: (-count % each, abs(each - wanted)))
 
 
-def _draw(axes: Any, item: SheetItem) -> None:
+def _draw(axes: Any, item: SheetItem, caption: _Caption) -> None:
     colour = {True: GREEN, False: VERMILLION, None: QUIET}[item.right]
     picture = item.image.convert("RGB")
     picture.thumbnail((_PIXELS, _PIXELS))
@@ -102,16 +127,13 @@ def _draw(axes: Any, item: SheetItem) -> None:
     width, height = 0.94 * picture.width / longest, 0.94 * picture.height / longest
     left, bottom = (1 - width) / 2, (1 - height) / 2
     axes.imshow(picture, extent=(left, left + width, bottom, bottom + height), interpolation="antialiased")
-    axes.set(xlim=(0, 1), ylim=(_LOWEST, 1), aspect="equal")
     axes.add_patch(Rectangle((0.015, 0.015), 0.97, 0.97, fill=False, edgecolor=colour, linewidth=2.5))
-    mark = {True: "✓ ", False: "✗ ", None: ""}[item.right]
-    share = "" if item.probability is None else f" {item.probability:.0%}"
-    said = wrap_lines(item.predicted, _LABEL_LETTERS - len(mark) - len(share), 1)[0]
-    axes.text(0.015, -0.03, f"{mark}{said}{share}", va="top", fontsize=9.5, fontweight="bold", color=colour)
-    below = -0.125
-    if item.right is False:
-        true = wrap_lines(f"true: {item.label}", _LABEL_LETTERS + 3, 1)[0]
-        axes.text(0.015, below, true, va="top", fontsize=9.5, color=INK)
-        below -= 0.09
-    lines = wrap_lines(item.text, _TEXT_LETTERS, _TEXT_LINES - (item.right is False))
-    axes.text(0.015, below, "\n".join(lines), va="top", fontsize=8.5, color=QUIET, linespacing=1.15)
+    place = -0.03
+    for lines, look, step in (
+        (caption.said, {"fontsize": 9.5, "fontweight": "bold", "color": colour}, _LABEL_LINE),
+        (caption.true, {"fontsize": 9.5, "color": INK}, _LABEL_LINE),
+        (caption.text, {"fontsize": 8.5, "color": QUIET}, _TEXT_LINE),
+    ):
+        for line in lines:
+            axes.text(0.015, place, line, va="top", **look)
+            place -= step
