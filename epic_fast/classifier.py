@@ -62,9 +62,19 @@ class Classifier:
             texts: as many texts.
             top_k: how many labels to name with their probabilities.
             batch_size: pairs at a time.
+
+        Raises:
+            ConfigError: arguments that are no lists, of different lengths, or out of range.
+            DataError: a picture that cannot be read.
         """
-        if isinstance(texts, str) or isinstance(images, (str, Path)):
+        if any(isinstance(each, (str, bytes, Path)) or not hasattr(each, "__len__") for each in (images, texts)):
             raise ConfigError("predict() takes lists: predict(images=[picture], texts=[text])")
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise ConfigError(f"text {index} is {text!r}, of type {type(text).__name__}; wanted a string")
+        for name, value, least in (("top_k", top_k, 0), ("batch_size", batch_size, 1)):
+            if value < least:
+                raise ConfigError(f"{name}={value}; wanted at least {least}")
         if len(images) != len(texts):
             raise ConfigError(f"{len(images)} images and {len(texts)} texts were given; wanted one text an image")
         predictions: list[Prediction] = []

@@ -219,6 +219,8 @@ def naive_logits(model: Any, backbone: Any, batch: dict[str, Tensor], pairs: lis
         vision = vision_model.post_layernorm(u_v)[:, 0]
     else:
         text, vision = text_model.pooler(u_t), vision_model.layernorm(u_v)[:, 0]
+    if config.head_reads_prompts:
+        return linear_head(model, text, vision, p_t.mean(dim=1), p_v.mean(dim=1))
     return linear_head(model, text, vision)
 
 
@@ -232,6 +234,7 @@ NAIVE: dict[str, tuple[dict[str, Any], list[tuple[int, int]]]] = {
     "gaps": ({"layer_pairs": [(0, 1), (2, 4)]}, [(0, 1), (2, 4)]),
     "deep pairs": ({"layer_pairs": [(0, 1), (1, 3), (2, 5)]}, [(0, 1), (1, 3), (2, 5)]),
     "no interaction": ({"interaction": False}, [(0, 2), (1, 3), (2, 4), (3, 5)]),
+    "prompts into the head": ({"head_reads_prompts": True}, [(0, 2), (1, 3), (2, 4), (3, 5)]),
     "one pair": ({"num_layer_pairs": 1}, [(3, 5)]),
     "all at once": (
         {

@@ -34,6 +34,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "prefix": {"prompt_mask": "prefix"},
     "gaps": {"layer_pairs": [(0, 1), (2, 3)]},
     "activation": {"activation": "gelu_layernorm"},
+    "prompts into the head": {"head_reads_prompts": True},
+    "prompts into the head, one pair, gaussian": {
+        "head_reads_prompts": True,
+        "num_layer_pairs": 1,
+        "vision_prompt_init": "gaussian",
+    },
+    "no prompts, nor in the head": {"prompt_length": 0, "head_reads_prompts": True},
     "mlp": {"head": "mlp", "feature_norm": "layer"},
     "no prompts": {"prompt_length": 0},
     "means": {"text_head_input": "mean+pooled+projected", "vision_head_input": "cls+mean+projected"},

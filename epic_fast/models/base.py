@@ -316,9 +316,9 @@ def _drop_backbone(module: nn.Module, state: dict[str, Any], prefix: str, metada
         del state[name]
 
 
-def _forgive_backbone(module: nn.Module, incompatible: Any) -> None:
+def _forgive_backbone(module: Any, incompatible: Any) -> None:
     """Strict loading misses none of this backbone's tensors; a stranger named ``backbone`` is not forgiven."""
-    own = {f"backbone.{name}" for name in module.backbone.state_dict()}  # pyright: ignore[reportCallIssue]
+    own = {f"backbone.{name}" for name in module.backbone.state_dict()}
 
     def is_own(name: str) -> bool:
         parts = name.split(".")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -35,6 +36,10 @@ class MethodConfig:
     def to_dict(self) -> dict[str, Any]:
         """JSON values of all fields."""
         return dataclasses.asdict(self)
+
+    def to_json_string(self) -> str:
+        """The same as JSON; the loggers of transformers' Trainer ask a model's configuration for it."""
+        return json.dumps(self.to_dict(), indent=2)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Any:
