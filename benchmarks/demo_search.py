@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,6 @@ class Trial:
     config: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
-    aligned_start: bool = False
 
 
 BASE_CONFIG = {
@@ -45,35 +44,26 @@ BASE_TRAINING = {"batch_size": 128, "head_learning_rate": 1e-3, "epochs": 15, "p
 
 def run(trial: Trial, backbone: Any, frozen: Any) -> dict[str, Any]:
     """Train and score one trial."""
-    from epic_fast.demo.pairs import MatchPairs, OwnTitles
     from epic_fast.demo.prompted import train_epic
-    from epic_fast.demo.rivals import accuracy
+    from epic_fast.demo.tasks import classify_task, match_task, rivals
     from epic_fast.models import EpicConfig
     from epic_fast.training import TrainingConfig
 
     config = EpicConfig(**{**BASE_CONFIG, **trial.config})
     training = TrainingConfig(**{**BASE_TRAINING, **trial.training})
+    if trial.data.get("views", True) is False:
+        frozen = replace(frozen, views=frozen.views[:, :1])
+    same_class = trial.data.get("same_class", 0.5)
+    task = classify_task(frozen, trial.seed + 1)
     if trial.task == "match":
-        labels = ["other", "own"]
-        train = MatchPairs(frozen, "train", seed=trial.seed + 1, fresh=True, **trial.data)
-        validation = MatchPairs(frozen, "validation", same_class=0.5, repeats=3)
-        tests = {"any": MatchPairs(frozen, "test"), "same": MatchPairs(frozen, "test", same_class=1.0)}
-    else:
-        labels = frozen.names
-        train = OwnTitles(frozen, "train", seed=trial.seed + 1, fresh=True)
-        validation, tests = OwnTitles(frozen, "validation"), {"test": OwnTitles(frozen, "test")}
-    merged = next(iter(tests.values()))
+        task = match_task(frozen, trial.seed + 1, same_class=same_class)
+    if trial.name == "rivals":
+        scores = {each.name: {"validation": each.validation, **test_scores(task, each), **each.chosen} for each in
+                  rivals(frozen, task, trial.seed)}  # fmt: skip
+        return {"name": trial.name, "task": trial.task, "seed": trial.seed, "scores": scores}
     result, model, extra = train_epic(
-        trial.name, backbone, frozen, config, training, train, validation, merged, labels=labels, seed=trial.seed,
-        progress=False,
-    )  # fmt: skip
-    scores = {next(iter(tests)): accuracy(result.predictions, merged.labels)}
-    if "same" in tests:
-        from epic_fast.demo.pairs import CacheCollator
-        from epic_fast.training import predict
-
-        other = predict(model, tests["same"], collator=CacheCollator(frozen.cache)).logits.argmax(dim=1)
-        scores["same"] = accuracy(other, tests["same"].labels)
+        trial.name, backbone, frozen, config, training, task, seed=trial.seed, progress=False
+    )
     model.unwrap()
     history = [(round(row["train_loss"], 4), row["validation"]["accuracy"]) for row in extra["history"]]
     return {
@@ -84,13 +74,19 @@ def run(trial: Trial, backbone: Any, frozen: Any) -> dict[str, Any]:
         "training": trial.training,
         "data": trial.data,
         "validation": result.validation,
-        "test": scores,
+        "test": test_scores(task, result),
         "epoch": result.chosen["epoch"],
         "seconds": result.seconds,
         "trainable": result.trainable,
         "history": history,
         "diagnostics": extra["diagnostics"],
     }
+
+
+def test_scores(task: Any, result: Any) -> dict[str, float]:
+    """Accuracy on the test pairs and on their parts."""
+    right = (result.predictions.cpu() == task.test.labels).double()
+    return {"test": float(right.mean()), **{name: float(right[mask].mean()) for name, mask in task.groups.items()}}
 
 
 def work(number: int, trials: list[Trial], processes: int, output: Path, views: int, first: tuple[int, int]) -> None:
@@ -114,38 +110,41 @@ def work(number: int, trials: list[Trial], processes: int, output: Path, views: 
             lines.write(json.dumps(row) + "\n")
 
 
-def match_trials() -> list[Trial]:
-    """Changes of one thing at a time, with both heads."""
+def match_trials(seeds: list[int]) -> list[Trial]:
+    """Changes of one thing at a time, and a few together, with both heads."""
+    reads = {"head_reads_prompts": True}
     variants: dict[str, dict[str, Any]] = {
         "base": {},
         "off": {"config": {"interaction": False}},
-        "hard0.5": {"data": {"same_class": 0.5}},
-        "prompts-read": {"config": {"head_reads_prompts": True}},
-        "prompts-read-off": {"config": {"head_reads_prompts": True, "interaction": False}},
-        "gelu-ln": {"config": {"activation": "gelu_layernorm"}},
+        "reads": {"config": reads},
+        "reads-off": {"config": {**reads, "interaction": False}},
+        "any-class-only": {"data": {"same_class": 0.0}},
+        "no-views": {"data": {"views": False}},
+        "reads-gelu-ln-0.3": {"config": {**reads, "activation": "gelu_layernorm", "gate_init": 0.3}},
+        "reads-gate-1": {"config": {**reads, "gate_init": 1.0}},
+        "reads-epochs-40": {"config": reads, "training": {"epochs": 40}},
+        "reads-wd-0.5": {"config": reads, "training": {"weight_decay": 0.5}},
+        "reads-lr-3e-4": {"config": reads, "training": {"learning_rate": 3e-4, "head_learning_rate": 3e-4}},
         "gelu-ln-0.3": {"config": {"activation": "gelu_layernorm", "gate_init": 0.3}},
-        "gate-0.1": {"config": {"gate_init": 0.1}},
+        "gate-1": {"config": {"gate_init": 1.0}},
         "gate-lr-3e-2": {"training": {"gate_learning_rate": 3e-2}},
-        "gate-lr-3e-3": {"training": {"gate_learning_rate": 3e-3}},
         "channel": {"config": {"gate": "channel"}},
         "pairs-2": {"config": {"num_layer_pairs": 2}},
         "pairs-4": {"config": {"num_layer_pairs": 4}},
-        "pairs-6": {"config": {"num_layer_pairs": 6}},
-        "prompts-4": {"config": {"prompt_length": 4}},
+        "prompts-2": {"config": {"prompt_length": 2}},
         "prompts-16": {"config": {"prompt_length": 16}},
-        "temperature-0.5": {"config": {"temperature": 0.5}},
+        "temperature-1": {"config": {"temperature": 1.0}},
         "temperature-0.03": {"config": {"temperature": 0.03}},
-        "std-0.2": {"config": {"prompt_init_std": 0.2}},
         "gaussian-0.2": {"config": {"prompt_init_std": 0.2, "vision_prompt_init": "gaussian"}},
         "per-step": {"config": {"shared_projections": False}},
-        "wd-0.1": {"training": {"weight_decay": 0.1}},
         "wd-0.5": {"training": {"weight_decay": 0.5}},
         "lr-3e-4": {"training": {"learning_rate": 3e-4}},
         "lr-3e-3": {"training": {"learning_rate": 3e-3}},
         "epochs-40": {"training": {"epochs": 40}},
-        "smooth": {"config": {"label_smoothing": 0.1}},
+        "smooth-0.1": {"config": {"label_smoothing": 0.1}},
     }
-    return [
+    trials = [Trial("rivals", "match", seed=seed) for seed in seeds]
+    trials += [
         Trial(
             f"{head}/{name}",
             "match",
@@ -154,10 +153,11 @@ def match_trials() -> list[Trial]:
             training=change.get("training", {}),
             data=change.get("data", {}),
         )
-        for seed in (0,)
+        for seed in seeds
         for name, change in variants.items()
         for head in ("linear", "mlp")
     ]
+    return trials
 
 
 def main() -> None:
@@ -166,10 +166,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--views", type=int, default=3)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="*")
     arguments = parser.parse_args()
-    trials = [trial for trial in match_trials() if not arguments.only or trial.name in arguments.only]
-    first = (2, 2)
+    trials = [trial for trial in match_trials(arguments.seeds) if not arguments.only or trial.name in arguments.only]
+    first = (2, 4)
     multiprocessing.spawn(
         work,
         args=(trials, arguments.processes, arguments.output, arguments.views, first),

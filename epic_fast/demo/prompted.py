@@ -7,11 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
+import torch
 
 from epic_fast.demo.frozen import FrozenPairs
 from epic_fast.demo.pairs import CacheCollator
 from epic_fast.demo.rivals import Result, accuracy
+from epic_fast.demo.tasks import Task
 from epic_fast.models import EpicConfig, EpicModel, wrap
 from epic_fast.training import TrainingConfig, fit, predict
 
@@ -22,11 +23,8 @@ def train_epic(
     frozen: FrozenPairs,
     config: EpicConfig,
     training: TrainingConfig,
-    train: Dataset[Any],
-    validation: Dataset[Any],
-    test: Dataset[Any],
+    task: Task,
     *,
-    labels: list[str],
     seed: int,
     output: Path | None = None,
     progress: Any = None,
@@ -40,25 +38,23 @@ def train_epic(
     Returns:
         the table's row, the model with its best weights, and the run's history.
     """
-    import torch
-
     torch.manual_seed(seed)
-    model = wrap(backbone, config, num_labels=len(labels), labels=labels, self_check=False)
+    model = wrap(backbone, config, num_labels=len(task.labels), labels=task.labels, self_check=False)
     collator = CacheCollator(frozen.cache)
     started = time.perf_counter()
     outcome = fit(
         model,
-        train,
-        validation,
+        task.train,
+        task.validation,
         config=replace(training, seed=seed),
         collator=collator,
         output_dir=output,
         progress=progress,
     )
     seconds = time.perf_counter() - started
-    predictions = predict(model, test, collator=collator).logits.argmax(dim=1)
+    predictions = predict(model, task.test, collator=collator).logits.argmax(dim=1)
     trainable, total = model.get_nb_trainable_parameters()
-    checked = predict(model, validation, collator=collator)
+    checked = predict(model, task.validation, collator=collator)
     assert checked.labels is not None
     score = accuracy(checked.logits.argmax(dim=1), checked.labels)
     result = Result(name, predictions, trainable, total, seconds, score, {"epoch": float(outcome.best_epoch)})
