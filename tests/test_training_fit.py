@@ -264,8 +264,17 @@ def test_draws_of_the_data_leave_the_dropout_alone():
         model = build()
         run(model, data=data)
         seen.append(model.state_dict())
+    model = build()
+    options = {"config": settings(), "collator": drawing_collator, "progress": False}
+    fit(model, RandomPairs(26), RandomPairs(10, seed=1), **options)
     assert same_bits(seen[0], seen[1])
     assert same_bits(seen[0], seen[2])
+    assert same_bits(seen[0], model.state_dict())
+
+
+def drawing_collator(items):
+    torch.rand(3)
+    return torch.utils.data.default_collate(items)
 
 
 class Drawing(RandomPairs):
