@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import epic_fast
 from epic_fast import EpicConfig
 from epic_fast.errors import ConfigError
-from epic_fast.nn import Head, InteractionHub
 from epic_fast.testing import tiny_clip
+from epic_fast.testing.probes import make_batch
 
 NAN, INF = float("nan"), float("inf")
 
@@ -167,59 +165,7 @@ def test_summary_says_where_the_prompts_are(capsys: pytest.CaptureFixture[str]) 
     assert set(model.diagnostics()) == {"temperature", "text_gate/0", "vision_gate/0"}
 
 
-# -- modules by themselves ------------------------------------------------------------------------------------------
-
-
-def test_the_hub_makes_no_tensor_that_nothing_reads() -> None:
-    def names(**arguments: Any) -> set[str]:
-        return {name for name, _ in InteractionHub(4, 6, **arguments).named_parameters()}
-
-    outward = {"text_to_vision.0.weight", "text_to_vision.0.bias"}
-    inward = {"vision_to_text.0.weight", "vision_to_text.0.bias"}
-    rest = {"text_gate", "vision_gate", "log_temperature"}
-    assert names(steps=0) == outward
-    assert names(steps=0, starts_vision=False) == set()
-    assert names(steps=2) == names(steps=2, starts_vision=False) == outward | inward | rest
-    assert names(steps=2, learn_gates=False, learn_temperature=False) == outward | inward
-    assert len(names(steps=3, shared=False)) == 3 * 4 + 3
-    hub = InteractionHub(4, 6, steps=3, gate="channel", gate_init=0.5, temperature=0.2)
-    assert hub.text_gate.shape == (3, 4)
-    assert hub.vision_gate.shape == (3, 6)
-    assert math.isclose(float(hub.log_temperature.detach().exp()), 0.2, rel_tol=1e-6)
-    assert hub.diagnostics()["vision_gate/2"] == 0.5
-
-
-@pytest.mark.parametrize("kind", ["linear", "mlp"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_heads_give_float32_or_float64_of_features_of_any_type(kind: str, dtype: torch.dtype) -> None:
-    head = Head(5, 3, kind=kind, norm="layer").to(dtype)
-    for features in (torch.randn(2, 5), torch.randn(2, 5, dtype=torch.float64), torch.randn(2, 5).bfloat16()):
-        wanted = torch.float64 if dtype == torch.float64 else torch.float32
-        assert head(features).dtype == wanted
-        with torch.autocast("cpu", torch.bfloat16):
-            assert torch.equal(head(features), head(features))
-
-
-def test_standardisation_is_by_the_whole_training_set() -> None:
-    random = torch.Generator().manual_seed(0)
-    features = torch.randn(50, 4, generator=random) * torch.tensor([1.0, 5.0, 0.1, 0.0]) + torch.tensor([0, 3, -2, 1e4])
-    features[:, 3] = 10_000 / 3
-    norm = Head(4, 2, norm="standardize").norm
-    assert norm.needs_statistics
-    norm.fit(features.split(7))
-    assert not norm.needs_statistics
-    wanted = (features[:, :3] - features[:, :3].mean(0)) / features[:, :3].std(0, correction=0)
-    assert torch.allclose(norm(features)[:, :3], wanted, atol=1e-4)
-    # A large feature that never varies must not be blown up out of rounding errors.
-    assert norm(features)[:, 3].abs().max() < 1e-2
-    for batches, count in (([], 0), ([features[:1]], 1)):
-        with pytest.raises(ConfigError, match=f"at least two samples; {count} were given"):
-            Head(4, 2, norm="standardize").norm.fit(batches)
-
-
 def test_a_model_asks_for_its_statistics_once() -> None:
-    from epic_fast.testing.probes import make_batch
-
     model = epic_fast.wrap(tiny_clip(), EpicConfig(prompt_length=2, feature_norm="standardize"), num_labels=3)
     assert model.needs_feature_statistics
     batch = make_batch([8, 5, 6])
@@ -233,4 +179,3 @@ def test_a_model_asks_for_its_statistics_once() -> None:
     assert by_prefix.needs_feature_statistics
     by_prefix.fit_feature_statistics([{"prefix": model.extract(**batch)}])
     assert torch.allclose(by_prefix.head.norm.mean, model.head.norm.mean, atol=1e-5)
-    assert isinstance(model.head.classifier, nn.Sequential)

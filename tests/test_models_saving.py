@@ -177,6 +177,20 @@ def test_weights_changed_after_wrapping_change_the_fingerprint(saved: tuple[Any,
         epic_fast.from_pretrained(folder)
 
 
+def test_a_backbone_that_has_moved_is_asked_for(tmp_path: Path) -> None:
+    tiny_clip(tmp_path / "here")
+    model = epic_fast.wrap(str(tmp_path / "here"), EpicConfig(prompt_length=2), num_labels=3).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "here").rename(tmp_path / "there")
+    with pytest.raises(AdapterError, match=r"remembers its backbone as '.*here'.*does not exist(.|\n)*backbone="):
+        epic_fast.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(ConfigError, match="elsewhere' does not exist"):
+        epic_fast.from_pretrained(tmp_path / "adapter", backbone=str(tmp_path / "elsewhere"))
+    loaded = epic_fast.from_pretrained(tmp_path / "adapter", backbone=str(tmp_path / "there"))
+    with torch.no_grad():
+        assert torch.equal(loaded(**BATCH).logits, model(**BATCH).logits)
+
+
 # -- damage ---------------------------------------------------------------------------------------------------------
 
 

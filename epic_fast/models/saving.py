@@ -89,12 +89,16 @@ def from_pretrained(
                 f"{folder} does not say where its backbone ({recorded['family']}) came from, for it was wrapped as an "
                 "object: pass it, from_pretrained(folder, backbone=model)"
             )
-    encoder = load_backbone(
-        backbone,
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        dtype=getattr(torch, recorded["dtype"]),
-    )
+    options = {"image_processor": image_processor, "tokenizer": tokenizer, "dtype": getattr(torch, recorded["dtype"])}
+    try:
+        encoder = load_backbone(backbone, **options)
+    except ConfigError as error:
+        if backbone is not recorded["source"]:
+            raise
+        raise AdapterError(
+            f"{folder} remembers its backbone as {backbone!r}: {error}\nIf it has moved, or that is a folder relative "
+            "to another place, say where it is now with backbone="
+        ) from error
     try:
         if verify:
             difference = describe_difference(recorded["tensors"], encoder.fingerprint())
