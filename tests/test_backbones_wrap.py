@@ -280,6 +280,7 @@ def test_fingerprints_tell_bits_shapes_and_types_apart() -> None:
         one.double(),
         one.int(),
         one.half(),
+        one.view(torch.int32),
         one + 1e-6,
         -one,
         torch.zeros(0),

@@ -93,6 +93,17 @@ def test_the_trainer_trains_saves_and_resumes(multi_label: bool, tmp_path: Path)
     assert predictions.predictions.shape == (16, 2)
 
 
+def test_the_trainer_survives_a_checkpoint_that_lacks_a_tensor(tmp_path: Path) -> None:
+    """It then asks the model which of its tensors need not be saved."""
+    trainer = make_trainer(make_model(), tmp_path, max_steps=2)
+    trainer.train()
+    path = tmp_path / "checkpoint-2" / "model.safetensors"
+    state = safetensors.torch.load_file(path)
+    del state["text_prompt"]
+    safetensors.torch.save_file(state, path, metadata={"format": "pt"})
+    trainer._load_from_checkpoint(str(path.parent))
+
+
 def test_the_trainer_keeps_the_best_and_logs_to_tensorboard(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     model = make_model()
