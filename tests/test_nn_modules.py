@@ -57,3 +57,16 @@ def test_standardisation_is_by_the_whole_training_set() -> None:
     for batches, count in (([], 0), ([features[:1]], 1)):
         with pytest.raises(ConfigError, match=f"at least two samples; {count} were given"):
             Head(4, 2, norm="standardize").norm.fit(batches)
+
+
+def test_heads_normalise_before_the_classifier() -> None:
+    features = 5.0 * torch.randn(4, 6, generator=torch.Generator().manual_seed(0)) + 3.0
+    for norm in ("layer", "standardize"):
+        head = Head(6, 3, norm=norm).eval()
+        if norm == "standardize":
+            head.norm.fit([features])
+        output = head.classifier[-1]
+        by_hand = (features - features.mean(-1, keepdim=True)) / features.std(-1, correction=0, keepdim=True)
+        if norm == "standardize":
+            by_hand = (features - features.mean(0)) / features.std(0, correction=0)
+        assert torch.allclose(head(features), output(by_hand), atol=1e-4)
