@@ -1,6 +1,6 @@
 """Which settings the demo takes: many short trainings on the demo's two tasks, judged on validation alone.
 
-    python -m benchmarks.demo_search --task match --processes 12 --output FILE.jsonl [--only NAME ...]
+    python -m benchmarks.demo_search --round 1 --processes 12 --output FILE.jsonl [--only NAME ...]
 
 Every line of FILE holds a name, its overrides, seed and scores.  The test split is scored too, so that the choice
 can be held against it afterwards; nothing here reads it to choose.
@@ -160,17 +160,55 @@ def match_trials(seeds: list[int]) -> list[Trial]:
     return trials
 
 
+def second_trials(seeds: list[int]) -> list[Trial]:
+    """After the first round: a head that reads the cosines, projections that start from a regression; and the
+    depth and length of training of the 12 classes."""
+    start = {"projection_init": "least_squares", "vision_prompt_init": "gaussian"}
+    cosines = {"head_reads_similarity": True}
+    reads = {"head_reads_prompts": True}
+    variants: dict[str, dict[str, Any]] = {
+        "cosines-start": {"config": {**cosines, **start}},
+        "cosines": {"config": cosines},
+        "cosines-start-reads": {"config": {**cosines, **start, **reads}},
+        "start-reads-gate-1": {"config": {**start, **reads, "gate_init": 1.0}},
+        "cosines-start-reads-gate-1": {"config": {**cosines, **start, **reads, "gate_init": 1.0}},
+        "cosines-start-lr-1e-4": {"config": {**cosines, **start}, "training": {"learning_rate": 1e-4}},
+        "cosines-start-wd-0.5": {"config": {**cosines, **start}, "training": {"weight_decay": 0.5}},
+        "cosines-start-prompts-4": {"config": {**cosines, **start, "prompt_length": 4}},
+        "start-reads": {"config": {**start, **reads}},
+    }
+    trials = [
+        Trial(f"{head}/{name}", "match", seed, {"head": head, **change["config"]}, change.get("training", {}))
+        for seed in seeds
+        for name, change in variants.items()
+        for head in ("linear", "mlp")
+    ]
+    trials += [
+        Trial(
+            f"classify/pairs-{pairs}-epochs-{epochs}",
+            "classify",
+            seed,
+            {"head": "mlp", "num_layer_pairs": pairs},
+            {"epochs": epochs, "batch_size": 64},
+        )
+        for seed in seeds
+        for pairs, epochs in ((2, 8), (3, 8), (2, 15), (3, 15))
+    ]
+    return trials
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", choices=["match"], default="match")
+    parser.add_argument("--round", type=int, choices=[1, 2], default=1)
     parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--views", type=int, default=3)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="*")
     arguments = parser.parse_args()
-    trials = [trial for trial in match_trials(arguments.seeds) if not arguments.only or trial.name in arguments.only]
-    first = (2, 4)
+    make = match_trials if arguments.round == 1 else second_trials
+    trials = [trial for trial in make(arguments.seeds) if not arguments.only or trial.name in arguments.only]
+    first = (2, 4) if arguments.round == 1 else (3, 5)
     multiprocessing.spawn(
         work,
         args=(trials, arguments.processes, arguments.output, arguments.views, first),

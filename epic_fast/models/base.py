@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,14 +228,14 @@ class PromptedModel(nn.Module, ABC):
     @torch.no_grad()
     def fit_feature_statistics(self, batches: Iterable[Mapping[str, Any]]) -> None:
         """Standardise the head's input: one pass over the training set (batches as for :meth:`forward`)."""
+        features = (self.features(prefix).float() for prefix in self.prefixes(batches))
+        self.head.norm.fit(features)  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
 
-        def features() -> Iterable[Tensor]:
-            for batch in batches:
-                inputs = {name: _to(value, self.device) for name, value in batch.items() if name != "labels"}
-                prefix = inputs["prefix"] if "prefix" in inputs else self.extract(**inputs)
-                yield self.features(prefix).float()
-
-        self.head.norm.fit(features())  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
+    def prefixes(self, batches: Iterable[Mapping[str, Any]]) -> Iterator[Prefix]:
+        """The prefix of each batch (as for :meth:`forward`, labels unread), on the model's device."""
+        for batch in batches:
+            inputs = {name: _to(value, self.device) for name, value in batch.items() if name != "labels"}
+            yield inputs["prefix"] if "prefix" in inputs else self.extract(**inputs)
 
     # -- frozen and trainable ----------------------------------------------------------------------------------
 

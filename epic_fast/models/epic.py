@@ -19,7 +19,7 @@ dropped, so no hub follows it.  A linear head reads both pooled towers.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -58,6 +58,9 @@ class EpicConfig(MethodConfig):
         text_head_input, vision_head_input: features that the head reads, joined by ``+``: ``pooled`` (the tower's
             own pooling), ``projected`` (after the backbone's projection), ``cls``, ``mean``.
         head_reads_prompts: the head also reads the mean prompt of each tower after the last pair.
+        head_reads_similarity: the head also reads the cosines of every interaction, and those after the last pair.
+        projection_init: ``"random"``, or ``"least_squares"``: before training, the regression of one tower's prompts
+            on the other's over the training pairs.
         feature_norm: ``"none"``, ``"layer"``, or ``"standardize"`` (by the training set's mean and deviation).
         head: ``"linear"``, or ``"mlp"`` with ``head_hidden_size`` hidden units.
         head_dropout: share of the head's inputs dropped in training.
@@ -83,6 +86,8 @@ class EpicConfig(MethodConfig):
     text_head_input: str = "pooled"
     vision_head_input: str = "pooled"
     head_reads_prompts: bool = False
+    head_reads_similarity: bool = False
+    projection_init: Literal["random", "least_squares"] = "random"
     feature_norm: Literal["none", "layer", "standardize"] = "none"
     head: Literal["linear", "mlp"] = "linear"
     head_hidden_size: int = 256
@@ -98,7 +103,15 @@ class EpicConfig(MethodConfig):
         check_range(self, "temperature", 0.0, exclusive=True)
         check_range(self, "head_dropout", 0.0, 0.99)
         check_range(self, "label_smoothing", 0.0, 0.99)
-        for name in ("prompt_mask", "vision_prompt_init", "gate", "activation", "feature_norm", "head"):
+        for name in (
+            "prompt_mask",
+            "vision_prompt_init",
+            "gate",
+            "activation",
+            "projection_init",
+            "feature_norm",
+            "head",
+        ):
             check_choice(self, name)
         if self.layer_pairs is not None:
             if not isinstance(self.layer_pairs, (list, tuple)):
@@ -154,6 +167,7 @@ class EpicModel(PromptedModel):
     """A frozen dual encoder with EPIC's prompts, hub and head; made by :func:`epic_fast.wrap`."""
 
     config: EpicConfig
+    projections_fitted: Tensor | None
 
     def __init__(self, backbone: DualEncoder, config: EpicConfig, **task: Any):
         super().__init__(backbone, config, **task)
@@ -182,6 +196,9 @@ class EpicModel(PromptedModel):
         width = text.feature_width(config.text_head_input) + vision.feature_width(config.vision_head_input)
         if config.head_reads_prompts and config.prompt_length:
             width += text.hidden_size + vision.hidden_size
+        if self.reads_similarity:
+            width += len(self.layer_pairs) * config.prompt_length**2
+        self.register_buffer("projections_fitted", torch.tensor(False) if self._fits_projections() else None)
         self.head = Head(
             width,
             self.num_labels,
@@ -197,7 +214,7 @@ class EpicModel(PromptedModel):
     def features(self, prefix: Prefix) -> Tensor:
         text_tower, vision_tower = self.backbone.text, self.backbone.vision
         text, vision = prefix.text, prefix.vision
-        from_prompts: list[Tensor] = []
+        more: list[Tensor] = []
         if self.config.prompt_length:
             text_prompt, vision_prompt = self.initial_prompts(len(text.hidden))
             for step, (text_layer, vision_layer) in enumerate(self.layer_pairs):
@@ -205,16 +222,18 @@ class EpicModel(PromptedModel):
                 vision, vision_prompt = vision_tower.run_prompted(
                     vision, vision_layer, vision_prompt, self.config.prompt_mask
                 )
+                if self.reads_similarity:
+                    more.append(self.hub.similarity(text_prompt, vision_prompt, step).flatten(1))
                 if step < self.hub.steps:
                     text_prompt, vision_prompt = self.hub(text_prompt, vision_prompt, step)
             if self.config.head_reads_prompts:
-                from_prompts = [text_prompt.mean(dim=1), vision_prompt.mean(dim=1)]
+                more += [text_prompt.mean(dim=1), vision_prompt.mean(dim=1)]
         text, vision = text_tower.run_all(text), vision_tower.run_all(vision)
         return torch.cat(
             [
                 text_tower.features(text, self.config.text_head_input),
                 vision_tower.features(vision, self.config.vision_head_input),
-                *from_prompts,
+                *more,
             ],
             dim=-1,
         )
@@ -226,6 +245,46 @@ class EpicModel(PromptedModel):
         else:
             vision_prompt = self.vision_prompt
         return self.text_prompt.expand(batch, -1, -1), vision_prompt.expand(batch, -1, -1)
+
+    # -- the projections' start ---------------------------------------------------------------------------------
+
+    @property
+    def reads_similarity(self) -> bool:
+        """Whether the head reads the hub's cosines; there are none without a hub."""
+        return self.config.head_reads_similarity and bool(self.config.prompt_length) and self.hub.steps > 0
+
+    def _fits_projections(self) -> bool:
+        fits = self.config.projection_init == "least_squares" and bool(self.config.prompt_length)
+        return fits and self.hub.steps > 0
+
+    def _waits_for_projections(self) -> bool:
+        return self.projections_fitted is not None and not bool(self.projections_fitted)
+
+    @property
+    def needs_feature_statistics(self) -> bool:
+        return super().needs_feature_statistics or self._waits_for_projections()
+
+    @torch.no_grad()
+    def fit_feature_statistics(self, batches: Iterable[Mapping[str, Any]]) -> None:
+        if self.projections_fitted is not None and self._waits_for_projections():
+            if iter(batches) is batches:
+                raise ConfigError(
+                    "projection_init='least_squares' reads the batches twice; wanted a list or a DataLoader, not a "
+                    "generator"
+                )
+            text, vision = [], []
+            for prefix in self.prefixes(batches):
+                prompts = self.initial_prompts(len(prefix.text.hidden))
+                text_layer, vision_layer = self.layer_pairs[0]
+                mask = self.config.prompt_mask
+                text.append(self.backbone.text.run_prompted(prefix.text, text_layer, prompts[0], mask)[1].mean(dim=1))
+                vision.append(
+                    self.backbone.vision.run_prompted(prefix.vision, vision_layer, prompts[1], mask)[1].mean(dim=1)
+                )
+            self.hub.fit_least_squares(torch.cat(text), torch.cat(vision))
+            self.projections_fitted.fill_(True)
+        if super().needs_feature_statistics:
+            super().fit_feature_statistics(batches)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         groups: dict[str, list[nn.Parameter]] = {"prompts": [], "projections": [], "gates": [], "head": []}

@@ -90,6 +90,36 @@ class InteractionHub(nn.Module):
             (vision + gates[1] * self._activate(mixed[1] - vision)).to(vision_prompt.dtype),
         )
 
+    def similarity(self, text_prompt: Tensor, vision_prompt: Tensor, step: int) -> Tensor:
+        """The cosines that step ``step`` mixes by, before temperature and softmax: ``(B, P, P)``."""
+        dtype = text_prompt.dtype
+        _, _, weight, bias = self._projections(0 if self.shared else min(step, self.steps - 1), dtype)
+        in_text = nn.functional.linear(vision_prompt, weight, bias)
+        return nn.functional.cosine_similarity(text_prompt[:, :, None].float(), in_text[:, None].float(), dim=-1)
+
+    @torch.no_grad()
+    def fit_least_squares(self, text: Tensor, vision: Tensor, *, ridge: float = 0.3) -> None:
+        """Start every projection as the ridge regression of one tower's prompts on the other's.
+
+        Args:
+            text, vision: ``(n, D_t)`` and ``(n, D_v)``, mean prompts of n pairs.
+            ridge: penalty in units of the inputs' mean variance.
+        """
+        text, vision = text.double() - text.double().mean(dim=0), vision.double()
+        means = vision.mean(dim=0)
+        vision = vision - means
+        for layers, source, target, mean in (
+            (self.vision_to_text, vision, text, means),
+            (self.text_to_vision, text, vision, text.mean(dim=0)),
+        ):
+            penalty = ridge * source.square().sum() / source.shape[1]
+            identity = torch.eye(source.shape[1], dtype=source.dtype, device=source.device)
+            weight = torch.linalg.solve(source.T @ source + penalty * identity, source.T @ target).T
+            for layer in layers:
+                assert isinstance(layer, nn.Linear)
+                layer.weight.copy_(weight)
+                layer.bias.copy_(-weight @ mean)
+
     def _projections(self, copy: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         outward, inward = self.text_to_vision[copy], self.vision_to_text[copy]
         assert isinstance(outward, nn.Linear)

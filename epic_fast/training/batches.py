@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,16 @@ class Batch:
     indices: tuple[int, ...]
     count: int
     total: int
+
+
+class Repeated:
+    """An iterable that starts anew with every iteration."""
+
+    def __init__(self, start: Callable[[], Iterator[Any]]):
+        self.start = start
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.start()
 
 
 def training_batches(

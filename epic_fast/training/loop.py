@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from epic_fast.errors import ConfigError, DataError, EpicFastError
 from epic_fast.files import atomic_write_json, atomic_write_text
-from epic_fast.training.batches import collator_for, length_of, loader, ordered_batches, training_batches
+from epic_fast.training.batches import Repeated, collator_for, length_of, loader, ordered_batches, training_batches
 from epic_fast.training.callbacks import notify
 from epic_fast.training.checkpoint import check_identity, identity, load_checkpoint, save_checkpoint, tidy
 from epic_fast.training.config import TrainingConfig
@@ -271,14 +271,14 @@ class _Run:
         self._set_epoch(0)
         batches = ordered_batches(self.train_length, self.config.batch_size)
 
-        def without_labels() -> Any:
+        def without_labels() -> Iterator[Any]:
             for _, batch in self._loader(self.train_data, batches):
                 batch.pop("labels", None)
                 yield send_to_device(batch, self.accelerator.device)
 
         self.model.eval()
         with torch.no_grad(), self.accelerator.autocast():
-            self.model.fit_feature_statistics(without_labels())
+            self.model.fit_feature_statistics(Repeated(without_labels))
 
     def _train_epoch(self) -> None:
         from accelerate.utils import send_to_device
