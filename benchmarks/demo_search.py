@@ -197,16 +197,41 @@ def second_trials(seeds: list[int]) -> list[Trial]:
     return trials
 
 
+def third_trials(seeds: list[int]) -> list[Trial]:
+    """After the second round: longer and gentler training of the best, and less dropout before the head."""
+    start = {"projection_init": "least_squares", "vision_prompt_init": "gaussian", "head_reads_prompts": True}
+    cosines = {**start, "head_reads_similarity": True}
+    slow = {"learning_rate": 1e-4, "epochs": 40}
+    variants: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+        "mlp/cosines-start-reads-epochs-40": ({**cosines, "head": "mlp"}, {"epochs": 40}),
+        "mlp/cosines-start-reads-epochs-40-dropout-0.2": (
+            {**cosines, "head": "mlp", "head_dropout": 0.2},
+            {"epochs": 40},
+        ),
+        "mlp/cosines-start-reads-epochs-40-lr-1e-4": ({**cosines, "head": "mlp"}, slow),
+        "mlp/cosines-start-reads-epochs-40-lr-1e-4-dropout-0.2": (
+            {**cosines, "head": "mlp", "head_dropout": 0.2},
+            slow,
+        ),
+        "mlp/start-reads-epochs-40-lr-1e-4": ({**start, "head": "mlp"}, slow),
+        "linear/start-reads-epochs-40-lr-1e-4": ({**start, "head": "linear"}, slow),
+        "linear/start-reads-epochs-40": ({**start, "head": "linear"}, {"epochs": 40}),
+    }
+    return [
+        Trial(name, "match", seed, config, training) for seed in seeds for name, (config, training) in variants.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--round", type=int, choices=[1, 2], default=1)
+    parser.add_argument("--round", type=int, choices=[1, 2, 3], default=1)
     parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--views", type=int, default=3)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="*")
     arguments = parser.parse_args()
-    make = match_trials if arguments.round == 1 else second_trials
+    make = {1: match_trials, 2: second_trials, 3: third_trials}[arguments.round]
     trials = [trial for trial in make(arguments.seeds) if not arguments.only or trial.name in arguments.only]
     first = (2, 4) if arguments.round == 1 else (3, 5)
     multiprocessing.spawn(
