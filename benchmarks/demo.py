@@ -1,0 +1,231 @@
+"""The demo's two tables with 5 seeds: mean, standard deviation, and a paired bootstrap over the test pictures.
+
+    python -m benchmarks.demo --processes 14 --output benchmarks/results/demo.json
+    python -m benchmarks.demo --readme benchmarks/results/demo.json      # prints the README's two tables
+
+Settings are those of ``epic_fast.demo.recipes``, chosen on validation pairs.  The test pairs are the same for every
+seed; a seed decides weights, dropout, batches, training negatives and views.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import multiprocessing
+
+import epic_fast
+
+SEEDS = (0, 1, 2, 3, 4)
+COMPARED = {
+    "classify": [
+        ("EPIC", "EPIC, interaction off"),
+        ("EPIC", "MLP on frozen features"),
+        ("EPIC", "linear probe, both"),
+    ],
+    "match": [
+        ("EPIC, linear head", "EPIC, linear head, interaction off"),
+        ("EPIC, linear head", "linear probe, both"),
+        ("EPIC, MLP head", "EPIC, MLP head, interaction off"),
+        ("EPIC, MLP head", "MLP on frozen features"),
+        ("EPIC, MLP head", "cosine of the aligned features"),
+    ],
+}
+
+
+def work(number: int, processes: int, jobs: list[tuple[str, int, str]], folder: Path) -> None:
+    """One process: every ``processes``-th job ``(task, seed, method)``."""
+    from epic_fast.backbones import load_backbone
+    from epic_fast.demo.frozen import FrozenPairs, read_frozen_pairs
+    from epic_fast.demo.recipes import VIEWS, recipes
+    from epic_fast.demo.run import first_layers, make_task, run_recipe
+    from epic_fast.demo.table import score
+    from epic_fast.demo.tasks import rivals
+
+    torch.set_num_threads(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    backbone = load_backbone("demo")
+    size = sum(parameter.numel() for parameter in backbone.parameters())
+    held: dict[str, FrozenPairs] = {}
+    for job, (name, seed, method) in enumerate(jobs):
+        if job % processes != number:
+            continue
+        if name not in held:
+            held = {name: read_frozen_pairs(backbone, first_layers(name, backbone), views=VIEWS[name], device=device)}
+        frozen = held[name]
+        if method == "rivals":
+            rows = {split: each.cpu() for split, each in frozen.rows.items()}
+            features = {"text": frozen.text.cpu(), "vision": frozen.vision.cpu(), "labels": frozen.labels.cpu()}
+            frozen = replace(frozen, rows=rows, **features)
+            task = make_task(name, frozen, seed)
+            found = list(rivals(frozen, task, seed))
+        else:
+            task = make_task(name, frozen, seed)
+            every = [each for recipe in recipes(name) for each in (recipe, recipe.without_interaction())]
+            recipe = next(each for each in every if each.name == method)
+            found = [run_recipe(recipe, task, backbone, frozen, seed)[0]]
+        for result in found:
+            row = {"task": name, "seed": seed, **score(task, result, size)}
+            row["right"] = (result.predictions.cpu() == task.test.labels).int().tolist()
+            row["pictures"] = task.test.pictures.tolist()
+            (folder / f"{name}-{seed}-{result.name.replace('/', '_')}.json").write_text(json.dumps(row))
+
+
+def bootstrap(first: np.ndarray, second: np.ndarray, pictures: np.ndarray, draws: int = 10_000) -> dict[str, float]:
+    """Difference of two methods' mean accuracies over seeds, test pictures drawn with replacement.
+
+    Args:
+        first, second: ``(seeds, n)`` right answers.
+        pictures: ``(n,)`` which picture each pair shows: pairs of one picture are drawn together.
+    """
+    difference = first.mean(axis=0) - second.mean(axis=0)
+    names, index = np.unique(pictures, return_inverse=True)
+    sums, counts = np.bincount(index, difference), np.bincount(index)
+    random = np.random.default_rng(0)
+    chosen = random.integers(0, len(names), size=(draws, len(names)))
+    drawn = sums[chosen].sum(axis=1) / counts[chosen].sum(axis=1)
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return {
+        "difference": float(difference.mean()),
+        "standard_error": float(drawn.std()),
+        "low_95": float(low),
+        "high_95": float(high),
+    }
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """By task: every method's mean and standard deviation over seeds, and the compared pairs."""
+    tasks: dict[str, Any] = {}
+    for name, pairs in COMPARED.items():
+        methods = list(dict.fromkeys(row["method"] for row in rows if row["task"] == name))
+        right, table = {}, []
+        pictures = np.array(next(row["pictures"] for row in rows if row["task"] == name))
+        for method in methods:
+            mine = sorted(
+                (row for row in rows if row["task"] == name and row["method"] == method), key=lambda r: r["seed"]
+            )
+            right[method] = np.array([row["right"] for row in mine], dtype=float)
+            numbers = [
+                key for key in mine[0] if key in ("accuracy", "any class", "same class", "f1_macro", "validation")
+            ]
+            table.append(
+                {
+                    "method": method,
+                    **{key: float(np.mean([row[key] for row in mine])) for key in numbers},
+                    **{f"{key}_std": float(np.std([row[key] for row in mine], ddof=1)) for key in numbers},
+                    "trainable": mine[0]["trainable"],
+                    "share": mine[0]["share"],
+                    "seconds": float(np.median([row["seconds"] for row in mine])),
+                    "seeds": {row["seed"]: row["accuracy"] for row in mine},
+                    "chosen": {row["seed"]: row["chosen"] for row in mine},
+                }
+            )
+        tasks[name] = {
+            "test_pairs": len(pictures),
+            "test_pictures": len(np.unique(pictures)),
+            "methods": table,
+            "compared": [
+                {"first": first, "second": second, **bootstrap(right[first], right[second], pictures)}
+                for first, second in pairs
+            ],
+        }
+    return tasks
+
+
+def machine() -> dict[str, Any]:
+    """What a result must carry to be believed."""
+    import accelerate
+    import transformers
+
+    run = {
+        "command": "python -m " + " ".join(["benchmarks.demo", *sys.argv[1:]]),
+        "commit": _said("git", "rev-parse", "HEAD"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "accelerate": accelerate.__version__,
+        "epic_fast": epic_fast.__version__,
+    }
+    if torch.cuda.is_available():
+        run["gpu"] = torch.cuda.get_device_name()
+        run["driver"] = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return run
+
+
+def _said(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def readme(found: dict[str, Any]) -> str:
+    """The two tables in Markdown."""
+    lines = []
+    for name, task in found["tasks"].items():
+        groups = [key for key in ("any class", "same class") if key in task["methods"][0]]
+        columns = ["method", "accuracy", *groups, "macro-F1", "trained parameters"]
+        lines += [f"Task `{name}`", "", "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+        for row in task["methods"]:
+            numbers = [f"{row[key]:.3f} ± {row[key + '_std']:.3f}" for key in ("accuracy", *groups, "f1_macro")]
+            trained = f"{row['trainable']:,} ({100 * row['share']:.2f} %)" if row["trainable"] else "none"
+            lines.append("| " + " | ".join([row["method"], *numbers, trained]) + " |")
+        lines += ["", "| paired bootstrap over pictures | difference | 95 % interval |", "|---|---|---|"]
+        for row in task["compared"]:
+            lines.append(
+                f"| {row['first']} − {row['second']} | {100 * row['difference']:+.1f} points | "
+                f"{100 * row['low_95']:+.1f} to {100 * row['high_95']:+.1f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--commit", help="of the code that runs, where it runs outside its repository")
+    parser.add_argument("--tasks", nargs="+", default=list(COMPARED))
+    parser.add_argument("--readme", type=Path, metavar="RESULTS", help="print the tables of a result and stop")
+    arguments = parser.parse_args()
+    if arguments.readme:
+        print(readme(json.loads(arguments.readme.read_text())))
+        return
+    from epic_fast.demo.recipes import recipes
+
+    started = time.perf_counter()
+    jobs = [
+        (name, seed, method)
+        for name in sorted(arguments.tasks, reverse=True)
+        for method in [each.name for recipe in recipes(name) for each in (recipe, recipe.without_interaction())][::-1]
+        + ["rivals"]
+        for seed in SEEDS
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(work, args=(arguments.processes, jobs, Path(folder)), nprocs=arguments.processes)
+        rows = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
+    order = {"majority": 0, "linear": 1, "cosine": 2, "MLP": 3, "EPIC": 4}
+    rows.sort(key=lambda row: (order[row["method"].split()[0].rstrip(",")], row["method"]))
+    run = machine()
+    run["commit"] = arguments.commit or run["commit"]
+    found = {
+        "run": {**run, "seeds": list(SEEDS), "wall_seconds": time.perf_counter() - started},
+        "tasks": summarise(rows),
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(found, indent=1) + "\n")
+    print(readme(found))
+
+
+if __name__ == "__main__":
+    main()

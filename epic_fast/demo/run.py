@@ -1,0 +1,228 @@
+"""``epic-fast demo``: train, compare, draw, and load the result again in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from epic_fast.backbones import DualEncoder, load_backbone
+from epic_fast.data import load_image
+from epic_fast.demo.frozen import FrozenPairs, read_frozen_pairs
+from epic_fast.demo.pairs import Pairs
+from epic_fast.demo.prompted import train_epic
+from epic_fast.demo.recipes import VIEWS, Recipe, recipes
+from epic_fast.demo.rivals import Result
+from epic_fast.demo.table import cells, headings, score
+from epic_fast.demo.tasks import Task, classify_task, match_task, rivals
+from epic_fast.errors import EpicFastError
+from epic_fast.files import atomic_write_json, atomic_write_text
+from epic_fast.models import EpicModel
+from epic_fast.plots import SheetItem, confusion_matrix, contact_sheet, training_curves
+
+SHEET_PICTURES = 24
+RELOADED_PAIRS = 3
+
+
+def run(name: str, output: Path, *, seed: int = 0, quick: bool = False, plain: bool = False) -> dict[str, Any]:
+    """Run a task of the demo.
+
+    Args:
+        name: ``"classify"`` or ``"match"``.
+        output: the run folder; it ends as the adapter of the last EPIC of the table, with its log and pictures.
+        quick: one epoch.
+        plain: print to stderr only.
+
+    Returns:
+        the table's rows, the pairs that were classified again, and seconds in all.
+    """
+    console = Console(stderr=plain, highlight=False)
+    started = time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    console.print(f"epic_fast demo, task [bold]{name}[/], on {device}")
+    backbone = load_backbone("demo")
+    frozen = _read(backbone, name, device, console, quick)
+    task = make_task(name, frozen, seed)
+    size = sum(parameter.numel() for parameter in backbone.parameters())
+    console.print(
+        f"{len(task.train):,} training pairs a pass, {len(task.validation):,} validation, {len(task.test):,} test; "
+        f"frozen towers of {size / 1e6:.1f} M parameters"
+    )
+    rows: list[dict[str, Any]] = []
+    last: tuple[Result, EpicModel] | None = None
+    for result, model in results(task, backbone, frozen, seed, output, quick=quick, console=console):
+        rows.append(score(task, result, size))
+        console.print(f"  {result.name}: accuracy {rows[-1]['accuracy']:.3f}  ({result.seconds:.1f} s)")
+        if model is not None:
+            last = (result, model)
+    assert last is not None
+    groups = list(task.groups)
+    table = Table(title=f"Test split, task {name}, seed {seed}", title_justify="left")
+    for heading in headings(groups):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for row in rows:
+        table.add_row(*cells(row, groups))
+    console.print(table)
+    pictures = draw(task, frozen, last[0], output)
+    console.print("adapter, log and pictures: " + ", ".join([str(output), *(path.name for path in pictures)]))
+    again = reload(task, frozen, last[0], output)
+    for pair in again:
+        console.print(f"  fresh process: {pair['text']!r} -> {pair['label']} (as before)")
+    found = {"task": name, "seed": seed, "quick": quick, "rows": rows, "reloaded": again}
+    found["seconds"] = time.perf_counter() - started
+    atomic_write_json(output / "table.json", found)
+    console.print(f"{found['seconds']:.0f} s in all")
+    return found
+
+
+def make_task(name: str, frozen: FrozenPairs, seed: int) -> Task:
+    """The task by its name; training pairs are drawn by a seed of their own."""
+    return classify_task(frozen, seed + 1) if name == "classify" else match_task(frozen, seed + 1)
+
+
+def results(
+    task: Task,
+    backbone: DualEncoder,
+    frozen: FrozenPairs,
+    seed: int,
+    output: Path | None,
+    *,
+    quick: bool = False,
+    console: Console | None = None,
+) -> Iterator[tuple[Result, EpicModel | None]]:
+    """Every row of the task's table in turn, EPIC's own with its model; the last model's run is kept in ``output``."""
+    for result in rivals(frozen, task, seed):
+        yield result, None
+    whole = recipes(task.name)
+    for recipe in whole:
+        for each in (recipe.without_interaction(), recipe):
+            yield run_recipe(
+                each.quick() if quick else each,
+                task,
+                backbone,
+                frozen,
+                seed,
+                output if each is whole[-1] else None,
+                progress=(console is not None and console.is_terminal) or None,
+            )
+
+
+def run_recipe(
+    recipe: Recipe,
+    task: Task,
+    backbone: DualEncoder,
+    frozen: FrozenPairs,
+    seed: int,
+    output: Path | None = None,
+    progress: Any = False,
+) -> tuple[Result, EpicModel]:
+    """Train one EPIC; the backbone is free again afterwards."""
+    result, model, _ = train_epic(
+        recipe.name,
+        backbone,
+        frozen,
+        recipe.config,
+        recipe.training,
+        task,
+        seed=seed,
+        output=output,
+        progress=progress,
+    )
+    model.unwrap()
+    return result, model
+
+
+def first_layers(name: str, backbone: DualEncoder) -> tuple[int, int]:
+    """The lowest (text, vision) layers that any EPIC of a task puts prompts into."""
+    depths = backbone.text.num_layers, backbone.vision.num_layers
+    pairs = [recipe.config.resolve_layer_pairs(*depths)[0] for recipe in recipes(name)]
+    return min(text for text, _ in pairs), min(vision for _, vision in pairs)
+
+
+def _read(backbone: DualEncoder, name: str, device: str, console: Console, quick: bool) -> FrozenPairs:
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("frozen towers, once", total=None)
+        return read_frozen_pairs(
+            backbone,
+            first_layers(name, backbone),
+            views=0 if quick else VIEWS[name],
+            device=device,
+            tick=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+
+
+def draw(task: Task, frozen: FrozenPairs, result: Result, output: Path) -> list[Path]:
+    """Training curves, confusion matrix and a contact sheet of test pairs, a PNG each."""
+    predicted: Tensor = result.predictions.cpu()
+    curves, confusion, sheet = (output / f"{name}.png" for name in ("curves", "confusion", "sheet"))
+    training_curves(output / "log.jsonl", curves)
+    confusion_matrix(task.test.labels, predicted, task.labels, confusion, title=result.name)
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(task.test), generator=generator)[:SHEET_PICTURES].tolist()
+    items = [
+        SheetItem(
+            image=load_image(_picture(frozen, task.test, index)),
+            text=frozen.titles[int(task.test.titles[index])],
+            label=task.labels[int(task.test.labels[index])],
+            predicted=task.labels[int(predicted[index])],
+        )
+        for index in chosen
+    ]
+    contact_sheet(items, sheet, title=f"Test pairs, {result.name}")
+    return [curves, confusion, sheet]
+
+
+def _picture(frozen: FrozenPairs, pairs: Pairs, index: int) -> Path:
+    return frozen.pictures[int(pairs.pictures[index])]
+
+
+def reload(task: Task, frozen: FrozenPairs, result: Result, output: Path) -> list[dict[str, str]]:
+    """Classify three test pairs with the saved adapter in a fresh process.
+
+    Raises:
+        EpicFastError: it says other labels than the model in memory did.
+    """
+    chosen = [0, len(task.test) // 2, len(task.test) - 1][:RELOADED_PAIRS]
+    pairs = [
+        {
+            "file_name": str(_picture(frozen, task.test, index)),
+            "text": frozen.titles[int(task.test.titles[index])],
+            "label": task.labels[int(result.predictions[index])],
+        }
+        for index in chosen
+    ]
+    program = (
+        "import json, sys; from epic_fast import Classifier; pairs = json.load(sys.stdin); "
+        "classifier = Classifier.from_pretrained(sys.argv[1]); "
+        "said = classifier.predict([pair['file_name'] for pair in pairs], [pair['text'] for pair in pairs]); "
+        "print(json.dumps([each.label for each in said]))"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", program, str(output)],
+        input=json.dumps(pairs),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    if finished.returncode:
+        raise EpicFastError(f"the saved adapter in {output} could not be loaded again:\n{finished.stderr}")
+    said = json.loads(finished.stdout.splitlines()[-1])
+    if said != [pair["label"] for pair in pairs]:
+        raise EpicFastError(
+            f"the adapter loaded from {output} says {said}, the model in memory said "
+            f"{[pair['label'] for pair in pairs]}: saving or loading lost something; please report it"
+        )
+    atomic_write_text(output / "reloaded.jsonl", "".join(json.dumps(pair) + "\n" for pair in pairs))
+    return pairs
