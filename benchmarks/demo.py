@@ -1,7 +1,8 @@
 """The demo's two tables with 5 seeds: mean, standard deviation, and a paired bootstrap over the test pictures.
 
-    python -m benchmarks.demo --processes 14 --output benchmarks/results/demo.json
-    python -m benchmarks.demo --readme benchmarks/results/demo.json      # prints the README's two tables
+    python -m benchmarks.demo train --processes 14 --rows rows.jsonl              # every method, 5 seeds
+    python -m benchmarks.demo summarise rows.jsonl --output benchmarks/results/demo.json
+    python -m benchmarks.demo tables benchmarks/results/demo.json                 # the README's two tables
 
 Settings are those of ``epic_fast.demo.recipes``, chosen on validation pairs.  The test pairs are the same for every
 seed; a seed decides weights, dropout, batches, training negatives and views.
@@ -14,8 +15,6 @@ import json
 import platform
 import subprocess
 import sys
-import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ COMPARED = {
 }
 
 
-def work(number: int, processes: int, jobs: list[tuple[str, int, str]], folder: Path) -> None:
+def work(number: int, processes: int, jobs: list[tuple[str, int, str]], output: Path, run: dict[str, Any]) -> None:
     """One process: every ``processes``-th job ``(task, seed, method)``."""
     from epic_fast.backbones import load_backbone
     from epic_fast.demo.frozen import FrozenPairs, read_frozen_pairs
@@ -78,7 +77,9 @@ def work(number: int, processes: int, jobs: list[tuple[str, int, str]], folder: 
             row = {"task": name, "seed": seed, **score(task, result, size)}
             row["right"] = (result.predictions.cpu() == task.test.labels).int().tolist()
             row["pictures"] = task.test.pictures.tolist()
-            (folder / f"{name}-{seed}-{result.name.replace('/', '_')}.json").write_text(json.dumps(row))
+            row["run"] = run
+            with output.open("a") as lines:
+                lines.write(json.dumps(row) + "\n")
 
 
 def bootstrap(first: np.ndarray, second: np.ndarray, pictures: np.ndarray, draws: int = 10_000) -> dict[str, float]:
@@ -190,41 +191,71 @@ def readme(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=1)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--commit", help="of the code that runs, where it runs outside its repository")
-    parser.add_argument("--tasks", nargs="+", default=list(COMPARED))
-    parser.add_argument("--readme", type=Path, metavar="RESULTS", help="print the tables of a result and stop")
-    arguments = parser.parse_args()
-    if arguments.readme:
-        print(readme(json.loads(arguments.readme.read_text())))
-        return
+def train(arguments: argparse.Namespace) -> None:
+    """Append a row for every method and seed to ``arguments.rows``."""
     from epic_fast.demo.recipes import recipes
 
-    started = time.perf_counter()
+    methods = {
+        name: [*(each.name for recipe in recipes(name) for each in (recipe.without_interaction(), recipe)), "rivals"]
+        for name in COMPARED
+    }
+    wanted = {"all": lambda method: True, "epic": lambda method: method != "rivals", "rivals": lambda m: m == "rivals"}
+    # The longest first.
     jobs = [
         (name, seed, method)
-        for name in sorted(arguments.tasks, reverse=True)
-        for method in [each.name for recipe in recipes(name) for each in (recipe, recipe.without_interaction())][::-1]
-        + ["rivals"]
+        for name in sorted(methods)[::-1]
+        for method in methods[name]
+        if wanted[arguments.methods](method)
         for seed in SEEDS
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(work, args=(arguments.processes, jobs, Path(folder)), nprocs=arguments.processes)
-        rows = [json.loads(path.read_text()) for path in sorted(Path(folder).iterdir())]
-    order = {"majority": 0, "linear": 1, "cosine": 2, "MLP": 3, "EPIC": 4}
-    rows.sort(key=lambda row: (order[row["method"].split()[0].rstrip(",")], row["method"]))
     run = machine()
     run["commit"] = arguments.commit or run["commit"]
-    found = {
-        "run": {**run, "seeds": list(SEEDS), "wall_seconds": time.perf_counter() - started},
+    multiprocessing.spawn(work, args=(arguments.processes, jobs, arguments.rows, run), nprocs=arguments.processes)
+
+
+def summarised(paths: list[Path]) -> dict[str, Any]:
+    """All rows of these files as one result.
+
+    Raises:
+        SystemExit: a method without a row for every seed, or with two.
+    """
+    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    order = {"majority": 0, "linear": 1, "cosine": 2, "MLP": 3, "EPIC": 4}
+    rows.sort(key=lambda row: (order[row["method"].split()[0].rstrip(",")], row["method"]))
+    for key in {(row["task"], row["method"]) for row in rows}:
+        seeds = sorted(row["seed"] for row in rows if (row["task"], row["method"]) == key)
+        if seeds != list(SEEDS):
+            raise SystemExit(f"{key} has rows for the seeds {seeds}; wanted {list(SEEDS)}")
+    runs = {
+        json.dumps(row["run"]): sorted({each["method"] for each in rows if each["run"] == row["run"]}) for row in rows
+    }
+    return {
+        "seeds": list(SEEDS),
+        "runs": [{**json.loads(run), "methods": methods} for run, methods in runs.items()],
         "tasks": summarise(rows),
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(found, indent=1) + "\n")
-    print(readme(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    training = commands.add_parser("train")
+    training.add_argument("--rows", type=Path, required=True)
+    training.add_argument("--processes", type=int, default=1)
+    training.add_argument("--methods", choices=["all", "epic", "rivals"], default="all")
+    training.add_argument("--commit", help="of the code that runs, where it runs outside its repository")
+    summary = commands.add_parser("summarise")
+    summary.add_argument("rows", type=Path, nargs="+")
+    summary.add_argument("--output", type=Path, required=True)
+    tables = commands.add_parser("tables")
+    tables.add_argument("result", type=Path)
+    arguments = parser.parse_args()
+    if arguments.command == "train":
+        train(arguments)
+    elif arguments.command == "summarise":
+        arguments.output.write_text(json.dumps(summarised(arguments.rows), indent=1) + "\n")
+    else:
+        print(readme(json.loads(arguments.result.read_text())))
 
 
 if __name__ == "__main__":

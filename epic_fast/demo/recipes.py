@@ -1,4 +1,4 @@
-"""The settings of the demo's EPIC, chosen on validation pairs (``benchmarks/results/demo_search.jsonl``)."""
+"""The settings of the demo's EPIC, chosen on validation pairs (``benchmarks/results/demo_search.jsonl``, rounds 1 to 3)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def recipes(task: str) -> list[Recipe]:
     if task == "classify":
         training = TrainingConfig(epochs=5, batch_size=64, head_learning_rate=1e-3, precision="fp32")
         return [Recipe("EPIC", EpicConfig(**_READS, num_layer_pairs=2, head="mlp"), training)]
-    training = TrainingConfig(epochs=15, batch_size=128, head_learning_rate=1e-3, precision="fp32")
+    training = TrainingConfig(epochs=10, batch_size=128, head_learning_rate=1e-3, precision="fp32")
     return [
         Recipe("EPIC, linear head", EpicConfig(**_MATCH, head="linear"), training),
         Recipe("EPIC, MLP head", EpicConfig(**_MATCH, head="mlp", head_reads_similarity=True), training),

@@ -47,7 +47,7 @@ def save(model: PromptedModel, folder: Path) -> None:
     try:
         # Together: new weights beside an old description, or the other way round, would be no adapter at all.
         with atomic_files(folder / WEIGHTS, folder / CONFIG) as (weights, config):
-            safetensors.torch.save_file(state, weights, metadata={"format": "pt", "library": "epic_fast"})
+            safetensors.torch.save_file(state, weights, metadata={"format": "pt"})
             config.write_text(to_json(description), encoding="utf-8")
     except (OSError, SafetensorError) as error:
         raise AdapterError(

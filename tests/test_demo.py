@@ -1,0 +1,196 @@
+"""The demo: its pairs, its rivals, and both tasks from end to end on a part of the real data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from epic_fast.backbones import load_backbone
+from epic_fast.data import read_folder, resolve_data
+from epic_fast.demo import frozen as frozen_module
+from epic_fast.demo import run_demo
+from epic_fast.demo.frozen import SPLITS, read_frozen_pairs
+from epic_fast.demo.pairs import CacheCollator, MatchPairs, OwnTitles
+from epic_fast.demo.recipes import recipes
+from epic_fast.demo.rivals import accuracy, cosine, linear_probe, majority, mlp
+from epic_fast.demo.run import first_layers
+from epic_fast.models import wrap
+
+KEPT = {"train": 60, "validation": 20, "test": 20}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPIC_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "epic_fast_cache"))
+
+
+def small_folder(path: Path) -> SimpleNamespace:
+    """Every 20th picture or so of the demo's data, in its own splits."""
+    whole = read_folder(path)
+    for name, count in KEPT.items():
+        part = whole.splits[name]
+        part.rows = part.rows[:: len(part.rows) // count][:count]
+    return SimpleNamespace(splits=whole.splits, labels=whole.labels)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen_module, "read_folder", small_folder)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return load_backbone("demo")
+
+
+@pytest.fixture
+def frozen(small: None, backbone):
+    return read_frozen_pairs(backbone, (3, 5), views=2)
+
+
+def test_the_shipped_data_is_the_12_classes_in_their_splits():
+    folder = read_folder(resolve_data("demo"))
+    assert {name: len(part) for name, part in folder.splits.items()} == {"train": 1513, "validation": 243, "test": 370}
+    assert len(folder.labels) == 12
+
+
+def test_features_are_those_of_the_models_themselves(frozen, backbone, small):
+    from epic_fast.data import Collator
+
+    part = small_folder(resolve_data("demo")).splits["test"]
+    collator = Collator(backbone.image_processor, backbone.tokenizer, max_text_length=128)
+    batch = collator([part[index] for index in range(4)])
+    with torch.no_grad():
+        pictures = backbone.vision_model(pixel_values=batch["pixel_values"]).last_hidden_state
+        words = backbone.text_model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    mask = batch["attention_mask"][:, :, None]
+    vision = torch.cat([pictures[:, 0], pictures[:, 1:].mean(dim=1)], dim=1)
+    text = (words.last_hidden_state * mask).sum(dim=1) / mask.sum(dim=1)
+    rows = frozen.rows["test"][:4]
+    torch.testing.assert_close(frozen.vision[rows], vision, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(frozen.text[rows], text, atol=2e-5, rtol=1e-4)
+
+
+def test_views_are_of_training_pictures_only_and_differ(frozen):
+    train = frozen.rows["train"]
+    for split in ("validation", "test"):
+        assert torch.equal(frozen.views[frozen.rows[split]], frozen.rows[split][:, None].expand(-1, 3))
+    assert torch.equal(frozen.views[train][:, 0], train)
+    assert frozen.views[train][:, 1:].min() >= sum(KEPT.values())
+    assert frozen.views.max() + 1 == len(frozen.vision)
+    assert not torch.allclose(frozen.vision[frozen.views[train][:, 1]], frozen.vision[train], atol=1e-3)
+
+
+@pytest.mark.parametrize("same_class", [0.0, 1.0])
+def test_match_pairs_are_own_and_others_titles(frozen, same_class):
+    pairs = MatchPairs(frozen, "train", same_class=same_class, repeats=2)
+    own = pairs.labels == 1
+    assert own.double().mean() == 0.5
+    assert torch.equal(pairs.pictures[own], pairs.titles[own])
+    titles = [frozen.titles[row].lower() for row in range(len(frozen.titles))]
+    others = [(titles[p], titles[t]) for p, t in zip(pairs.pictures[~own], pairs.titles[~own], strict=True)]
+    assert all(first != second for first, second in others)
+    allowed = set(frozen.rows["train"].tolist())
+    assert set(pairs.titles.tolist()) <= allowed
+    same = frozen.labels[pairs.pictures[~own]] == frozen.labels[pairs.titles[~own]]
+    if same_class:
+        alone = torch.tensor([int((frozen.labels[frozen.rows["train"]] == each).sum()) == 1 for each in
+                              frozen.labels[pairs.pictures[~own]]])  # fmt: skip
+        assert (same | alone).all()
+    else:
+        assert not same.all()
+
+
+def test_only_training_pairs_are_drawn_anew(frozen):
+    fixed, fresh = MatchPairs(frozen, "test"), MatchPairs(frozen, "train", seed=3, fresh=True)
+    before = fixed.titles.clone(), fresh.titles.clone()
+    for pairs in (fixed, fresh):
+        pairs.set_epoch(1)
+    assert torch.equal(fixed.titles, before[0])
+    assert not torch.equal(fresh.titles, before[1])
+    fresh.set_epoch(0)
+    assert torch.equal(fresh.titles, before[1])
+    assert torch.equal(MatchPairs(frozen, "train", seed=3, fresh=True).titles, before[1])
+    assert not torch.equal(MatchPairs(frozen, "train", seed=4, fresh=True).titles, before[1])
+
+
+def test_a_cached_batch_gives_the_logits_of_the_pictures_and_texts(frozen, backbone, small):
+    recipe = recipes("classify")[0]
+    model = wrap(backbone, recipe.config, num_labels=12)
+    pairs = OwnTitles(frozen, "train")
+    collator = CacheCollator(frozen.cache)
+    model.fit_feature_statistics([collator([pairs[index] for index in range(40)])])
+    model.eval()
+    from epic_fast.data import Collator
+
+    part = small_folder(resolve_data("demo")).splits["train"]
+    with torch.no_grad():
+        cached = model(**collator([pairs[index] for index in (5, 1, 7)])).logits
+        direct = model(**Collator.for_model(model)([part[index] for index in (5, 1, 7)])).logits
+    model.unwrap()
+    torch.testing.assert_close(cached, direct, atol=1e-4, rtol=1e-4)
+
+
+def test_rivals_find_what_is_there():
+    generator = torch.Generator().manual_seed(0)
+    labels = {name: torch.arange(90) % 3 for name in SPLITS}
+    features = {
+        name: torch.randn(90, 6, generator=generator) + 3 * torch.nn.functional.one_hot(each, 6)
+        for name, each in labels.items()
+    }
+    probe = linear_probe("probe", features, labels, 3)
+    assert accuracy(probe.predictions, labels["test"]) > 0.9
+    assert probe.trainable == 6 * 3 + 3
+    ring = {name: torch.randn(200, 2, generator=generator) for name in SPLITS}
+    inside = {name: (each.norm(dim=1) < 1.1).long() for name, each in ring.items()}
+    assert accuracy(linear_probe("probe", ring, inside, 2).predictions, inside["test"]) < 0.7
+    net = mlp("mlp", lambda epoch: (ring["train"], inside["train"]), (ring["validation"], inside["validation"]),
+              ring["test"], 2, seed=0)  # fmt: skip
+    assert accuracy(net.predictions, inside["test"]) > 0.9
+    assert majority({**labels, "train": torch.tensor([2, 2, 1])}).predictions.eq(2).all()
+
+
+def test_the_cosine_takes_the_best_threshold():
+    direction = torch.tensor([[1.0, 0.0]])
+    angles = {"train": [0.1, 0.4, 0.9, 1.2], "validation": [0.3, 1.0], "test": [0.2, 0.5, 1.1]}
+    pairs = {}
+    for name, each in angles.items():
+        angle = torch.tensor(each)
+        pairs[name] = (torch.stack([angle.cos(), angle.sin()], dim=1), direction.expand(len(each), 2))
+    labels = {"train": torch.tensor([1, 1, 0, 0]), "validation": torch.tensor([1, 0]), "test": torch.tensor([1, 1, 0])}
+    found = cosine(pairs, labels)
+    assert torch.cos(torch.tensor(0.9)) < found.chosen["threshold"] < torch.cos(torch.tensor(0.4))
+    assert torch.equal(found.predictions, labels["test"])
+    assert found.validation == 1.0
+
+
+def test_first_layers_lie_below_every_recipe(backbone):
+    for task in ("classify", "match"):
+        text, vision = first_layers(task, backbone)
+        for recipe in recipes(task):
+            pairs = recipe.config.resolve_layer_pairs(6, 8)
+            assert text <= pairs[0][0]
+            assert vision <= pairs[0][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["classify", "match"])
+def test_the_demo_runs_and_its_adapter_loads_again(task, small, tmp_path, capsys):
+    found = run_demo(task, tmp_path / "run", quick=True)
+    methods = [row["method"] for row in found["rows"]]
+    assert methods[0] == "majority class"
+    assert [name for name in methods if name.startswith("EPIC")] == [
+        each.name for recipe in recipes(task) for each in (recipe.without_interaction(), recipe)
+    ]
+    if task == "match":
+        assert found["rows"][0]["accuracy"] == 0.5
+        assert "cosine of the aligned features" in methods
+    for name in ("config.json", "model.safetensors", "log.jsonl", "curves.png", "confusion.png", "sheet.png"):
+        assert (tmp_path / "run" / name).stat().st_size > 100, name
+    assert len(found["reloaded"]) == 3
+    assert json.loads((tmp_path / "run" / "table.json").read_text())["rows"] == found["rows"]
+    assert "Test split" in capsys.readouterr().out
