@@ -231,7 +231,7 @@ def summarised(paths: list[Path]) -> dict[str, Any]:
     }
     return {
         "seeds": list(SEEDS),
-        "runs": [{**json.loads(run), "methods": methods} for run, methods in runs.items()],
+        "runs": [{**json.loads(run), "methods": sorted(methods)} for run, methods in runs.items()],
         "tasks": summarise(rows),
     }
 

@@ -1,4 +1,4 @@
-"""The settings of the demo's EPIC, chosen on validation pairs (``benchmarks/results/demo_search.jsonl``, rounds 1 to 3)."""
+"""The settings of the demo's EPIC, chosen on validation pairs (``benchmarks/results/demo_search.jsonl``)."""
 
 from __future__ import annotations
 
