@@ -149,7 +149,7 @@ def machine() -> dict[str, Any]:
     import transformers
 
     run = {
-        "command": "python -m " + " ".join(["benchmarks.demo", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks.demo", *(Path(each).name for each in sys.argv[1:])]),
         "commit": _said("git", "rev-parse", "HEAD"),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -180,7 +180,8 @@ def readme(found: dict[str, Any]) -> str:
         for row in task["methods"]:
             numbers = [f"{row[key]:.3f} ± {row[key + '_std']:.3f}" for key in ("accuracy", *groups, "f1_macro")]
             trained = f"{row['trainable']:,} ({100 * row['share']:.2f} %)" if row["trainable"] else "none"
-            lines.append("| " + " | ".join([row["method"], *numbers, trained]) + " |")
+            method = row["method"].replace("|", "\\|")
+            lines.append("| " + " | ".join([method, *numbers, trained]) + " |")
         lines += ["", "| paired bootstrap over pictures | difference | 95 % interval |", "|---|---|---|"]
         for row in task["compared"]:
             lines.append(

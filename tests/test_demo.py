@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -194,3 +196,27 @@ def test_the_demo_runs_and_its_adapter_loads_again(task, small, tmp_path, capsys
     assert len(found["reloaded"]) == 3
     assert json.loads((tmp_path / "run" / "table.json").read_text())["rows"] == found["rows"]
     assert "Test split" in capsys.readouterr().out
+
+
+def test_the_readme_shows_the_recorded_tables():
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "benchmarks.demo", "tables", "benchmarks/results/demo.json"]
+    printed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(rows) > 20
+    assert [row for row in rows if row not in readme] == []
+
+
+def test_the_record_is_complete():
+    root = Path(__file__).resolve().parent.parent
+    found = json.loads((root / "benchmarks/results/demo.json").read_text())
+    assert found["seeds"] == [0, 1, 2, 3, 4]
+    for run in found["runs"]:
+        assert run["command"].startswith("python -m benchmarks.demo train")
+        assert len(run["commit"]) == 40
+        assert run["torch"]
+    assert any(run.get("gpu") and run.get("driver") for run in found["runs"])
+    for task in ("classify", "match"):
+        methods = {row["method"] for row in found["tasks"][task]["methods"]}
+        assert {each.name for recipe in recipes(task) for each in (recipe, recipe.without_interaction())} <= methods
