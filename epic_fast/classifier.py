@@ -19,7 +19,7 @@ class Prediction:
     """What a classifier says of one pair.
 
     Attributes:
-        label: the most probable label; for multi-label tasks the list of labels at or above the threshold; for
+        label: the most probable label; for multi-label tasks the list of labels above the threshold; for
             regression the number (a list of numbers where there are several outputs).
         probability: of that label; None for multi-label tasks and regression.
         top: the ``top_k`` most probable labels with their probabilities, best first; empty for regression.
@@ -103,5 +103,5 @@ class Classifier:
             best = int(probabilities.argmax())
             return Prediction(self.labels[best], float(probabilities[best]), top)
         threshold = 0.5 if self.model.threshold is None else self.model.threshold
-        chosen = [label for label, value in zip(self.labels, probabilities.tolist(), strict=True) if value >= threshold]
+        chosen = [label for label, value in zip(self.labels, probabilities.tolist(), strict=True) if value > threshold]
         return Prediction(chosen, None, top)

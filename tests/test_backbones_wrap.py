@@ -269,6 +269,20 @@ def test_a_folder_that_lacks_weights_or_is_one_tower_only(tmp_path: Path) -> Non
         load_backbone(tmp_path / "clip")
 
 
+@pytest.mark.parametrize("damage", ["truncated", "other shapes"])
+def test_a_folder_with_damaged_weights(tmp_path: Path, damage: str) -> None:
+    tiny_clip(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        text = config.read_text()
+        config.write_text(text.replace('"projection_dim": 24', '"projection_dim": 8'))
+        assert config.read_text() != text
+    with pytest.raises(ConfigError, match=r"could not be loaded: .*\s*Wanted the name"):
+        load_backbone(tmp_path)
+
+
 # -- fingerprints --------------------------------------------------------------------------------------------------
 
 

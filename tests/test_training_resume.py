@@ -258,7 +258,7 @@ def test_settings_that_change_no_number_may_differ(tmp_path, whole_run):
     train(tmp_path, resume="auto", checkpoint_every_steps=None, num_workers=1)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "json", "entries"])
 def test_damaged_checkpoint_says_so(tmp_path, whole_run, damage):
     shutil.copytree(whole_run[0] / "checkpoint", tmp_path / "checkpoint")
     tensors, values = tmp_path / "checkpoint" / "state.safetensors", tmp_path / "checkpoint" / "state.json"
@@ -267,7 +267,7 @@ def test_damaged_checkpoint_says_so(tmp_path, whole_run, damage):
     elif damage == "missing":
         tensors.unlink()
     else:
-        values.write_text("{")
+        values.write_text("{" if damage == "json" else '{"format": 1}')
     with pytest.raises(EpicFastError, match=r"no whole checkpoint.*remove the folder"):
         train(tmp_path, resume="auto")
 

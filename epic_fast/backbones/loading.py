@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from epic_fast.backbones.demo import load_demo_towers
 from epic_fast.backbones.dual_encoder import DualEncoder
@@ -91,7 +92,8 @@ def _from_pretrained(loader: Any, source: str, **arguments: Any) -> Any:
         raise ConfigError(f"the backbone folder {source!r} does not exist; wanted a folder saved by save_pretrained()")
     try:
         return loader.from_pretrained(str(folder) if folder.is_dir() else source, **arguments)
-    except (OSError, ValueError) as error:
+    # RuntimeError: tensors of other shapes than config.json says.
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             f"the backbone {source!r} could not be loaded: {error}\nWanted the name of a model on the hub (this needs "
             "the network, or a filled cache), or a local folder with config.json and model.safetensors"

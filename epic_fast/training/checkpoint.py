@@ -20,6 +20,7 @@ from epic_fast.training.config import FREE_ON_RESUME, TrainingConfig
 FORMAT = 1
 TENSORS = "state.safetensors"
 VALUES = "state.json"
+ENTRIES = {"identity", "position", "schedule", "rates", "random", "scaler"}
 
 
 def save_checkpoint(folder: Path, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
@@ -58,6 +59,11 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | 
             f"{folder}: is no whole checkpoint: {error}. Wanted {VALUES} and {TENSORS} as a run wrote them; remove the "
             "folder to start afresh."
         ) from error
+    if not isinstance(values, dict) or (values.get("format") == FORMAT and not values.keys() >= ENTRIES):
+        raise EpicFastError(
+            f"{folder}: is no whole checkpoint: {VALUES} lacks some of {', '.join(sorted(ENTRIES))}; remove the folder "
+            "to start afresh."
+        )
     if values.get("format") != FORMAT:
         raise EpicFastError(
             f"{folder}: has format {values.get('format')!r}; this version reads {FORMAT}. Resume with the version that "
