@@ -21,7 +21,8 @@ SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classifi
 @pytest.fixture(scope="module")
 def processors(tmp_path_factory):
     """Image processor and tokenizer of a saved CLIP, as from a hub."""
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoTokenizer
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     folder = tmp_path_factory.mktemp("clip")
     tiny_clip(folder)

@@ -179,3 +179,13 @@ def test_a_model_asks_for_its_statistics_once() -> None:
     assert by_prefix.needs_feature_statistics
     by_prefix.fit_feature_statistics([{"prefix": model.extract(**batch)}])
     assert torch.allclose(by_prefix.head.norm.mean, model.head.norm.mean, atol=1e-5)
+
+
+def test_training_without_the_statistics_it_needs_says_so():
+    config = EpicConfig(num_layer_pairs=2, feature_norm="standardize")
+    model = epic_fast.wrap(tiny_clip(), config, num_labels=3).train()
+    batch = make_batch([5, 7])
+    with pytest.raises(ConfigError, match=r"fit_feature_statistics\(batches\) before the first step"):
+        model(**batch, labels=torch.tensor([0, 1]))
+    model.fit_feature_statistics([batch])
+    assert model(**batch, labels=torch.tensor([0, 1])).loss.isfinite()

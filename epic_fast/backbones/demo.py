@@ -25,7 +25,8 @@ def text_folder() -> Path:
 
 def load_demo_towers(dtype: torch.dtype = torch.float32) -> tuple[Any, Any, Any, Any]:
     """Vision model, text model, image processor and tokenizer, from installed files only."""
-    from transformers import AutoImageProcessor, AutoTokenizer, BertModel, ViTModel
+    from transformers import AutoTokenizer, BertModel, ViTModel
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     text = text_folder()
     if not (VISION_FOLDER / "model.safetensors").is_file():

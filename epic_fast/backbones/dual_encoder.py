@@ -6,8 +6,11 @@ import logging
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+# At the top of transformers 5.13 this name wants torchvision; here it is content with Pillow.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from epic_fast.backbones.fingerprint import fingerprint
 from epic_fast.backbones.source import split_pair
@@ -138,7 +141,7 @@ class DualEncoder(nn.Module):
     @property
     def image_processor(self) -> Any:
         """The image processor given, or the one beside the weights; None where there is neither."""
-        return self._processor("image", "AutoImageProcessor", 0)
+        return self._processor("image", AutoImageProcessor, 0)
 
     @image_processor.setter
     def image_processor(self, value: Any) -> None:
@@ -147,21 +150,21 @@ class DualEncoder(nn.Module):
     @property
     def tokenizer(self) -> Any:
         """The tokenizer given, or the one beside the weights; None where there is neither."""
-        return self._processor("text", "AutoTokenizer", 1)
+        return self._processor("text", AutoTokenizer, 1)
 
     @tokenizer.setter
     def tokenizer(self, value: Any) -> None:
         self._processors["text"] = value
 
-    def _processor(self, key: str, loader: str, side: int) -> Any:
+    def _processor(self, key: str, loader: Any, side: int) -> Any:
         if key not in self._processors:
             self._processors[key] = None
             if self.source is not None:
                 source = split_pair(self.source)[side]
                 try:
-                    self._processors[key] = getattr(transformers, loader).from_pretrained(source)
+                    self._processors[key] = loader.from_pretrained(source)
                 except (OSError, ValueError, KeyError) as error:
-                    logger.warning("no %s beside %r: %s", loader, source, str(error).splitlines()[0])
+                    logger.warning("no %s beside %r: %s", loader.__name__, source, str(error).splitlines()[0])
         return self._processors[key]
 
     # -- self-check -----------------------------------------------------------------------------------------

@@ -69,6 +69,7 @@ class PromptedModel(nn.Module, ABC):
         self.threshold: float | None = None
         self.register_buffer("pos_weight_values", None)
         self._pos_weight_auto = False
+        self._statistics_checked = False
         self._set_pos_weight_argument(pos_weight)
         self.register_state_dict_post_hook(_drop_backbone)
         self.register_load_state_dict_post_hook(_forgive_backbone)
@@ -121,6 +122,8 @@ class PromptedModel(nn.Module, ABC):
             prefix = self.extract(pixel_values, input_ids, attention_mask, token_type_ids)
         elif not torch.compiler.is_compiling():
             self.backbone.ensure_eval()
+        if labels is not None and self.training and not self._statistics_checked:
+            self._check_statistics()
         logits = self.head(self.features(prefix))
         return PromptedModelOutput(loss=None if labels is None else self.loss(logits, labels), logits=logits)
 
@@ -224,6 +227,16 @@ class PromptedModel(nn.Module, ABC):
     def needs_feature_statistics(self) -> bool:
         """Whether the head waits for :meth:`fit_feature_statistics`."""
         return bool(getattr(getattr(self.head, "norm", None), "needs_statistics", False))
+
+    def _check_statistics(self) -> None:
+        # Asked once: the answer lies on the model's device, and training never takes it back.
+        if self.needs_feature_statistics:
+            raise ConfigError(
+                "this configuration starts from statistics of the training set (feature_norm='standardize' or "
+                "projection_init='least_squares'): epic_fast.fit() measures them; in a loop of your own call "
+                "model.fit_feature_statistics(batches) before the first step"
+            )
+        self._statistics_checked = True
 
     @torch.no_grad()
     def fit_feature_statistics(self, batches: Iterable[Mapping[str, Any]]) -> None:

@@ -4,7 +4,9 @@ A reconstruction.  The papers (EPIC, arXiv 2507.07415, and its predecessor MITP,
 the authors of this file by their abstracts and summaries only, and no code is public.  What those state: prompts
 are injected at intermediate layers of both frozen encoders, the other layers carry none; the two modalities'
 prompts meet in a light-weight hub by similarity, each keeping its own context; about one per cent of the
-parameters is trained.  Everything else is a choice, and a field of :class:`EpicConfig`.
+parameters is trained.  Everything else is a choice: a field of :class:`EpicConfig`, or fixed here (the cosine taken
+in the text tower's space, a softmax both ways, the residual sum, prompts without positions, no hub after the last
+pair).
 
 One step s on the layer pair (text layer t, vision layer v)::
 
