@@ -19,8 +19,8 @@ class Prediction:
     """What a classifier says of one pair.
 
     Attributes:
-        label: the most probable label; for multi-label tasks the list of labels above the threshold; for
-            regression the number (a list of numbers where there are several outputs).
+        label: the most probable label; for multi-label tasks the list of labels above the threshold, the
+            likeliest first; for regression the number (a list of numbers where there are several outputs).
         probability: of that label; None for multi-label tasks and regression.
         top: the ``top_k`` most probable labels with their probabilities, best first; empty for regression.
     """
@@ -40,7 +40,6 @@ class Classifier:
     def __init__(self, model: PromptedModel):
         self.model = model.eval()
         self.collator = Collator.for_model(model)
-        self.labels = model.labels or [str(index) for index in range(model.num_labels)]
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, backbone: Any = None, **options: Any) -> Classifier:
@@ -91,17 +90,29 @@ class Classifier:
         return predictions
 
     def describe(self, logits: torch.Tensor, top_k: int = 3) -> Prediction:
-        """Logits ``(K,)`` of one pair in words."""
-        if self.model.problem_type == "regression":
-            values = logits.tolist()
-            return Prediction(values[0] if len(values) == 1 else values, None, [])
-        single = self.model.problem_type == "single_label_classification"
-        probabilities = logits.softmax(dim=-1) if single else logits.sigmoid()
-        values, order = probabilities.topk(min(top_k, len(self.labels)))
-        top = [(self.labels[index], value) for index, value in zip(order.tolist(), values.tolist(), strict=True)]
-        if single:
-            best = int(probabilities.argmax())
-            return Prediction(self.labels[best], float(probabilities[best]), top)
-        threshold = 0.5 if self.model.threshold is None else self.model.threshold
-        chosen = [label for label, value in zip(self.labels, probabilities.tolist(), strict=True) if value > threshold]
-        return Prediction(chosen, None, top)
+        """What :func:`describe` says of logits ``(K,)``."""
+        return describe(self.model, logits, top_k)
+
+
+def label_name(model: Any, index: int) -> str:
+    """The name of a class, or its number where the adapter has no names."""
+    return model.labels[index] if model.labels else str(index)
+
+
+def describe(model: Any, logits: torch.Tensor, top_k: int = 3) -> Prediction:
+    """Logits ``(K,)`` of one pair in words: names where the adapter has them, class numbers otherwise.
+
+    The chosen labels of a multi-label task come in the order of their probabilities, the likeliest first.
+    """
+    if model.problem_type == "regression":
+        values = logits.tolist()
+        return Prediction(values[0] if len(values) == 1 else values, None, [])
+    single = model.problem_type == "single_label_classification"
+    probabilities = logits.softmax(dim=-1) if single else logits.sigmoid()
+    order = probabilities.argsort(descending=True, stable=True)
+    names = [label_name(model, index) for index in order.tolist()]
+    ranked = list(zip(names, probabilities[order].tolist(), strict=True))
+    if single:
+        return Prediction(ranked[0][0], ranked[0][1], ranked[:top_k])
+    threshold = 0.5 if model.threshold is None else model.threshold
+    return Prediction([name for name, value in ranked if value > threshold], None, ranked[:top_k])

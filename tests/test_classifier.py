@@ -104,7 +104,7 @@ def test_multi_label_tasks_use_the_saved_threshold(
         assert set(prediction.label) == chosen
     logits = torch.tensor([0.0, 1.0, -1.0])  # 0.5, 0.73, 0.27
     # Above it, not at it: as the metrics count and as `epic-fast predict` says.
-    assert classifier.describe(logits).label == {None: ["b"], 0.2: ["a", "b", "c"], 0.8: []}[threshold]
+    assert classifier.describe(logits).label == {None: ["b"], 0.2: ["b", "a", "c"], 0.8: []}[threshold]
     assert set(classifier.describe(logits).label) == set(verdict(classifier.model, logits, 3)["predicted"])
 
 

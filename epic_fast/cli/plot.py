@@ -54,8 +54,9 @@ def confusion(
     debug: Debug = False,
 ) -> None:
     """Which class was taken for which (single-label runs)."""
+    from epic_fast.classifier import label_name
     from epic_fast.cli.console import say
-    from epic_fast.cli.scoring import label_name, score
+    from epic_fast.cli.scoring import score
     from epic_fast.cli.sources import Fields, load_model, load_split
     from epic_fast.plots import confusion_matrix
 
@@ -114,7 +115,8 @@ def _choose(dataset: Any, count: int, seed: int) -> Any:
 
 
 def _item(model: Any, example: Any, logits: Any) -> Any:
-    from epic_fast.cli.scoring import label_name, verdict
+    from epic_fast.classifier import label_name
+    from epic_fast.cli.scoring import verdict
     from epic_fast.plots import SheetItem
 
     said = verdict(model, logits, 1)

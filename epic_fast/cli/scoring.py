@@ -24,11 +24,6 @@ def score(model: Any, dataset: Any, *, batch_size: int) -> tuple[dict[str, float
     return metrics, predictions
 
 
-def label_name(model: Any, index: int) -> str:
-    """The name of a class, or its number where the adapter has no names."""
-    return model.labels[index] if model.labels else str(index)
-
-
 def verdict(model: Any, logits: Any, top_k: int) -> dict[str, Any]:
     """What the model says of one sample.
 
@@ -40,18 +35,10 @@ def verdict(model: Any, logits: Any, top_k: int) -> dict[str, Any]:
         ``predicted`` (a name; a list of names for multi-label; a number, or K of them, for regression) and, but for
         regression, ``top_k``: ``{"label", "probability"}`` each, the likeliest first.
     """
+    from epic_fast.classifier import describe
+
+    said = describe(model, logits, top_k)
     if model.problem_type == "regression":
-        values = [float(value) for value in logits]
-        return {"predicted": values[0] if len(values) == 1 else values}
-    single = model.problem_type == "single_label_classification"
-    probabilities = logits.softmax(-1) if single else logits.sigmoid()
-    ranked = probabilities.argsort(descending=True, stable=True).tolist()
-    top = [
-        {"label": label_name(model, index), "probability": round(float(probabilities[index]), 6)}
-        for index in ranked[:top_k]
-    ]
-    if single:
-        return {"predicted": label_name(model, ranked[0]), "top_k": top}
-    threshold = model.threshold if model.threshold is not None else 0.5
-    said = [label_name(model, index) for index in ranked if float(probabilities[index]) > threshold]
-    return {"predicted": said, "top_k": top}
+        return {"predicted": said.label}
+    top = [{"label": label, "probability": round(probability, 6)} for label, probability in said.top]
+    return {"predicted": said.label, "top_k": top}
