@@ -46,8 +46,9 @@ def work(number: int, processes: int, jobs: list[tuple[str, int, str]], output: 
     """One process: every ``processes``-th job ``(task, seed, method)``."""
     from epic_fast.backbones import load_backbone
     from epic_fast.demo.frozen import FrozenPairs, read_frozen_pairs
+    from epic_fast.demo.prompted import train_epic
     from epic_fast.demo.recipes import VIEWS, recipes
-    from epic_fast.demo.run import first_layers, make_task, run_recipe
+    from epic_fast.demo.run import first_layers, make_task
     from epic_fast.demo.table import score
     from epic_fast.demo.tasks import rivals
 
@@ -72,7 +73,7 @@ def work(number: int, processes: int, jobs: list[tuple[str, int, str]], output: 
             task = make_task(name, frozen, seed)
             every = [each for recipe in recipes(name) for each in (recipe, recipe.without_interaction())]
             recipe = next(each for each in every if each.name == method)
-            found = [run_recipe(recipe, task, backbone, frozen, seed)[0]]
+            found = [train_epic(recipe, backbone, frozen, task, seed=seed)[0]]
         for result in found:
             row = {"task": name, "seed": seed, **score(task, result, size)}
             row["right"] = (result.predictions.cpu() == task.test.labels).int().tolist()

@@ -45,6 +45,7 @@ BASE_TRAINING = {"batch_size": 128, "head_learning_rate": 1e-3, "epochs": 15, "p
 def run(trial: Trial, backbone: Any, frozen: Any) -> dict[str, Any]:
     """Train and score one trial."""
     from epic_fast.demo.prompted import train_epic
+    from epic_fast.demo.recipes import Recipe
     from epic_fast.demo.tasks import classify_task, match_task, rivals
     from epic_fast.models import EpicConfig
     from epic_fast.training import TrainingConfig
@@ -61,10 +62,8 @@ def run(trial: Trial, backbone: Any, frozen: Any) -> dict[str, Any]:
         scores = {each.name: {"validation": each.validation, **test_scores(task, each), **each.chosen} for each in
                   rivals(frozen, task, trial.seed)}  # fmt: skip
         return {"name": trial.name, "task": trial.task, "seed": trial.seed, "scores": scores}
-    result, model, extra = train_epic(
-        trial.name, backbone, frozen, config, training, task, seed=trial.seed, progress=False
-    )
-    model.unwrap()
+    recipe = Recipe(trial.name, config, training)
+    result, extra = train_epic(recipe, backbone, frozen, task, seed=trial.seed)
     history = [(round(row["train_loss"], 4), row["validation"]["accuracy"]) for row in extra["history"]]
     return {
         "name": trial.name,

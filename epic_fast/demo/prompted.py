@@ -9,53 +9,55 @@ from typing import Any
 
 import torch
 
+from epic_fast.backbones import DualEncoder
 from epic_fast.demo.frozen import FrozenPairs
 from epic_fast.demo.pairs import CacheCollator
-from epic_fast.demo.rivals import Result, accuracy
+from epic_fast.demo.recipes import Recipe
+from epic_fast.demo.rivals import Result
 from epic_fast.demo.tasks import Task
-from epic_fast.models import EpicConfig, EpicModel, wrap
-from epic_fast.training import TrainingConfig, fit, predict
+from epic_fast.models import wrap
+from epic_fast.training import fit, predict
 
 
 def train_epic(
-    name: str,
-    backbone: Any,
+    recipe: Recipe,
+    backbone: DualEncoder,
     frozen: FrozenPairs,
-    config: EpicConfig,
-    training: TrainingConfig,
     task: Task,
     *,
     seed: int,
     output: Path | None = None,
-    progress: Any = None,
-) -> tuple[Result, EpicModel, dict[str, Any]]:
+    progress: Any = False,
+) -> tuple[Result, dict[str, Any]]:
     """Train on cached prefixes, keep the epoch that is best on validation, and answer the test pairs.
 
     Args:
-        backbone: the demo's towers (:class:`DualEncoder`); give them back by ``model.unwrap()`` before the next.
+        backbone: the demo's towers; free again afterwards.
         output: run folder, or None.
 
     Returns:
-        the table's row, the model with its best weights, and the run's history.
+        the table's row, and the run's ``history`` and ``diagnostics``.
     """
     torch.manual_seed(seed)
-    model = wrap(backbone, config, num_labels=len(task.labels), labels=task.labels, self_check=False)
-    collator = CacheCollator(frozen.cache)
-    started = time.perf_counter()
-    outcome = fit(
-        model,
-        task.train,
-        task.validation,
-        config=replace(training, seed=seed),
-        collator=collator,
-        output_dir=output,
-        progress=progress,
-    )
-    seconds = time.perf_counter() - started
-    predictions = predict(model, task.test, collator=collator).logits.argmax(dim=1)
-    trainable, total = model.get_nb_trainable_parameters()
-    checked = predict(model, task.validation, collator=collator)
-    assert checked.labels is not None
-    score = accuracy(checked.logits.argmax(dim=1), checked.labels)
-    result = Result(name, predictions, trainable, total, seconds, score, {"epoch": float(outcome.best_epoch)})
-    return result, model, {"history": outcome.history, "diagnostics": model.diagnostics()}
+    model = wrap(backbone, recipe.config, num_labels=len(task.labels), labels=task.labels, self_check=False)
+    try:
+        collator = CacheCollator(frozen.cache)
+        started = time.perf_counter()
+        outcome = fit(
+            model,
+            task.train,
+            task.validation,
+            config=replace(recipe.training, seed=seed),
+            collator=collator,
+            output_dir=output,
+            progress=progress,
+        )
+        seconds = time.perf_counter() - started
+        predictions = predict(model, task.test, collator=collator).logits.argmax(dim=1)
+        trainable, total = model.get_nb_trainable_parameters()
+        validation = outcome.best_metrics["accuracy"]
+        chosen = {"epoch": float(outcome.best_epoch)}
+        result = Result(recipe.name, predictions, trainable, total, seconds, validation, chosen)
+        return result, {"history": outcome.history, "diagnostics": model.diagnostics()}
+    finally:
+        model.unwrap()

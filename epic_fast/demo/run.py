@@ -22,13 +22,12 @@ from epic_fast.data import load_image
 from epic_fast.demo.frozen import FrozenPairs, read_frozen_pairs
 from epic_fast.demo.pairs import Pairs
 from epic_fast.demo.prompted import train_epic
-from epic_fast.demo.recipes import VIEWS, Recipe, recipes
+from epic_fast.demo.recipes import VIEWS, recipes
 from epic_fast.demo.rivals import Result
 from epic_fast.demo.table import cells, headings, score
 from epic_fast.demo.tasks import Task, classify_task, match_task, rivals
 from epic_fast.errors import EpicFastError
 from epic_fast.files import atomic_write_json, atomic_write_text
-from epic_fast.models import EpicModel
 from epic_fast.plots import SheetItem, confusion_matrix, contact_sheet, training_curves
 
 SHEET_PICTURES = 24
@@ -60,13 +59,11 @@ def run(name: str, output: Path, *, seed: int = 0, quick: bool = False, plain: b
         f"frozen towers of {size / 1e6:.1f} M parameters"
     )
     rows: list[dict[str, Any]] = []
-    last: tuple[Result, EpicModel] | None = None
-    for result, model in results(task, backbone, frozen, seed, output, quick=quick, console=console):
+    result: Result | None = None
+    for result in results(task, backbone, frozen, seed, output, quick=quick, console=console):
         rows.append(score(task, result, size))
         console.print(f"  {result.name}: accuracy {rows[-1]['accuracy']:.3f}  ({result.seconds:.1f} s)")
-        if model is not None:
-            last = (result, model)
-    assert last is not None
+    assert result is not None
     groups = list(task.groups)
     table = Table(title=f"Test split, task {name}, seed {seed}", title_justify="left")
     for heading in headings(groups):
@@ -74,9 +71,9 @@ def run(name: str, output: Path, *, seed: int = 0, quick: bool = False, plain: b
     for row in rows:
         table.add_row(*cells(row, groups))
     console.print(table)
-    pictures = draw(task, frozen, last[0], output)
+    pictures = draw(task, frozen, result, output)
     console.print("adapter, log and pictures: " + ", ".join([str(output), *(path.name for path in pictures)]))
-    again = reload(task, frozen, last[0], output)
+    again = reload(task, frozen, result, output)
     for pair in again:
         console.print(f"  fresh process: {pair['text']!r} -> {pair['label']} (as before)")
     found = {"task": name, "seed": seed, "quick": quick, "rows": rows, "reloaded": again}
@@ -96,51 +93,25 @@ def results(
     backbone: DualEncoder,
     frozen: FrozenPairs,
     seed: int,
-    output: Path | None,
+    output: Path,
     *,
-    quick: bool = False,
-    console: Console | None = None,
-) -> Iterator[tuple[Result, EpicModel | None]]:
-    """Every row of the task's table in turn, EPIC's own with its model; the last model's run is kept in ``output``."""
-    for result in rivals(frozen, task, seed):
-        yield result, None
+    quick: bool,
+    console: Console,
+) -> Iterator[Result]:
+    """Every row of the task's table in turn; the run of the last, an EPIC, is kept in ``output``."""
+    yield from rivals(frozen, task, seed)
     whole = recipes(task.name)
     for recipe in whole:
         for each in (recipe.without_interaction(), recipe):
-            yield run_recipe(
+            yield train_epic(
                 each.quick() if quick else each,
-                task,
                 backbone,
                 frozen,
-                seed,
-                output if each is whole[-1] else None,
-                progress=(console is not None and console.is_terminal) or None,
-            )
-
-
-def run_recipe(
-    recipe: Recipe,
-    task: Task,
-    backbone: DualEncoder,
-    frozen: FrozenPairs,
-    seed: int,
-    output: Path | None = None,
-    progress: Any = False,
-) -> tuple[Result, EpicModel]:
-    """Train one EPIC; the backbone is free again afterwards."""
-    result, model, _ = train_epic(
-        recipe.name,
-        backbone,
-        frozen,
-        recipe.config,
-        recipe.training,
-        task,
-        seed=seed,
-        output=output,
-        progress=progress,
-    )
-    model.unwrap()
-    return result, model
+                task,
+                seed=seed,
+                output=output if each is whole[-1] else None,
+                progress=console.is_terminal or None,
+            )[0]
 
 
 def first_layers(name: str, backbone: DualEncoder) -> tuple[int, int]:
