@@ -397,4 +397,5 @@ def test_demo_is_handed_its_options(
     monkeypatch.setitem(sys.modules, "epic_fast.demo", demo)
     found = answer("demo", "--task", "match", "--output", tmp_path / "d", "--seed", 3, "--quick")
     assert found == {"accuracy": 0.5, "mcc": None}
-    assert seen == {"task": "match", "output": tmp_path / "d", "seed": 3, "quick": True, "json_output": True}
+    given = {"task": "match", "output": tmp_path / "d", "seed": 3, "quick": True, "full": False, "json_output": True}
+    assert seen == given

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import epic_fast.demo.run as run_module
 from epic_fast.backbones import load_backbone
 from epic_fast.data import read_folder, resolve_data
 from epic_fast.demo import frozen as frozen_module
 from epic_fast.demo import run_demo
 from epic_fast.demo.frozen import SPLITS, read_frozen_pairs
 from epic_fast.demo.pairs import CacheCollator, MatchPairs, OwnTitles
-from epic_fast.demo.recipes import recipes
+from epic_fast.demo.recipes import VIEWS, WITHOUT_GPU, recipes
 from epic_fast.demo.rivals import accuracy, cosine, linear_probe, majority, mlp
 from epic_fast.demo.run import first_layers
 from epic_fast.models import wrap
@@ -177,6 +178,35 @@ def test_first_layers_lie_below_every_recipe(backbone):
             pairs = recipe.config.resolve_layer_pairs(6, 8)
             assert text <= pairs[0][0]
             assert vision <= pairs[0][1]
+
+
+@pytest.mark.parametrize(
+    ("task", "asked", "device", "epochs", "views"),
+    [
+        ("classify", {}, "cpu", None, VIEWS["classify"]),
+        ("match", {}, "cuda", None, VIEWS["match"]),
+        ("match", {"full": True}, "cpu", None, VIEWS["match"]),
+        ("match", {}, "cpu", WITHOUT_GPU["match"].epochs, WITHOUT_GPU["match"].views),
+        ("match", {"quick": True}, "cuda", 1, 0),
+    ],
+)
+def test_training_is_cut_only_where_it_is_said(task, asked, device, epochs, views, monkeypatch, tmp_path, capsys):
+    seen = {}
+
+    def read(backbone, name, device, console, views):
+        seen["views"] = views
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "_read", read)
+    monkeypatch.setattr(run_module, "load_backbone", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    with pytest.raises(KeyboardInterrupt):
+        run_module.run(task, tmp_path, **asked)
+    assert seen["views"] == views
+    cut = run_module.cut_of(task, device, **asked)
+    whole = recipes(task)[0]
+    assert whole.cut(cut).training.epochs == (epochs or whole.training.epochs)
+    assert ("shortened" in capsys.readouterr().out) == (epochs is not None)
 
 
 @pytest.mark.slow

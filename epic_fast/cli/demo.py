@@ -25,6 +25,10 @@ def demo(
     ),
     seed: Annotated[int, typer.Option("--seed", help="Seed of everything that is drawn.")] = 0,
     quick: Annotated[bool, typer.Option("--quick", help="A fraction of the training, to see that it works.")] = False,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="The whole of --task match without a GPU too: over an hour on two cores."),
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -33,9 +37,11 @@ def demo(
 
     if task not in ("classify", "match"):
         raise ConfigError(f"--task {task!r}; wanted classify or match")
+    if quick and full:
+        raise ConfigError("--quick and --full; wanted one of them, or neither")
     from epic_fast.demo import run_demo
 
     quiet_transformers()
     with json_answer(json) as answer:
-        found = run_demo(task=task, output=output, seed=seed, quick=quick, json_output=json)
+        found = run_demo(task=task, output=output, seed=seed, quick=quick, full=full, json_output=json)
         answer(found)

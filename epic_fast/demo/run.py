@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from epic_fast.data import load_image
 from epic_fast.demo.frozen import FrozenPairs, read_frozen_pairs
 from epic_fast.demo.pairs import Pairs
 from epic_fast.demo.prompted import train_epic
-from epic_fast.demo.recipes import VIEWS, recipes
+from epic_fast.demo.recipes import QUICK, VIEWS, WITHOUT_GPU, Cut, recipes
 from epic_fast.demo.rivals import Result
 from epic_fast.demo.table import cells, headings, score
 from epic_fast.demo.tasks import Task, classify_task, match_task, rivals
@@ -34,13 +35,16 @@ SHEET_PICTURES = 24
 RELOADED_PAIRS = 3
 
 
-def run(name: str, output: Path, *, seed: int = 0, quick: bool = False, plain: bool = False) -> dict[str, Any]:
+def run(
+    name: str, output: Path, *, seed: int = 0, quick: bool = False, full: bool = False, plain: bool = False
+) -> dict[str, Any]:
     """Run a task of the demo.
 
     Args:
         name: ``"classify"`` or ``"match"``.
         output: the run folder; it ends as the adapter of the last EPIC of the table, with its log and pictures.
         quick: one epoch.
+        full: the whole recipe, also where no GPU is there to make it short.
         plain: print to stderr only.
 
     Returns:
@@ -50,8 +54,14 @@ def run(name: str, output: Path, *, seed: int = 0, quick: bool = False, plain: b
     started = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     console.print(f"epic_fast demo, task [bold]{name}[/], on {device}")
+    cut = cut_of(name, device, quick=quick, full=full)
+    if cut is not None:
+        whole = recipes(name)[-1].training.epochs
+        console.print(
+            f"shortened ({cut.why}): {cut.epochs} of {whole} epochs, {cut.views} of {VIEWS[name]} augmented views"
+        )
     backbone = load_backbone("demo")
-    frozen = _read(backbone, name, device, console, quick)
+    frozen = _read(backbone, name, device, console, VIEWS[name] if cut is None else cut.views)
     task = make_task(name, frozen, seed)
     size = sum(parameter.numel() for parameter in backbone.parameters())
     console.print(
@@ -60,7 +70,7 @@ def run(name: str, output: Path, *, seed: int = 0, quick: bool = False, plain: b
     )
     rows: list[dict[str, Any]] = []
     result: Result | None = None
-    for result in results(task, backbone, frozen, seed, output, quick=quick, console=console):
+    for result in results(task, backbone, frozen, seed, output, cut=cut, console=console):
         rows.append(score(task, result, size))
         console.print(f"  {result.name}: accuracy {rows[-1]['accuracy']:.3f}  ({result.seconds:.1f} s)")
     assert result is not None
@@ -76,11 +86,18 @@ def run(name: str, output: Path, *, seed: int = 0, quick: bool = False, plain: b
     again = reload(task, frozen, result, output)
     for pair in again:
         console.print(f"  fresh process: {pair['text']!r} -> {pair['label']} (as before)")
-    found = {"task": name, "seed": seed, "quick": quick, "rows": rows, "reloaded": again}
+    found = {"task": name, "seed": seed, "cut": None if cut is None else asdict(cut), "rows": rows, "reloaded": again}
     found["seconds"] = time.perf_counter() - started
     atomic_write_json(output / "table.json", found)
     console.print(f"{found['seconds']:.0f} s in all")
     return found
+
+
+def cut_of(name: str, device: str, *, quick: bool = False, full: bool = False) -> Cut | None:
+    """What the training of a task's EPICs is cut to; None: the whole recipe."""
+    if quick:
+        return QUICK
+    return None if full or device == "cuda" else WITHOUT_GPU.get(name)
 
 
 def make_task(name: str, frozen: FrozenPairs, seed: int) -> Task:
@@ -95,7 +112,7 @@ def results(
     seed: int,
     output: Path,
     *,
-    quick: bool,
+    cut: Cut | None,
     console: Console,
 ) -> Iterator[Result]:
     """Every row of the task's table in turn; the run of the last, an EPIC, is kept in ``output``."""
@@ -104,7 +121,7 @@ def results(
     for recipe in whole:
         for each in (recipe.without_interaction(), recipe):
             yield train_epic(
-                each.quick() if quick else each,
+                each.cut(cut),
                 backbone,
                 frozen,
                 task,
@@ -121,13 +138,13 @@ def first_layers(name: str, backbone: DualEncoder) -> tuple[int, int]:
     return min(text for text, _ in pairs), min(vision for _, vision in pairs)
 
 
-def _read(backbone: DualEncoder, name: str, device: str, console: Console, quick: bool) -> FrozenPairs:
+def _read(backbone: DualEncoder, name: str, device: str, console: Console, views: int) -> FrozenPairs:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("frozen towers, once", total=None)
         return read_frozen_pairs(
             backbone,
             first_layers(name, backbone),
-            views=0 if quick else VIEWS[name],
+            views=views,
             device=device,
             tick=lambda done, total: progress.update(bar, completed=done, total=total),
         )
