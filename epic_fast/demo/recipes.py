@@ -55,7 +55,7 @@ QUICK = Cut(epochs=1, views=0, why="--quick")
 WITHOUT_GPU = {"match": Cut(epochs=4, views=0, why="no GPU; --full trains the whole recipe")}
 
 # Augmented views of each training picture that the frozen towers see beside the picture itself.
-VIEWS = {"classify": 0, "match": 3}
+VIEWS = {"classify": 1, "match": 3}
 
 _READS: dict[str, Any] = {
     "text_head_input": "mean",
@@ -75,8 +75,8 @@ _MATCH: dict[str, Any] = {
 def recipes(task: str) -> list[Recipe]:
     """The EPICs of a task's table, without their controls; the last one is kept in the run folder."""
     if task == "classify":
-        training = TrainingConfig(epochs=5, batch_size=64, head_learning_rate=1e-3, precision="fp32")
-        return [Recipe("EPIC", EpicConfig(**_READS, num_layer_pairs=2, head="mlp"), training)]
+        training = TrainingConfig(epochs=4, batch_size=64, learning_rate=2e-3, head_learning_rate=2e-3, precision="fp32")
+        return [Recipe("EPIC", EpicConfig(**_READS, num_layer_pairs=3, head="mlp"), training)]
     training = TrainingConfig(epochs=15, batch_size=128, head_learning_rate=1e-3, precision="fp32")
     return [
         Recipe("EPIC, linear head", EpicConfig(**_MATCH, head="linear"), training),
