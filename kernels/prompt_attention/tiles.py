@@ -1,0 +1,107 @@
+"""Tile sizes, from a table: head_dim, width of the type, rows, and the shared memory of the card.  Never the batch."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One kernel's tile.
+
+    ``rows`` and ``keys`` are the sides of the score tile (``BLOCK_M``, ``BLOCK_N``).  ``tail`` is the width of the key
+    tiles from the first one that needs a mask on; equal to ``keys`` with ``split=False``, where one loop takes all.
+    ``row_tail`` > 0: a last row tile with at most that many rows runs in a tile of that many.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    tail: int = 0
+    split: bool = True
+    row_tail: int = 0
+    single: bool = False
+
+    @property
+    def tail_keys(self) -> int:
+        return self.tail or self.keys
+
+
+@dataclass(frozen=True)
+class BackwardTiles:
+    """``query`` for dq over row tiles, ``key`` for dk and dv over key tiles; ``one_pass`` takes both in one kernel."""
+
+    query: Tile
+    key: Tile
+    one_pass: Tile | None = None
+
+
+# The data-centre cards have this or less; the interpreter counts as one of them.
+_DEFAULT_SHARED = 232448
+_SHORT = 128
+_MEDIUM = 384
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one block may have."""
+    if device.type != "cuda":
+        return _DEFAULT_SHARED
+    properties = torch.cuda.get_device_properties(device)
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+
+
+def size_class(count: int) -> int:
+    """Short, medium or long: all that the tables look at, so that few kernels serve all lengths."""
+    return _SHORT if count <= _SHORT else _MEDIUM if count <= _MEDIUM else 1 << 30
+
+
+@functools.cache
+def forward_tile(width: int, itemsize: int, rows: int, keys: int, masked: bool, shared: int) -> Tile:
+    """The forward's tile.  ``width`` is the padded head_dim, ``rows`` and ``keys`` are classes (:func:`size_class`),
+    ``masked`` says that not all rows see the same keys."""
+    if itemsize == 4:
+        if width > 128:
+            return Tile(rows=32, keys=16, warps=4, stages=1)
+        return Tile(rows=32 if width > 64 else 64, keys=32, warps=4, stages=2 if width <= 64 else 1)
+    if width > 128:
+        return Tile(rows=64, keys=32, warps=8, stages=2 if shared > 160_000 else 1)
+    if width > 64:
+        return Tile(rows=64, keys=64 if shared > 160_000 else 32, warps=4, stages=2)
+    if keys == _SHORT:
+        return Tile(rows=64, keys=128, warps=4, stages=1, single=True)
+    if keys == _MEDIUM:
+        return Tile(rows=64, keys=32, warps=4, stages=3)
+    return Tile(rows=64, keys=64, tail=32, warps=4, stages=3 if shared > 70_000 else 2)
+
+
+@functools.cache
+def backward_tiles(width: int, itemsize: int, rows: int, keys: int, masked: bool, shared: int) -> BackwardTiles:
+    """The backward's tiles; arguments as those of :func:`forward_tile`."""
+    if itemsize == 4:
+        if width > 128:
+            small = Tile(rows=16, keys=16, warps=4, stages=1)
+        else:
+            small = Tile(rows=32, keys=32, warps=4, stages=1)
+        return BackwardTiles(query=small, key=small)
+    if width > 128:
+        small = Tile(rows=32, keys=32, warps=4, stages=1)
+        return BackwardTiles(query=small, key=small)
+    if width > 64:
+        return BackwardTiles(
+            query=Tile(rows=64, keys=32, warps=4, stages=1), key=Tile(rows=32, keys=64, warps=4, stages=1)
+        )
+    if rows == _SHORT and keys == _SHORT:
+        return BackwardTiles(
+            query=Tile(rows=64, keys=32, warps=4, stages=2),
+            key=Tile(rows=64, keys=32, warps=4, stages=2),
+            one_pass=Tile(rows=128, keys=64, warps=8, stages=1) if shared > 70_000 else None,
+        )
+    return BackwardTiles(
+        query=Tile(rows=64, keys=64, warps=4, stages=2, tail=32),
+        key=Tile(rows=64, keys=64, warps=4, stages=2 if shared > 70_000 else 1),
+    )

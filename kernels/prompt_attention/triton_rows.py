@@ -1,0 +1,237 @@
+"""The virtual sequence ``[prompts ; tokens]``: where a row of it lies, and what it sees.
+
+Rows of queries and rows of keys are counted alike: row ``r < prompts`` is a prompt, row ``r`` above that is token
+``r - prompts``.  In prefix tuning there are no prompt rows on the query side (``prompt_rows = 0``), but there are
+prompt keys.  A row sees a prefix of the virtual keys, those below its limit; a row past the length has limit 0.
+"""
+
+# pyright: basic
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LOG2_E = math.log2(math.e)
+# From this many elements on, an offset inside one (batch, head) is computed in 64 bits.
+INT32_EXTENT = 2**31
+_VECTOR_BYTES = 16
+# A scale of zero must not turn the -inf of a hidden key into NaN.
+_LEAST_SCALE = 1e-30
+_HERE = nullcontext()
+
+
+@triton.jit
+def head_base(
+    base,  # pointer to (B or 1, H, rows, D), or None
+    batch,  # int64
+    head,  # int64
+    stride_batch,
+    stride_head,
+    ALIGN: tl.constexpr,
+):
+    """The pointer to row 0 of one head.  Strides count in units of ``ALIGN`` elements, so that loads stay wide."""
+    if base is None:
+        return None
+    return base + (batch * stride_batch + head * stride_head) * ALIGN
+
+
+@triton.jit
+def row_offsets(
+    rows,  # [BLOCK]
+    stride,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    if WIDE:
+        rows = rows.to(tl.int64)
+    return rows * stride * ALIGN
+
+
+@triton.jit
+def load_rows(
+    prompt_base,  # pointer to (prompts, D), or None: those rows count as zeros
+    token_base,  # pointer to (tokens, D), or None: those rows count as zeros
+    rows,  # [BLOCK]
+    prompts,
+    stop,
+    prompt_stride,
+    token_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    MASKED: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Rows of the virtual sequence, ``[BLOCK, BLOCK_D]``; zeros from row ``stop`` on (looked at only if ``MASKED``)."""
+    columns = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    if prompt_base is None:
+        start = token_base + row_offsets(rows - prompts, token_stride, ALIGN, WIDE)  # [BLOCK]
+    elif token_base is None:
+        start = prompt_base + row_offsets(rows, prompt_stride, ALIGN, WIDE)
+    else:
+        start = tl.where(
+            rows < prompts,
+            prompt_base + row_offsets(rows, prompt_stride, ALIGN, WIDE),
+            token_base + row_offsets(rows - prompts, token_stride, ALIGN, WIDE),
+        )
+    pointers = start[:, None] + columns[None, :]  # [BLOCK, BLOCK_D]
+    if MASKED:
+        inside = rows < stop  # [BLOCK]
+        if prompt_base is None:
+            inside = inside & (rows >= prompts)
+        elif token_base is None:
+            inside = inside & (rows < prompts)
+        mask = inside[:, None]
+        if HEAD_DIM != BLOCK_D:
+            mask = mask & (columns < HEAD_DIM)[None, :]
+        return tl.load(pointers, mask=mask, other=0.0)
+    if HEAD_DIM != BLOCK_D:
+        return tl.load(pointers, mask=(columns < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(pointers)
+
+
+@triton.jit
+def store_rows(
+    prompt_base,  # pointer to (prompts, D), or None: not wanted
+    token_base,  # pointer to (tokens, D), or None: not wanted
+    tile,  # [BLOCK, BLOCK_D]
+    rows,  # [BLOCK]
+    prompts,
+    stop,
+    prompt_stride,
+    token_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Write a tile to rows below ``stop`` of the virtual sequence, in the type of where each lies."""
+    columns = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+    if prompt_base is not None:
+        start = prompt_base + row_offsets(rows, prompt_stride, ALIGN, WIDE)  # [BLOCK]
+        mask = ((rows < prompts) & (rows < stop))[:, None] & (columns < HEAD_DIM)[None, :]
+        tl.store(start[:, None] + columns[None, :], tile.to(prompt_base.dtype.element_ty), mask=mask)
+    if token_base is not None:
+        start = token_base + row_offsets(rows - prompts, token_stride, ALIGN, WIDE)
+        mask = ((rows >= prompts) & (rows < stop))[:, None] & (columns < HEAD_DIM)[None, :]
+        tl.store(start[:, None] + columns[None, :], tile.to(token_base.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def valid_tokens(
+    lengths,  # (B,) integers, or None
+    batch,
+    tokens,
+):
+    """How many tokens of this sample are valid; a length beyond the tokens counts as all of them."""
+    if lengths is None:
+        return tokens
+    return tl.minimum(tl.maximum(tl.load(lengths + batch), 0), tokens).to(tl.int32)
+
+
+@triton.jit
+def row_limits(
+    rows,  # [BLOCK]
+    prompt_rows,
+    prompts,
+    length,
+    CAUSAL: tl.constexpr,
+    PREFIX: tl.constexpr,
+):
+    """How many virtual keys each row sees, ``[BLOCK]``."""
+    if CAUSAL:
+        limit = prompts + tl.minimum(rows - prompt_rows + 1, length)
+    else:
+        limit = tl.where(rows >= 0, prompts + length, 0)
+    if PREFIX:
+        limit = tl.where(rows < prompt_rows, prompts, limit)
+    elif CAUSAL:
+        limit = tl.where(rows < prompt_rows, prompts + length, limit)
+    return tl.where(rows < prompt_rows + length, limit, 0)
+
+
+@triton.jit
+def tile_limits(
+    first,
+    stop,
+    prompt_rows,
+    prompts,
+    length,
+    CAUSAL: tl.constexpr,
+    PREFIX: tl.constexpr,
+):
+    """The smallest and the largest limit among the valid rows ``first <= row < stop`` of a tile; 0, 0 if none is."""
+    first_token = tl.maximum(first - prompt_rows, 0)
+    stop_token = tl.minimum(stop - prompt_rows, length)
+    token_low = prompts + length
+    token_high = prompts + length
+    if CAUSAL:
+        token_low = prompts + tl.minimum(first_token + 1, length)
+        token_high = prompts + tl.minimum(stop_token, length)
+    prompt_limit = prompts + length
+    if PREFIX:
+        prompt_limit = prompts
+    has_prompt = first < tl.minimum(prompt_rows, stop)
+    has_token = first_token < stop_token
+    high = tl.maximum(tl.where(has_prompt, prompt_limit, 0), tl.where(has_token, token_high, 0))
+    low = tl.minimum(tl.where(has_prompt, prompt_limit, high), tl.where(has_token, token_low, high))
+    return low, high
+
+
+def padded(head_dim: int) -> int:
+    """The width of a tile that holds ``head_dim`` columns: the power of two at or above it, at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def alignment(tensors: tuple[Tensor | None, ...], itemsize: int) -> int:
+    """The elements of 16 bytes if every stride is a multiple of that, else 1."""
+    union = 0
+    for tensor in tensors:
+        if tensor is not None:
+            batch, head, row, _ = tensor.stride()
+            union |= batch | head | row
+    vector = _VECTOR_BYTES // itemsize
+    return 1 if union & (vector - 1) else vector
+
+
+def is_wide(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether an offset inside one head passes 32 bits."""
+    return any(
+        each is not None and (each.shape[2] + 512) * abs(each.stride(2)) + each.shape[3] >= INT32_EXTENT
+        for each in tensors
+    )
+
+
+def units(tensor: Tensor | None, align: int) -> tuple[int, int, int]:
+    """The strides of (batch, head, row) in units of ``align`` elements; 0 for a batch of 1, which all samples share."""
+    if tensor is None:
+        return 0, 0, 0
+    batch, head, row, _ = tensor.stride()
+    if tensor.shape[0] == 1:
+        batch = 0
+    return batch // align, head // align, row // align
+
+
+def base_2(scale: float) -> float:
+    """The factor that makes scaled scores of raw ones, for powers of two; the sign travels by itself."""
+    return max(abs(scale) * LOG2_E, _LEAST_SCALE)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """The ``input_precision`` of products: TF32 where torch's own matrix products may use it."""
+    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Where to launch: the tensor's GPU, which costs nothing if it is the current one already."""
+    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)
