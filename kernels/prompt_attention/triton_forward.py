@@ -359,27 +359,19 @@ def _forward_kernel(
     prompt_value = head_base(prompt_value, batch, head, prompt_value_batch, prompt_value_head, ALIGN)
     output = head_base(output, batch, head, output_batch, output_head, ALIGN)
     prompt_output = head_base(prompt_output, batch, head, prompt_output_batch, prompt_output_head, ALIGN)
-    if ROW_TAIL > 0:
-        if row_count - first <= ROW_TAIL:
-            _row_tile(
-                first, batch_head, query, key, value, prompt_query, prompt_key, prompt_value, output, prompt_output, lse,
-                query_row, key_row, value_row, prompt_query_row, prompt_key_row, prompt_value_row, output_row,
-                prompt_output_row, tokens, prompts, prompt_rows, length, scale, ROW_TAIL, BLOCK_N, BLOCK_TAIL, SPLIT, SINGLE,
-                STAGES, HEAD_DIM, BLOCK_D, CAUSAL, PREFIX, NEGATE, ALIGN, WIDE, PRECISION,
-            )  # fmt: skip
-        else:
-            _row_tile(
-                first, batch_head, query, key, value, prompt_query, prompt_key, prompt_value, output, prompt_output, lse,
-                query_row, key_row, value_row, prompt_query_row, prompt_key_row, prompt_value_row, output_row,
-                prompt_output_row, tokens, prompts, prompt_rows, length, scale, BLOCK_M, BLOCK_N, BLOCK_TAIL, SPLIT, SINGLE,
-                STAGES, HEAD_DIM, BLOCK_D, CAUSAL, PREFIX, NEGATE, ALIGN, WIDE, PRECISION,
-            )  # fmt: skip
+    if (row_count - first <= ROW_TAIL) if ROW_TAIL > 0 else False:
+        _row_tile(
+            first, batch_head, query, key, value, prompt_query, prompt_key, prompt_value, output, prompt_output,
+            lse, query_row, key_row, value_row, prompt_query_row, prompt_key_row, prompt_value_row, output_row,
+            prompt_output_row, tokens, prompts, prompt_rows, length, scale, ROW_TAIL, BLOCK_N, BLOCK_TAIL, SPLIT,
+            SINGLE, STAGES, HEAD_DIM, BLOCK_D, CAUSAL, PREFIX, NEGATE, ALIGN, WIDE, PRECISION,
+        )  # fmt: skip
     else:
         _row_tile(
-            first, batch_head, query, key, value, prompt_query, prompt_key, prompt_value, output, prompt_output, lse,
-            query_row, key_row, value_row, prompt_query_row, prompt_key_row, prompt_value_row, output_row,
-            prompt_output_row, tokens, prompts, prompt_rows, length, scale, BLOCK_M, BLOCK_N, BLOCK_TAIL, SPLIT, SINGLE,
-            STAGES, HEAD_DIM, BLOCK_D, CAUSAL, PREFIX, NEGATE, ALIGN, WIDE, PRECISION,
+            first, batch_head, query, key, value, prompt_query, prompt_key, prompt_value, output, prompt_output,
+            lse, query_row, key_row, value_row, prompt_query_row, prompt_key_row, prompt_value_row, output_row,
+            prompt_output_row, tokens, prompts, prompt_rows, length, scale, BLOCK_M, BLOCK_N, BLOCK_TAIL, SPLIT,
+            SINGLE, STAGES, HEAD_DIM, BLOCK_D, CAUSAL, PREFIX, NEGATE, ALIGN, WIDE, PRECISION,
         )  # fmt: skip
 
 

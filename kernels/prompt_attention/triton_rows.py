@@ -38,7 +38,8 @@ def head_base(
     """The pointer to row 0 of one head.  Strides count in units of ``ALIGN`` elements, so that loads stay wide."""
     if base is None:
         return None
-    return base + (batch * stride_batch + head * stride_head) * ALIGN
+    else:
+        return base + (batch * stride_batch + head * stride_head) * ALIGN
 
 
 @triton.jit
@@ -80,6 +81,9 @@ def load_rows(
             prompt_base + row_offsets(rows, prompt_stride, ALIGN, WIDE),
             token_base + row_offsets(rows - prompts, token_stride, ALIGN, WIDE),
         )
+        if ALIGN > 1:
+            # The compiler forgets through `where` that rows start at multiples of 16 bytes.
+            start = tl.multiple_of(start, 16)
     pointers = start[:, None] + columns[None, :]  # [BLOCK, BLOCK_D]
     if MASKED:
         inside = rows < stop  # [BLOCK]
@@ -91,9 +95,10 @@ def load_rows(
         if HEAD_DIM != BLOCK_D:
             mask = mask & (columns < HEAD_DIM)[None, :]
         return tl.load(pointers, mask=mask, other=0.0)
-    if HEAD_DIM != BLOCK_D:
+    elif HEAD_DIM != BLOCK_D:
         return tl.load(pointers, mask=(columns < HEAD_DIM)[None, :], other=0.0)
-    return tl.load(pointers)
+    else:
+        return tl.load(pointers)
 
 
 @triton.jit
@@ -132,7 +137,8 @@ def valid_tokens(
     """How many tokens of this sample are valid; a length beyond the tokens counts as all of them."""
     if lengths is None:
         return tokens
-    return tl.minimum(tl.maximum(tl.load(lengths + batch), 0), tokens).to(tl.int32)
+    else:
+        return tl.minimum(tl.maximum(tl.load(lengths + batch), 0), tokens).to(tl.int32)
 
 
 @triton.jit
@@ -190,14 +196,15 @@ def padded(head_dim: int) -> int:
 
 
 def alignment(tensors: tuple[Tensor | None, ...], itemsize: int) -> int:
-    """The elements of 16 bytes if every stride is a multiple of that, else 1."""
-    union = 0
+    """The elements of 16 bytes if every row of every tensor starts at a multiple of them, else 1."""
+    strides = addresses = 0
     for tensor in tensors:
         if tensor is not None:
             batch, head, row, _ = tensor.stride()
-            union |= batch | head | row
+            strides |= batch | head | row
+            addresses |= tensor.data_ptr()
     vector = _VECTOR_BYTES // itemsize
-    return 1 if union & (vector - 1) else vector
+    return 1 if strides & (vector - 1) or addresses & (_VECTOR_BYTES - 1) else vector
 
 
 def is_wide(tensors: tuple[Tensor | None, ...]) -> bool:
