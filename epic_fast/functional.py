@@ -31,6 +31,7 @@ def prompt_attention(
     causal: bool = False,
     lengths: Tensor | None = None,
     scale: float | None = None,
+    out: tuple[Tensor, Tensor | None] | None = None,
     impl: Implementation = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Attention over ``[prompts ; tokens]`` without building that concatenation.
@@ -48,28 +49,28 @@ def prompt_attention(
         lengths: ``(B,)`` integers, the valid tokens of each sample, 0 to N.  Rows at or past a length give
             output 0 and gradient 0, never NaN.
         scale: factor on the scores, default ``D ** -0.5``.
+        out: tensors to write ``output`` and ``prompt_output`` into, such as two views of one buffer; they are what
+            is returned.  They overlap no input.  Without gradients only, as PyTorch's own ``out=``.
         impl: ``"auto"``, ``"triton"`` (raises if it cannot run) or ``"reference"``.
 
     Returns:
         ``output`` ``(B, H, N, D)`` and ``prompt_output`` ``(B, H, P, D)``; the latter is None in prefix tuning.
+        Under ``torch.autocast`` they have its type, as those of PyTorch's own attention.
 
     Raises:
         ConfigError: shapes, types, devices, strides or lengths that do not fit together, naming what was wanted
             and found.  Lengths on a GPU are not read (that would wait for it), so their range is not checked there.
     """
-    _check_prompt_attention(query, key, value, prompt_query, prompt_key, prompt_value, prompt_mask, lengths)
+    tensors = (query, key, value, prompt_query, prompt_key, prompt_value)
+    if not _plainly_attention(*tensors) or prompt_mask not in ("full", "prefix"):
+        _check_prompt_attention(*tensors, prompt_mask)
+    if lengths is not None:
+        _check_lengths(lengths, query)
+        lengths = lengths.to(query.device)
+    if out is not None:
+        _check_out("prompt_attention", out, ("output", "prompt_output"), (query, prompt_query), query, tensors)
     return ops.prompt_attention(
-        query,
-        key,
-        value,
-        prompt_query,
-        prompt_key,
-        prompt_value,
-        prompt_mask=prompt_mask,
-        causal=causal,
-        lengths=lengths,
-        scale=scale,
-        impl=impl,
+        *tensors, impl=impl, prompt_mask=prompt_mask, causal=causal, lengths=lengths, scale=scale, out=out
     )
 
 
@@ -85,6 +86,7 @@ def prompt_interaction(
     temperature: Tensor,
     *,
     eps: float = 1e-8,
+    out: tuple[Tensor, Tensor] | None = None,
     impl: Implementation = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Exchange between two prompt sets by similarity; each keeps its own context (a gated residual).
@@ -102,6 +104,8 @@ def prompt_interaction(
         temperature: ``()``, greater than zero (not checked: that would wait for a GPU).
         eps: norms below it count as it.  The slope at a zero vector is therefore ``1 / eps``, which float16
             cannot hold at the default.
+        out: tensors to write the next text and vision prompts into, such as slots of the towers' buffers; they are
+            what is returned.  They overlap no input.  Without gradients only, as PyTorch's own ``out=``.
         impl: ``"auto"``, ``"triton"`` (raises if it cannot run) or ``"reference"``.
 
     Returns:
@@ -110,7 +114,7 @@ def prompt_interaction(
     Raises:
         ConfigError: shapes, types or devices that do not fit together, naming what was wanted and found.
     """
-    _check_prompt_interaction(
+    tensors = (
         text_prompt,
         vision_prompt,
         text_to_vision_weight,
@@ -121,19 +125,11 @@ def prompt_interaction(
         vision_gate,
         temperature,
     )
-    return ops.prompt_interaction(
-        text_prompt,
-        vision_prompt,
-        text_to_vision_weight,
-        text_to_vision_bias,
-        vision_to_text_weight,
-        vision_to_text_bias,
-        text_gate,
-        vision_gate,
-        temperature,
-        eps=eps,
-        impl=impl,
-    )
+    if not _plainly_interaction(*tensors):
+        _check_prompt_interaction(*tensors)
+    if out is not None:
+        _check_out("prompt_interaction", out, ("next_text", "next_vision"), tensors[:2], text_prompt, tensors)
+    return ops.prompt_interaction(*tensors, eps=eps, out=out, impl=impl)
 
 
 def _wrong(operation: str, found: str, wanted: str) -> ConfigError:
@@ -146,7 +142,77 @@ def _shape(tensor: Tensor) -> str:
 
 
 # The messages below are built only where something is wrong: a formatted size in a traced path would pin that
-# size, and a new batch size would recompile.
+# size, and a new batch size would recompile.  What nearly every call looks like is recognised by the two functions
+# `_plainly_...` in a few microseconds; only what they turn down goes through the checks that find words for it.
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _plainly_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_query: Tensor | None,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+) -> bool:
+    """All of one type on one device, shapes alike, last strides 1; nothing else is looked at."""
+    shape, prompt_shape, dtype, device = query.shape, prompt_key.shape, query.dtype, query.device
+    if len(shape) != 4 or len(prompt_shape) != 4 or dtype not in FLOATS or query.stride(3) != 1:
+        return False
+    batch, heads, _, head_dim = shape
+    if prompt_shape[0] not in (1, batch) or prompt_shape[1] != heads or prompt_shape[3] != head_dim:
+        return False
+    for tensor in (key, value):
+        if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device or tensor.stride(3) != 1:
+            return False
+    for tensor in (prompt_key, prompt_value) if prompt_query is None else (prompt_key, prompt_value, prompt_query):
+        if tensor.shape != prompt_shape or tensor.dtype != dtype or tensor.device != device or tensor.stride(3) != 1:
+            return False
+    return True
+
+
+def _plainly_interaction(
+    text_prompt: Tensor,
+    vision_prompt: Tensor,
+    text_to_vision_weight: Tensor,
+    text_to_vision_bias: Tensor,
+    vision_to_text_weight: Tensor,
+    vision_to_text_bias: Tensor,
+    text_gate: Tensor,
+    vision_gate: Tensor,
+    temperature: Tensor,
+) -> bool:
+    """Prompts and projections of one type, all on one device, shapes that fit; nothing else is looked at."""
+    text_shape, vision_shape, dtype, device = (
+        text_prompt.shape,
+        vision_prompt.shape,
+        text_prompt.dtype,
+        text_prompt.device,
+    )
+    if len(text_shape) != 3 or len(vision_shape) != 3:
+        return False
+    text, vision = text_shape[2], vision_shape[2]
+    return (
+        text_shape[0] == vision_shape[0]
+        and text_to_vision_weight.shape == (vision, text)
+        and text_to_vision_bias.shape == (vision,)
+        and vision_to_text_weight.shape == (text, vision)
+        and vision_to_text_bias.shape == (text,)
+        and text_gate.shape in ((), (text,))
+        and vision_gate.shape in ((), (vision,))
+        and temperature.dim() == 0
+        and dtype in FLOATS
+        and vision_prompt.dtype == dtype
+        and text_to_vision_weight.dtype == text_to_vision_bias.dtype == dtype
+        and vision_to_text_weight.dtype == vision_to_text_bias.dtype == dtype
+        and text_gate.dtype in FLOATS
+        and vision_gate.dtype in FLOATS
+        and temperature.dtype in FLOATS
+        and vision_prompt.device == text_to_vision_weight.device == text_to_vision_bias.device == device
+        and vision_to_text_weight.device == vision_to_text_bias.device == device
+        and text_gate.device == vision_gate.device == temperature.device == device
+    )
 
 
 def _check_prompt_attention(
@@ -157,12 +223,11 @@ def _check_prompt_attention(
     prompt_key: Tensor,
     prompt_value: Tensor,
     prompt_mask: str,
-    lengths: Tensor | None,
 ) -> None:
     name = "prompt_attention"
     if query.dim() != 4:
         raise _wrong(name, f"query has shape {_shape(query)}", "(batch, heads, tokens, head_dim)")
-    batch, heads, tokens, head_dim = query.shape
+    batch, heads, _, head_dim = query.shape
     for label, tensor in (("key", key), ("value", value)):
         if tensor.shape != query.shape:
             raise _wrong(name, f"{label} has shape {_shape(tensor)}", f"query's {_shape(query)}")
@@ -182,7 +247,7 @@ def _check_prompt_attention(
     for label, tensor in [("query", query), ("key", key), ("value", value), *prompts]:
         if not tensor.is_floating_point():
             raise _wrong(name, f"{label} has type {tensor.dtype}", "a floating-point type")
-        if tensor.dtype != query.dtype:
+        if tensor.dtype != query.dtype and not _converted_by_autocast(tensor, query):
             raise _wrong(name, f"{label} has type {tensor.dtype}", f"query's {query.dtype}")
         if tensor.device != query.device:
             raise _wrong(name, f"{label} is on {tensor.device}", f"{query.device}, as query")
@@ -190,8 +255,17 @@ def _check_prompt_attention(
             raise _wrong(name, f"{label} has last stride {tensor.stride(-1)}", "1 (call .contiguous())")
     if prompt_mask not in ("full", "prefix"):
         raise _wrong(name, f"prompt_mask={prompt_mask!r}", "'full' or 'prefix'")
-    if lengths is None:
-        return
+
+
+def _converted_by_autocast(*tensors: Tensor) -> bool:
+    """Whether types may differ: autocast makes them one, but leaves float64 alone."""
+    return torch.is_autocast_enabled(tensors[0].device.type) and not any(
+        tensor.dtype == torch.float64 for tensor in tensors
+    )
+
+
+def _check_lengths(lengths: Tensor, query: Tensor) -> None:
+    name, batch, tokens = "prompt_attention", query.shape[0], query.shape[2]
     if lengths.dim() != 1 or lengths.shape[0] != batch:
         raise _wrong(name, f"lengths has shape {_shape(lengths)}", f"({batch},)")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
@@ -200,6 +274,40 @@ def _check_prompt_attention(
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > tokens:
             raise _wrong(name, f"lengths run from {low} to {high}", f"0 to the {tokens} tokens of query")
+
+
+def _check_out(
+    name: str,
+    out: tuple[Tensor | None, ...],
+    labels: tuple[str, str],
+    like: tuple[Tensor | None, ...],
+    batch_like: Tensor,
+    tensors: tuple[Tensor | None, ...],
+) -> None:
+    """``out`` has one tensor for each of ``like`` (None for None), of its shape with the batch of ``batch_like``."""
+    if len(out) != len(like):
+        raise _wrong(name, f"out has {len(out)} entries", f"{len(like)}: {', '.join(labels)}")
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (*tensors, *out)):
+        raise _wrong(name, "out= with a tensor that requires a gradient", "no gradient (torch.no_grad()), or no out=")
+    device = batch_like.device
+    for label, target, model in zip(labels, out, like, strict=True):
+        if (target is None) != (model is None):
+            found, wanted = ("None", "a tensor") if target is None else ("a tensor", "None, as there are no such rows")
+            raise _wrong(name, f"out's {label} is {found}", wanted)
+        if target is None or model is None:
+            continue
+        if target.dim() != model.dim() or target.shape[0] != batch_like.shape[0] or target.shape[1:] != model.shape[1:]:
+            wanted = f"({batch_like.shape[0]}, " + _shape(model)[1:].split(", ", 1)[1]
+            raise _wrong(name, f"out's {label} has shape {_shape(target)}", wanted)
+        if target.device != device:
+            raise _wrong(name, f"out's {label} is on {target.device}", f"{device}")
+        dtype = model.dtype
+        if name == "prompt_attention" and torch.is_autocast_enabled(device.type) and dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(device.type)
+        if target.dtype != dtype:
+            raise _wrong(name, f"out's {label} has type {target.dtype}", f"{dtype}")
+        if target.shape[-1] != 1 and target.stride(-1) != 1 and target.numel():
+            raise _wrong(name, f"out's {label} has last stride {target.stride(-1)}", "1")
 
 
 def _check_prompt_interaction(

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from epic_fast import ops
 from epic_fast.errors import ConfigError, ImplementationError
 from epic_fast.functional import prompt_attention, prompt_interaction
-from epic_fast.ops import dispatch
+from epic_fast.ops import dispatch, library
 from epic_fast.ops.dispatch import Operation
 
 
@@ -78,7 +78,8 @@ def test_reference_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_triton_that_cannot_run_raises(name: str) -> None:
+def test_triton_that_cannot_run_raises(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "interpreting", lambda: False)
     function, inputs = CALLS[name]
     with pytest.raises(ImplementationError) as caught:
         function(*inputs(), impl="triton")
@@ -90,9 +91,10 @@ def test_triton_that_cannot_run_raises(name: str) -> None:
 
 def test_every_reason_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", False)
-    limited = operation(triton=Fake("triton"), limits=lambda *args, **kwargs: ["head_dim 7 is odd", "it is Monday"])
+    monkeypatch.setattr(library, "interpreting", lambda: False)
+    limited = operation(triton=Fake("triton"), limits=lambda *args: ["head_dim 7 is odd", "it is Monday"])
     with pytest.raises(ImplementationError) as caught:
-        limited(torch.zeros(1), mask=torch.zeros(1, device="meta"), impl="triton")
+        limited(torch.zeros(1), torch.zeros(1, device="meta"), impl="triton")
     for reason in ("triton is not installed", "on cpu", "on meta", "head_dim 7 is odd", "it is Monday"):
         assert f"{reason}" in str(caught.value)
     with pytest.raises(ImplementationError, match="no Triton kernel for this operation"):
@@ -104,10 +106,25 @@ def test_triton_runs_where_nothing_speaks_against_it(monkeypatch: pytest.MonkeyP
     able = operation(triton=Fake("triton"))
     assert able(3.0, impl="auto") == able(3.0, impl="triton") == "triton"
     assert able(3.0, impl="reference") == "reference"
-    unable = operation(triton=Fake("triton"), limits=lambda *args, **kwargs: ["too wide"])
+    unable = operation(triton=Fake("triton"), limits=lambda *args: ["too wide"])
     assert unable(3.0) == "reference"
     with pytest.raises(ImplementationError, match="too wide"):
         unable(3.0, impl="triton")
+
+
+def test_the_interpreter_runs_what_is_asked_for_by_name_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU the interpreter is thousands of times slower than the reference: "auto" never takes it."""
+    monkeypatch.setattr(dispatch, "_TRITON_INSTALLED", True)
+    able, tensor = operation(triton=Fake("triton")), torch.zeros(1)
+    monkeypatch.setattr(library, "interpreting", lambda: True)
+    assert able(tensor, impl="triton") == "triton"
+    assert able(tensor, impl="auto") == "reference"
+    assert able.reasons_against_triton(tensor, interpreter=False) == ["a tensor is on cpu; the kernel needs a GPU"]
+    with pytest.raises(ImplementationError, match="on meta"):
+        able(tensor.to("meta"), impl="triton")
+    monkeypatch.setattr(library, "interpreting", lambda: False)
+    with pytest.raises(ImplementationError, match="TRITON_INTERPRET=1"):
+        able(tensor, impl="triton")
 
 
 @pytest.mark.parametrize("name", CALLS)

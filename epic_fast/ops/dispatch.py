@@ -7,9 +7,8 @@ A kernel enters by giving its operation a ``triton`` function (``epic_fast/ops/<
 from __future__ import annotations
 
 import functools
-import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,37 +16,44 @@ import torch
 from torch import Tensor
 
 from epic_fast.errors import ConfigError, ImplementationError
+from epic_fast.ops import library
 
 logger = logging.getLogger("epic_fast")
 
 IMPLEMENTATIONS = ("auto", "triton", "reference")
 
-_TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+_TRITON_INSTALLED = library.TRITON_INSTALLED
 
 
 @dataclass(frozen=True)
 class Operation:
-    """An operation and its implementations, all with the same signature.
+    """An operation and its implementations, all with the same signature: tensors by position, options by name.
 
     ``reference`` runs everywhere.  ``triton`` is None while no kernel is written; ``limits`` names the reasons
-    (none: an empty list) why the kernel cannot take these very arguments.
+    (none: an empty sequence) why the kernel cannot take these very tensors.  ``autocast`` gives the tensors in the
+    types of ``torch.autocast``, before an implementation is chosen: outside the ``autograd.Function``, so that
+    gradients come back in the types of the arguments.
     """
 
     name: str
     reference: Callable[..., Any]
     triton: Callable[..., Any] | None = None
-    limits: Callable[..., list[str]] = field(default=lambda *args, **kwargs: [])
+    limits: Callable[..., Sequence[str]] = field(default=lambda *args: ())
+    autocast: Callable[..., Sequence[Any]] | None = None
 
     def __call__(self, *args: Any, impl: str = "auto", **kwargs: Any) -> Any:
-        return self.choose(impl, *args, **kwargs)(*args, **kwargs)
+        if self.autocast is not None and torch.is_autocast_enabled("cuda" if args[0].is_cuda else args[0].device.type):
+            args = tuple(self.autocast(*args))
+        return self.choose(impl, *args)(*args, **kwargs)
 
-    def choose(self, impl: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        """The implementation that ``impl`` asks for, given the arguments of the call."""
-        if impl not in IMPLEMENTATIONS:
-            raise ConfigError(f"{self.name}: impl={impl!r} is not one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+    def choose(self, impl: str, *args: Any) -> Callable[..., Any]:
+        """The implementation that ``impl`` asks for, given the positional arguments of the call."""
         if impl == "reference":
             return self.reference
-        reasons = self.reasons_against_triton(*args, **kwargs)
+        if impl not in IMPLEMENTATIONS:
+            raise ConfigError(f"{self.name}: impl={impl!r} is not one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+        # On the CPU the kernel is there to be tested: the interpreter runs it where it is asked for by name.
+        reasons = self.reasons_against_triton(*args, interpreter=impl == "triton")
         if not reasons:
             assert self.triton is not None
             return self.triton
@@ -61,19 +67,28 @@ class Operation:
             _log_once(self.name, tuple(reasons))
         return self.reference
 
-    def reasons_against_triton(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Every reason why the Triton kernel cannot take this call; empty if it can."""
+    def reasons_against_triton(self, *args: Any, interpreter: bool = True) -> Sequence[str]:
+        """Every reason why the Triton kernel cannot take this call; empty if it can.
+
+        With ``interpreter``, tensors on the CPU are no reason where Triton's interpreter is switched on.
+        """
+        off_gpu = [each for each in args if isinstance(each, Tensor) and not each.is_cuda]
+        if not off_gpu and self.triton is not None and _TRITON_INSTALLED:
+            return self.limits(*args)
         reasons = []
         if self.triton is None:
             reasons.append("this version has no Triton kernel for this operation")
         if not _TRITON_INSTALLED:
             reasons.append("the package triton is not installed")
-        for device in sorted({str(each.device) for each in (*args, *kwargs.values()) if isinstance(each, Tensor)}):
-            if not device.startswith("cuda"):
+        for device in sorted({str(each.device) for each in off_gpu}):
+            if device != "cpu" or not interpreter:
                 reasons.append(f"a tensor is on {device}; the kernel needs a GPU")
-        if self.triton is not None:
-            reasons.extend(self.limits(*args, **kwargs))
-        return reasons
+            elif not library.interpreting():
+                reasons.append(
+                    f"a tensor is on {device}; the kernel needs a GPU (or, to be tested, Triton's interpreter: "
+                    "TRITON_INTERPRET=1 before Python starts)"
+                )
+        return [*reasons, *self.limits(*args)]
 
 
 @functools.cache

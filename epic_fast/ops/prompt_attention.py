@@ -1,6 +1,358 @@
-"""Dispatch of prompt-concatenated attention."""
+"""Prompt-concatenated attention as PyTorch sees it: three operators, their autograd, and the dispatch above them.
+
+``epic_fast::prompt_attention_forward`` and ``..._backward`` return a fixed number of tensors, empty ones where there
+is nothing to return.  ``epic_fast::prompt_attention_forward_out`` writes into tensors that the caller owns.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from epic_fast.kernels.prompt_attention import reference  # pyright: ignore[reportMissingImports]
+from epic_fast.ops import library
 from epic_fast.ops.dispatch import Operation
 
-prompt_attention = Operation("prompt_attention", reference=reference.prompt_attention)
+KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+LENGTH_TYPES = (torch.int64, torch.int32)
+LARGEST_HEAD = 256
+
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? prompt_query, Tensor prompt_key, Tensor prompt_value, "
+    "Tensor? lengths"
+)
+_FLAGS = "bool prefix, bool causal, float scale"
+
+
+@functools.cache
+def _launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    from epic_fast.kernels.prompt_attention import (  # pyright: ignore[reportMissingImports]
+        triton_backward,
+        triton_forward,
+    )
+
+    return triton_forward.prompt_attention_forward, triton_backward.prompt_attention_backward
+
+
+def _rows_like(tensor: Tensor, batch: int | None = None, rows: int | None = None) -> Tensor:
+    """An empty ``(batch, heads, rows, head_dim)`` whose memory runs over (batch, rows, heads, head_dim)."""
+    own_batch, heads, own_rows, width = tensor.shape
+    shape = (own_batch if batch is None else batch, own_rows if rows is None else rows, heads, width)
+    return tensor.new_empty(shape).transpose(1, 2)
+
+
+def _no_tensor(like: Tensor) -> Tensor:
+    return like.new_empty(0)
+
+
+def _forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_query: Tensor | None,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    lengths: Tensor | None,
+    prefix: bool,
+    causal: bool,
+    scale: float,
+    save_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if _nothing_to_see(query, prompt_query):
+        return _forward_fake(
+            query, key, value, prompt_query, prompt_key, prompt_value, lengths, prefix, causal, scale, save_lse
+        )
+    output, prompt_output, lse = _launchers()[0](
+        query,
+        key,
+        value,
+        prompt_query,
+        prompt_key,
+        prompt_value,
+        lengths,
+        prefix=prefix,
+        causal=causal,
+        scale=scale,
+        save_lse=save_lse,
+    )
+    return (
+        output,
+        _no_tensor(query) if prompt_output is None else prompt_output,
+        _no_tensor(query) if lse is None else lse,
+    )
+
+
+def _forward_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_query: Tensor | None,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    lengths: Tensor | None,
+    prefix: bool,
+    causal: bool,
+    scale: float,
+    save_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, tokens, _ = query.shape
+    prompts = 0 if prompt_query is None else prompt_query.shape[2]
+    lse = query.new_empty(batch, heads, prompts + tokens, dtype=torch.float32) if save_lse else _no_tensor(query)
+    return (
+        _rows_like(query),
+        _no_tensor(query) if prompt_query is None else _rows_like(prompt_query, batch=batch),
+        lse,
+    )
+
+
+def _forward_out(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_query: Tensor | None,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    lengths: Tensor | None,
+    prefix: bool,
+    causal: bool,
+    scale: float,
+    *,
+    output: Tensor,
+    prompt_output: Tensor | None,
+) -> None:
+    if _nothing_to_see(query, prompt_query):
+        return
+    _launchers()[0](
+        query,
+        key,
+        value,
+        prompt_query,
+        prompt_key,
+        prompt_value,
+        lengths,
+        prefix=prefix,
+        causal=causal,
+        scale=scale,
+        output=output,
+        prompt_output=prompt_output,
+        save_lse=False,
+    )
+
+
+def _backward(
+    grad_output: Tensor | None,
+    grad_prompt_output: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_query: Tensor | None,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    lengths: Tensor | None,
+    output: Tensor,
+    prompt_output: Tensor | None,
+    lse: Tensor,
+    prefix: bool,
+    causal: bool,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    inputs = (query, key, value, prompt_query, prompt_key, prompt_value)
+    if _nothing_to_see(query, prompt_query):
+        empty = _gradients_fake(inputs, needs)
+        return tuple(each.zero_() for each in empty)
+    gradients = _launchers()[1](
+        library.unit_last_stride(grad_output),
+        library.unit_last_stride(grad_prompt_output),
+        *inputs,
+        lengths,
+        output,
+        prompt_output,
+        lse,
+        prefix=prefix,
+        causal=causal,
+        scale=scale,
+        needs=tuple(needs),
+    )
+    return tuple(_no_tensor(query) if each is None else each for each in gradients)
+
+
+def _gradients_fake(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    some = inputs[0]
+    assert some is not None
+    return tuple(
+        _rows_like(each) if needed and each is not None else _no_tensor(some)
+        for each, needed in zip(inputs, needs, strict=True)
+    )
+
+
+def _backward_fake(
+    grad_output: Tensor | None,
+    grad_prompt_output: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_query: Tensor | None,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    lengths: Tensor | None,
+    output: Tensor,
+    prompt_output: Tensor | None,
+    lse: Tensor,
+    prefix: bool,
+    causal: bool,
+    scale: float,
+    needs: list[bool],
+) -> tuple[Tensor, ...]:
+    return _gradients_fake((query, key, value, prompt_query, prompt_key, prompt_value), needs)
+
+
+def _nothing_to_see(query: Tensor, prompt_query: Tensor | None) -> bool:
+    """No row anywhere: there is nothing to launch."""
+    return query.numel() == 0 and (prompt_query is None or prompt_query.numel() == 0 or query.shape[0] == 0)
+
+
+FORWARD = library.register(
+    f"prompt_attention_forward({_INPUTS}, {_FLAGS}, bool save_lse) -> (Tensor, Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+FORWARD_OUT = library.register(
+    f"prompt_attention_forward_out({_INPUTS}, {_FLAGS}, *, Tensor(a!) output, Tensor(b!)? prompt_output) -> ()",
+    _forward_out,
+    lambda *args, **kwargs: None,
+)
+BACKWARD = library.register(
+    f"prompt_attention_backward(Tensor? grad_output, Tensor? grad_prompt_output, {_INPUTS}, Tensor output, "
+    f"Tensor? prompt_output, Tensor lse, {_FLAGS}, bool[] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class _PromptAttention(torch.autograd.Function):
+    """Entered only where some input needs a gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        prompt_query: Tensor | None,
+        prompt_key: Tensor,
+        prompt_value: Tensor,
+        lengths: Tensor | None,
+        prefix: bool,
+        causal: bool,
+        scale: float,
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
+        inputs = query, key, value, prompt_query, prompt_key, prompt_value, lengths
+        output, found, lse = FORWARD(*inputs, prefix, causal, scale, True)
+        prompt_output = None if prompt_query is None else found
+        ctx.save_for_backward(*inputs, output, prompt_output, lse)
+        ctx.prefix, ctx.causal, ctx.scale = prefix, causal, scale
+        return output, prompt_output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor | None, grad_prompt_output: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[:6])
+        if grad_output is None and grad_prompt_output is None:
+            return (None,) * 10
+        gradients = BACKWARD(
+            grad_output, grad_prompt_output, *ctx.saved_tensors, ctx.prefix, ctx.causal, ctx.scale, needs
+        )
+        kept = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+        return (*kept, None, None, None, None)
+
+
+def _triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_query: Tensor | None,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    *,
+    prompt_mask: str = "full",
+    causal: bool = False,
+    lengths: Tensor | None = None,
+    scale: float | None = None,
+    out: tuple[Tensor, Tensor | None] | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    if lengths is not None:
+        if lengths.dtype not in LENGTH_TYPES:
+            lengths = lengths.to(torch.int32)
+        lengths = lengths.contiguous()
+    scale = query.shape[3] ** -0.5 if scale is None else scale
+    arguments = (
+        query,
+        key,
+        value,
+        prompt_query,
+        prompt_key,
+        prompt_value,
+        lengths,
+        prompt_mask == "prefix",
+        causal,
+        scale,
+    )
+    if out is not None:
+        FORWARD_OUT(*arguments, output=out[0], prompt_output=out[1])
+        return out
+    if torch.is_grad_enabled() and (
+        query.requires_grad
+        or key.requires_grad
+        or value.requires_grad
+        or prompt_key.requires_grad
+        or prompt_value.requires_grad
+        or (prompt_query is not None and prompt_query.requires_grad)
+    ):
+        return _PromptAttention.apply(*arguments)  # pyright: ignore[reportReturnType]
+    output, prompt_output, _ = FORWARD(*arguments, False)
+    return output, None if prompt_query is None else prompt_output
+
+
+def _reference(
+    *args: Tensor | None, out: tuple[Tensor, Tensor | None] | None = None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    result = reference.prompt_attention(*args, **kwargs)
+    if out is None:
+        return result
+    for target, each in zip(out, result, strict=True):
+        if target is not None and each is not None:
+            target.copy_(each)
+    return out
+
+
+def _limits(query: Tensor, *others: Tensor | None) -> Sequence[str]:
+    head_dim = query.shape[3]
+    old = library.too_old(query.get_device()) if query.is_cuda else ""
+    if query.dtype in KERNEL_TYPES and head_dim <= LARGEST_HEAD and not old:
+        return ()
+    reasons = [old] if old else []
+    if query.dtype not in KERNEL_TYPES:
+        reasons.append(f"the tensors are {query.dtype}; the kernel takes float32, bfloat16 and float16")
+    if head_dim > LARGEST_HEAD:
+        reasons.append(f"head_dim is {head_dim}; the kernel takes up to {LARGEST_HEAD}")
+    return reasons
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """As PyTorch's own attention under autocast: everything in its type, except float64, which is left alone."""
+    some = tensors[0]
+    assert some is not None
+    dtype = torch.get_autocast_dtype(some.device.type)
+    return [each if each is None or each.dtype == torch.float64 else each.to(dtype) for each in tensors]
+
+
+prompt_attention = Operation(
+    "prompt_attention", reference=_reference, triton=_triton, limits=_limits, autocast=_autocast
+)

@@ -1,6 +1,204 @@
-"""Dispatch of the similarity-based prompt interaction."""
+"""The similarity-based prompt interaction as PyTorch sees it: three operators, their autograd, and the dispatch.
+
+``epic_fast::prompt_interaction_forward_out`` writes into tensors that the caller owns (the slots of the towers'
+buffers).  Backward saves the inputs and nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from epic_fast.kernels.prompt_interaction import reference  # pyright: ignore[reportMissingImports]
+from epic_fast.ops import library
 from epic_fast.ops.dispatch import Operation
 
-prompt_interaction = Operation("prompt_interaction", reference=reference.prompt_interaction)
+KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
+NAMES = (
+    "text_prompt",
+    "vision_prompt",
+    "text_to_vision_weight",
+    "text_to_vision_bias",
+    "vision_to_text_weight",
+    "vision_to_text_bias",
+    "text_gate",
+    "vision_gate",
+    "temperature",
+)
+INPUTS = len(NAMES)
+MOST_PROMPTS, WIDEST = 64, 4096
+
+_INPUTS = ", ".join(f"Tensor {name}" for name in NAMES)
+
+
+@functools.cache
+def _launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
+    from epic_fast.kernels.prompt_interaction import (  # pyright: ignore[reportMissingImports]
+        triton_backward,
+        triton_forward,
+    )
+
+    return triton_forward.prompt_interaction_forward, triton_backward.prompt_interaction_backward
+
+
+def _widened(call: Callable[..., Any], device: str, *args: Any, **kwargs: Any) -> Any:
+    """A launcher outside autocast, which would narrow its matrix products: the operator's types are settled."""
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return call(*args, **kwargs)
+    return call(*args, **kwargs)
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *inputs, eps = arguments
+    text, vision = inputs[:2]
+    if _nothing_to_mix(text, vision):
+        return text.clone(memory_format=torch.contiguous_format), vision.clone(memory_format=torch.contiguous_format)
+    return _widened(_launchers()[0], text.device.type, *inputs, eps=eps)
+
+
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    text, vision = arguments[:2]
+    return text.new_empty(text.shape), vision.new_empty(vision.shape)
+
+
+def _forward_out(*arguments: Any, next_text: Tensor, next_vision: Tensor) -> None:
+    *inputs, eps = arguments
+    text, vision = inputs[:2]
+    if _nothing_to_mix(text, vision):
+        next_text.copy_(text)
+        next_vision.copy_(vision)
+        return
+    _widened(_launchers()[0], text.device.type, *inputs, eps=eps, next_text=next_text, next_vision=next_vision)
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, ...]:
+    grad_text, grad_vision, *inputs, eps, needs = arguments
+    text, vision = inputs[:2]
+    if _nothing_to_mix(text, vision):
+        found = [each.zero_() for each in _gradients_fake(inputs, needs)]
+        for index, grad in enumerate((grad_text, grad_vision)):
+            if needs[index] and grad is not None:
+                found[index].copy_(grad)
+        return tuple(found)
+    gradients = _widened(
+        _launchers()[1],
+        text.device.type,
+        library.unit_last_stride(grad_text),
+        library.unit_last_stride(grad_vision),
+        *inputs,
+        eps=eps,
+        needs=tuple(needs),
+    )
+    return tuple(text.new_empty(0) if each is None else each for each in gradients)
+
+
+def _gradients_fake(inputs: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    return tuple(each.new_empty(each.shape if needed else 0) for each, needed in zip(inputs, needs, strict=True))
+
+
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    _, _, *inputs, _, needs = arguments
+    return _gradients_fake(inputs, needs)
+
+
+def _nothing_to_mix(text: Tensor, vision: Tensor) -> bool:
+    """No sample, no width, or one side without prompts: each side keeps what it has."""
+    return text.numel() == 0 or vision.numel() == 0
+
+
+FORWARD = library.register(
+    f"prompt_interaction_forward({_INPUTS}, float eps) -> (Tensor, Tensor)", _forward, _forward_fake
+)
+FORWARD_OUT = library.register(
+    f"prompt_interaction_forward_out({_INPUTS}, float eps, *, Tensor(a!) next_text, Tensor(b!) next_vision) -> ()",
+    _forward_out,
+    lambda *args, **kwargs: None,
+)
+BACKWARD = library.register(
+    f"prompt_interaction_backward(Tensor? grad_next_text, Tensor? grad_next_vision, {_INPUTS}, float eps, "
+    f"bool[] needs) -> ({', '.join(['Tensor'] * INPUTS)})",
+    _backward,
+    _backward_fake,
+)
+
+
+class _PromptInteraction(torch.autograd.Function):
+    """Entered only where some input needs a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*arguments[:INPUTS])
+        ctx.eps = arguments[INPUTS]
+        return FORWARD(*arguments)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_next_text: Tensor | None, grad_next_vision: Tensor | None) -> tuple[Tensor | None, ...]:
+        needs = list(ctx.needs_input_grad[:INPUTS])
+        if grad_next_text is None and grad_next_vision is None:
+            return (None,) * (INPUTS + 1)
+        gradients = BACKWARD(grad_next_text, grad_next_vision, *ctx.saved_tensors, ctx.eps, needs)
+        return (*(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), None)
+
+
+def _triton(
+    text_prompt: Tensor,
+    vision_prompt: Tensor,
+    *parameters: Tensor,
+    eps: float = 1e-8,
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    inputs = (text_prompt, vision_prompt, *parameters)
+    if torch.is_autocast_enabled("cuda" if text_prompt.is_cuda else "cpu"):
+        inputs = _autocast(*inputs)
+    if out is not None:
+        FORWARD_OUT(*inputs, eps, next_text=out[0], next_vision=out[1])
+        return out
+    if torch.is_grad_enabled() and any(each.requires_grad for each in inputs):
+        return _PromptInteraction.apply(*inputs, eps)  # pyright: ignore[reportReturnType]
+    return FORWARD(*inputs, eps)
+
+
+def _autocast(text_prompt: Tensor, vision_prompt: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    """As ``nn.Linear`` under autocast: the projections in its type; the prompts keep theirs, and so do the results."""
+    dtype = torch.get_autocast_dtype(text_prompt.device.type)
+    return (
+        text_prompt,
+        vision_prompt,
+        *(each if each.dtype == torch.float64 else each.to(dtype) for each in parameters[:4]),
+        *parameters[4:],
+    )
+
+
+def _reference(*args: Tensor, out: tuple[Tensor, Tensor] | None = None, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    result = reference.prompt_interaction(*args, **kwargs)
+    if out is None:
+        return result
+    out[0].copy_(result[0])
+    out[1].copy_(result[1])
+    return out
+
+
+def _limits(text_prompt: Tensor, vision_prompt: Tensor, *parameters: Tensor) -> Sequence[str]:
+    old = library.too_old(text_prompt.get_device()) if text_prompt.is_cuda else ""
+    reasons = [old] if old else []
+    for name, each in zip(NAMES, (text_prompt, vision_prompt, *parameters), strict=True):
+        if each.dtype not in KERNEL_TYPES:
+            reasons.append(f"{name} is {each.dtype}; the kernel takes float32, bfloat16 and float16")
+    for name, each in (("text_prompt", text_prompt), ("vision_prompt", vision_prompt)):
+        _, prompts, width = each.shape
+        if prompts > MOST_PROMPTS:
+            reasons.append(f"{name} has {prompts} prompts; the kernel takes up to {MOST_PROMPTS}")
+        if width > WIDEST:
+            reasons.append(f"{name} has width {width}; the kernel takes up to {WIDEST}")
+    return reasons
+
+
+prompt_interaction = Operation("prompt_interaction", reference=_reference, triton=_triton, limits=_limits)

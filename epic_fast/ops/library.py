@@ -1,0 +1,77 @@
+"""The ``torch.library`` namespace ``epic_fast``, and what the machine can run.
+
+An operator is a schema, an implementation for CUDA tensors (and for CPU tensors, by Triton's interpreter) and a
+fake; autograd stands above it, in an ``autograd.Function``.  Of the ways to put Python behind PyTorch's dispatcher
+this one costs the least per call that ``torch.compile(fullgraph=True)`` still takes whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epic_fast.errors import ImplementationError
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+OLDEST_CAPABILITY = (8, 0)
+
+_LIBRARY = torch.library.Library("epic_fast", "FRAGMENT")
+
+
+def register(schema: str, implementation: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Registers ``epic_fast::<schema>`` and returns the operator.
+
+    Schemas are registered when ``epic_fast.ops`` is imported, kernels (and triton) only when they first run.
+    """
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, implementation, "CUDA")
+    _LIBRARY.impl(name, functools.partial(_interpreted, name, implementation), "CPU")
+    torch.library.register_fake(f"epic_fast::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.epic_fast, name).default
+
+
+def _interpreted(name: str, implementation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    if not interpreting():
+        raise ImplementationError(
+            f"epic_fast::{name}: the tensors are on the CPU, where the kernel runs only under Triton's interpreter "
+            "(set TRITON_INTERPRET=1 before Python starts)"
+        )
+    return implementation(*args, **kwargs)
+
+
+@torch.compiler.assume_constant_result
+def interpreting() -> bool:
+    """Whether Triton kernels run by Triton's interpreter (``TRITON_INTERPRET=1``), on any device."""
+    if not TRITON_INSTALLED:
+        return False
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+@functools.cache
+def capability(index: int) -> tuple[int, int] | None:
+    """Compute capability of an NVIDIA GPU; None for AMD's, which have another numbering."""
+    return None if torch.version.hip else torch.cuda.get_device_capability(index)
+
+
+@torch.compiler.assume_constant_result
+def too_old(index: int) -> str:
+    """Why this GPU cannot run the kernels; empty if it can.  Asked once, never while a graph is traced or captured."""
+    found = capability(index)
+    if found is None or found >= OLDEST_CAPABILITY:
+        return ""
+    return "the GPU has compute capability {}.{}; the kernel needs {}.{}".format(*found, *OLDEST_CAPABILITY)
+
+
+def unit_last_stride(tensor: Tensor | None) -> Tensor | None:
+    """A gradient as the kernels take it: ``sum().backward()`` hands down tensors whose strides are all 0."""
+    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
+        return tensor
+    return tensor.contiguous()
