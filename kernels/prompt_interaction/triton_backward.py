@@ -1,0 +1,745 @@
+"""The prompt interaction, backward, in three launches (two where the forward pass kept the projections).
+
+README.md beside this file has the derivation, the floors and what was tried.
+"""
+
+# pyright: basic
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from epic_fast.kernels.prompt_interaction.triton_forward import (
+    SCALARS,
+    SIZES,
+    alignment,
+    load_gate,
+    load_rows,
+    on_device_of,
+    precision,
+    product,
+    project_prompts,
+    projection_tiles,
+    prompt_block,
+    same_types,
+    scores,
+    unit_last_stride,
+)
+
+
+@triton.jit
+def store_rows(base, row, stride, row_exists, column, WIDTH: tl.constexpr, value):
+    tl.store(
+        base + row.to(tl.int64)[:, None] * stride + column[None, :],
+        value.to(base.dtype.element_ty),
+        mask=row_exists[:, None] & (column < WIDTH)[None, :],
+    )
+
+
+@triton.jit(
+    do_not_specialize=["batch", *SIZES, "stride_gtb", "stride_gtp", "stride_gvb", "stride_gvp"],
+    do_not_specialize_on_alignment=SCALARS,
+)
+def mix_backward_kernel(
+    grad_next_text,  # (B, P_TEXT, D_TEXT)
+    grad_next_vision,  # (B, P_VISION, D_VISION)
+    text_prompt,  # (B, P_TEXT, D_TEXT)
+    vision_in_text,  # (B, P_VISION, D_TEXT), contiguous
+    text_in_vision,  # (B, P_TEXT, D_VISION), contiguous
+    text_gate,  # () or (D_TEXT,)
+    vision_gate,  # () or (D_VISION,)
+    temperature,  # ()
+    grad_text_prompt,  # (B, P_TEXT, D_TEXT), contiguous, written: all but what comes through the projection
+    grad_vision_in_text,  # (B, P_VISION, D_TEXT), contiguous, written
+    grad_text_in_vision,  # (B, P_TEXT, D_VISION), contiguous, written
+    partials,  # float32, written: the gates' (B, TEXT_SUMS) and (B, VISION_SUMS), the temperature's (B,)
+    eps,
+    batch,
+    P_TEXT,
+    P_VISION,
+    stride_tb,
+    stride_tp,
+    stride_gtb,
+    stride_gtp,
+    stride_gvb,
+    stride_gvp,
+    D_TEXT: tl.constexpr,
+    D_VISION: tl.constexpr,
+    TEXT_CHANNELS: tl.constexpr,
+    VISION_CHANNELS: tl.constexpr,
+    NEED_TEXT: tl.constexpr,  # grad_text_prompt
+    NEED_VISION_IN_TEXT: tl.constexpr,
+    NEED_TEXT_IN_VISION: tl.constexpr,
+    NEED_TEXT_GATE: tl.constexpr,
+    NEED_VISION_GATE: tl.constexpr,
+    NEED_TEMPERATURE: tl.constexpr,
+    TEXT_SUMS: tl.constexpr,  # partial sums of one sample for the text gate: one a channel, or one a part
+    VISION_SUMS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    TEXT_PARTS: tl.constexpr,  # programs of one sample for columns of the text space; 0 where nothing is needed there
+    VISION_PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Every program finds the similarity of its sample again, then writes the gradients of its part of the columns.
+
+    Columns of the text space also need the similarity's gradient; those of the vision space do without it.
+    """
+    program = tl.program_id(0)
+    sample = (program // (TEXT_PARTS + VISION_PARTS)).to(tl.int64)
+    part = program % (TEXT_PARTS + VISION_PARTS)
+    text_prompt += sample * (stride_tb // ALIGNMENT * ALIGNMENT)
+    grad_next_text += sample * (stride_gtb // ALIGNMENT * ALIGNMENT)
+    grad_next_vision += sample * (stride_gvb // ALIGNMENT * ALIGNMENT)
+    vision_in_text += sample * P_VISION * D_TEXT
+    text_in_vision += sample * P_TEXT * D_VISION
+    stride_tp = stride_tp // ALIGNMENT * ALIGNMENT
+    stride_gtp = stride_gtp // ALIGNMENT * ALIGNMENT
+    stride_gvp = stride_gvp // ALIGNMENT * ALIGNMENT
+    text_gate_partial = partials + sample * TEXT_SUMS
+    vision_gate_partial = partials + batch.to(tl.int64) * TEXT_SUMS + sample * VISION_SUMS
+    temperature_partial = partials + batch.to(tl.int64) * (TEXT_SUMS + VISION_SUMS) + sample
+    i = tl.arange(0, BLOCK_T)
+    j = tl.arange(0, BLOCK_V)
+    text_exists = i < P_TEXT
+    vision_exists = j < P_VISION
+    NEED_SCORES: tl.constexpr = NEED_TEXT or NEED_VISION_IN_TEXT or NEED_TEMPERATURE
+
+    raw = tl.zeros([BLOCK_T, BLOCK_V], dtype=tl.float32)
+    grad_by_text = tl.zeros([BLOCK_T, BLOCK_V], dtype=tl.float32)
+    text_squares = tl.zeros([BLOCK_T, BLOCK_S], dtype=tl.float32)
+    vision_squares = tl.zeros([BLOCK_V, BLOCK_S], dtype=tl.float32)
+    for d in tl.range(0, D_TEXT, BLOCK_S, num_stages=STAGES):
+        column = d + tl.arange(0, BLOCK_S)
+        t = load_rows(text_prompt, i, stride_tp, text_exists, column, D_TEXT)  # [BLOCK_T, BLOCK_S]
+        z = load_rows(vision_in_text, j, D_TEXT, vision_exists, column, D_TEXT)  # [BLOCK_V, BLOCK_S]
+        raw = product(t, z.T, raw, PRECISION)
+        text_squares += t.to(tl.float32) * t.to(tl.float32)
+        vision_squares += z.to(tl.float32) * z.to(tl.float32)
+        if NEED_SCORES:
+            g = load_rows(grad_next_text, i, stride_gtp, text_exists, column, D_TEXT)  # [BLOCK_T, BLOCK_S]
+            if TEXT_CHANNELS:
+                gated = g.to(tl.float32) * load_gate(text_gate, column, D_TEXT, TEXT_CHANNELS)[None, :]
+                grad_by_text = product(gated, z.T, grad_by_text, PRECISION)
+            else:
+                grad_by_text = product(g, z.T, grad_by_text, PRECISION)
+    text_square = tl.sum(text_squares, axis=1)
+    vision_square = tl.sum(vision_squares, axis=1)
+    inverse_temperature = 1.0 / tl.load(temperature).to(tl.float32)
+    similarity, by_text, by_vision, text_inverse, vision_inverse = scores(
+        raw, text_square, vision_square, inverse_temperature, eps, text_exists, vision_exists
+    )
+
+    if part < TEXT_PARTS:
+        if NEED_SCORES:
+            grad_by_vision = tl.zeros([BLOCK_V, BLOCK_T], dtype=tl.float32)
+            for d in tl.range(0, D_VISION, BLOCK_S, num_stages=STAGES):
+                column = d + tl.arange(0, BLOCK_S)
+                z = load_rows(text_in_vision, i, D_VISION, text_exists, column, D_VISION)  # [BLOCK_T, BLOCK_S]
+                g = load_rows(grad_next_vision, j, stride_gvp, vision_exists, column, D_VISION)  # [BLOCK_V, BLOCK_S]
+                if VISION_CHANNELS:
+                    gated = g.to(tl.float32) * load_gate(vision_gate, column, D_VISION, VISION_CHANNELS)[None, :]
+                    grad_by_vision = product(gated, z.T, grad_by_vision, PRECISION)
+                else:
+                    grad_by_vision = product(g, z.T, grad_by_vision, PRECISION)
+            if not TEXT_CHANNELS:
+                grad_by_text *= tl.load(text_gate).to(tl.float32)
+            if not VISION_CHANNELS:
+                grad_by_vision *= tl.load(vision_gate).to(tl.float32)
+            through_text = by_text * grad_by_text  # [BLOCK_T, BLOCK_V]
+            through_vision = by_vision * grad_by_vision.T
+            grad_similarity = through_text - by_text * tl.sum(through_text, axis=1)[:, None]
+            grad_similarity += through_vision - by_vision * tl.sum(through_vision, axis=0)[None, :]
+            along = grad_similarity * similarity  # [BLOCK_T, BLOCK_V]
+            if NEED_TEMPERATURE:  # noqa: SIM102 (known when the kernel is compiled)
+                if part == 0:
+                    tl.store(temperature_partial, -tl.sum(along) * inverse_temperature)
+            # A norm below eps is a constant: nothing flows through it.
+            text_pull = tl.where(tl.sqrt(text_square) < eps, 0.0, tl.sum(along, axis=1) * text_inverse * text_inverse)
+            vision_pull = tl.where(
+                tl.sqrt(vision_square) < eps, 0.0, tl.sum(along, axis=0) * vision_inverse * vision_inverse
+            )
+            mixing = grad_similarity * text_inverse[:, None] * vision_inverse[None, :] * inverse_temperature
+        if NEED_TEXT or NEED_VISION_IN_TEXT or NEED_TEXT_GATE:
+            text_gate_sum = tl.zeros([BLOCK_D], dtype=tl.float32)
+            for d in tl.range(part * BLOCK_D, D_TEXT, TEXT_PARTS * BLOCK_D):
+                column = d + tl.arange(0, BLOCK_D)
+                z = load_rows(vision_in_text, j, D_TEXT, vision_exists, column, D_TEXT)  # [BLOCK_V, BLOCK_D]
+                g = load_rows(grad_next_text, i, stride_gtp, text_exists, column, D_TEXT)  # [BLOCK_T, BLOCK_D]
+                if NEED_TEXT or NEED_VISION_IN_TEXT:
+                    t = load_rows(text_prompt, i, stride_tp, text_exists, column, D_TEXT)  # [BLOCK_T, BLOCK_D]
+                if NEED_VISION_IN_TEXT:
+                    grad = tl.zeros([BLOCK_V, BLOCK_D], dtype=tl.float32)
+                    grad = product(by_text.T, g, grad, PRECISION)
+                    grad *= load_gate(text_gate, column, D_TEXT, TEXT_CHANNELS)[None, :]
+                    grad = product(mixing.T, t, grad, PRECISION) - vision_pull[:, None] * z.to(tl.float32)
+                    to = grad_vision_in_text + sample * P_VISION * D_TEXT
+                    store_rows(to, j, D_TEXT, vision_exists, column, D_TEXT, grad)
+                if NEED_TEXT:
+                    grad = g.to(tl.float32) - text_pull[:, None] * t.to(tl.float32)  # [BLOCK_T, BLOCK_D]
+                    grad = product(mixing, z, grad, PRECISION)
+                    to = grad_text_prompt + sample * P_TEXT * D_TEXT
+                    store_rows(to, i, D_TEXT, text_exists, column, D_TEXT, grad)
+                if NEED_TEXT_GATE:
+                    mixed = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
+                    mixed = product(by_text, z, mixed, PRECISION)
+                    channel = tl.sum(mixed * g.to(tl.float32), axis=0)  # [BLOCK_D]
+                    if TEXT_CHANNELS:
+                        tl.store(text_gate_partial + column, channel, mask=column < D_TEXT)
+                    else:
+                        text_gate_sum += channel
+            if NEED_TEXT_GATE and not TEXT_CHANNELS:
+                tl.store(text_gate_partial + part, tl.sum(text_gate_sum))
+    elif NEED_TEXT_IN_VISION or NEED_VISION_GATE:
+        part -= TEXT_PARTS
+        vision_gate_sum = tl.zeros([BLOCK_D], dtype=tl.float32)
+        for d in tl.range(part * BLOCK_D, D_VISION, VISION_PARTS * BLOCK_D):
+            column = d + tl.arange(0, BLOCK_D)
+            g = load_rows(grad_next_vision, j, stride_gvp, vision_exists, column, D_VISION)  # [BLOCK_V, BLOCK_D]
+            if NEED_TEXT_IN_VISION:
+                grad = tl.zeros([BLOCK_T, BLOCK_D], dtype=tl.float32)
+                grad = product(by_vision, g, grad, PRECISION)
+                grad *= load_gate(vision_gate, column, D_VISION, VISION_CHANNELS)[None, :]
+                to = grad_text_in_vision + sample * P_TEXT * D_VISION
+                store_rows(to, i, D_VISION, text_exists, column, D_VISION, grad)
+            if NEED_VISION_GATE:
+                z = load_rows(text_in_vision, i, D_VISION, text_exists, column, D_VISION)  # [BLOCK_T, BLOCK_D]
+                mixed = tl.zeros([BLOCK_V, BLOCK_D], dtype=tl.float32)
+                mixed = product(by_vision.T, z, mixed, PRECISION)
+                channel = tl.sum(mixed * g.to(tl.float32), axis=0)  # [BLOCK_D]
+                if VISION_CHANNELS:
+                    tl.store(vision_gate_partial + column, channel, mask=column < D_VISION)
+                else:
+                    vision_gate_sum += channel
+        if NEED_VISION_GATE and not VISION_CHANNELS:
+            tl.store(vision_gate_partial + part, tl.sum(vision_gate_sum))
+
+
+@triton.jit
+def sum_rows(source, result, rows, first_column, WIDTH: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sums of BLOCK_C columns of a contiguous (rows, WIDTH) over the rows, in one fixed order."""
+    row = tl.arange(0, BLOCK_R)
+    column = first_column + tl.arange(0, BLOCK_C)
+    total = tl.zeros([BLOCK_R, BLOCK_C], dtype=tl.float32)
+    for r in range(0, rows, BLOCK_R):
+        total += load_rows(source, r + row, WIDTH, r + row < rows, column, WIDTH).to(tl.float32)
+    total = tl.sum(total, axis=0)  # [BLOCK_C]
+    tl.store(result + column, total.to(result.dtype.element_ty), mask=column < WIDTH)
+
+
+@triton.jit
+def sum_all(source, result, count, BLOCK: tl.constexpr):
+    """The sum of ``count`` numbers, in one fixed order."""
+    index = tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
+    for first in range(0, count, BLOCK):
+        total += tl.load(source + first + index, mask=first + index < count, other=0.0)
+    tl.store(result, tl.sum(total).to(result.dtype.element_ty))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "batch",
+        "rows_0",
+        "rows_1",
+        "P_0",
+        "P_1",
+        "stride_pb0",
+        "stride_pp0",
+        "stride_pb1",
+        "stride_pp1",
+        "stride_rb0",
+        "stride_rp0",
+        "stride_rb1",
+        "stride_rp1",
+    ]
+)
+def gradients_kernel(
+    grad_projected_0,  # (B, P_0, K_0), contiguous: the gradient of prompt_0 @ weight_0.T + bias_0
+    grad_projected_1,  # (B, P_1, K_1)
+    weight_0,  # (K_0, N_0), contiguous
+    weight_1,  # (K_1, N_1)
+    prompt_0,  # (B, P_0, N_0)
+    prompt_1,  # (B, P_1, N_1)
+    residual_0,  # (B, P_0, N_0): what reaches the prompt by other ways; may be grad_prompt_0 itself
+    residual_1,  # (B, P_1, N_1)
+    partials,  # float32: (B, GATE_SUMS_0), (B, GATE_SUMS_1), (B,)
+    grad_prompt_0,  # (B, P_0, N_0), contiguous, written
+    grad_prompt_1,  # (B, P_1, N_1)
+    grad_weight_0,  # (K_0, N_0), contiguous, written
+    grad_weight_1,  # (K_1, N_1)
+    grad_bias_0,  # (K_0,), written
+    grad_bias_1,  # (K_1,)
+    grad_gate_0,  # () or (N_0,), written
+    grad_gate_1,  # () or (N_1,)
+    grad_temperature,  # (), written
+    batch,
+    rows_0,  # B * P_0
+    rows_1,
+    P_0,
+    P_1,
+    stride_pb0,
+    stride_pp0,
+    stride_pb1,
+    stride_pp1,
+    stride_rb0,
+    stride_rp0,
+    stride_rb1,
+    stride_rp1,
+    K_0: tl.constexpr,
+    N_0: tl.constexpr,
+    K_1: tl.constexpr,
+    N_1: tl.constexpr,
+    NEED_PROMPT_0: tl.constexpr,
+    NEED_PROMPT_1: tl.constexpr,
+    NEED_WEIGHT_0: tl.constexpr,
+    NEED_WEIGHT_1: tl.constexpr,
+    NEED_BIAS_0: tl.constexpr,
+    NEED_BIAS_1: tl.constexpr,
+    NEED_GATE_0: tl.constexpr,
+    NEED_GATE_1: tl.constexpr,
+    NEED_TEMPERATURE: tl.constexpr,
+    CHANNELS_0: tl.constexpr,
+    CHANNELS_1: tl.constexpr,
+    GATE_SUMS_0: tl.constexpr,
+    GATE_SUMS_1: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,  # tiles of the prompts' gradients, the sum over K in steps of BLOCK_K
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    WEIGHT_M: tl.constexpr,  # tiles of the weights' gradients, the sum over rows in steps of WEIGHT_R
+    WEIGHT_N: tl.constexpr,
+    WEIGHT_R: tl.constexpr,
+    BLOCK_R: tl.constexpr,  # tiles of the sums over rows
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """All that is a matrix product or a sum over rows: every program takes one tile of one of them.
+
+    They do not wait for one another, so that they share a launch and fill the card together.  The two products of a
+    kind share one loop, because each loop would keep its own stages in shared memory.
+    """
+    tile = tl.program_id(0)
+
+    if NEED_PROMPT_0 or NEED_PROMPT_1:
+        first = 0
+        both = 0
+        if NEED_PROMPT_0:
+            first = tl.cdiv(rows_0, BLOCK_M) * ((N_0 + BLOCK_N - 1) // BLOCK_N)
+        both = first
+        if NEED_PROMPT_1:
+            both = first + tl.cdiv(rows_1, BLOCK_M) * ((N_1 + BLOCK_N - 1) // BLOCK_N)
+        if tile < both:
+            if tile < first:
+                grad_projected, weight, residual, grad_prompt = grad_projected_0, weight_0, residual_0, grad_prompt_0
+            else:
+                grad_projected, weight, residual, grad_prompt = grad_projected_1, weight_1, residual_1, grad_prompt_1
+            one = tile >= first
+            rows = tl.where(one, rows_1, rows_0)
+            P = tl.where(one, P_1, P_0)
+            stride_b = tl.where(one, stride_rb1, stride_rb0) // ALIGNMENT * ALIGNMENT
+            stride_p = tl.where(one, stride_rp1, stride_rp0) // ALIGNMENT * ALIGNMENT
+            K = tl.where(one, K_1, K_0)
+            N = tl.where(one, N_1, N_0)
+            here = tl.where(one, tile - first, tile)
+            tiles_n = tl.cdiv(N, BLOCK_N)
+            row = (here // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+            column = (here % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+            inner = tl.arange(0, BLOCK_K)
+            row_exists = row < rows
+            column_exists = column < N
+            grad_projected += row.to(tl.int64)[:, None] * K + inner[None, :]
+            weight += inner[:, None] * N + column[None, :]
+            accumulator = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+            for k in range(0, K, BLOCK_K):
+                inner_exists = k + inner < K
+                d = tl.load(grad_projected, mask=row_exists[:, None] & inner_exists[None, :], other=0.0)
+                w = tl.load(weight, mask=inner_exists[:, None] & column_exists[None, :], other=0.0)
+                accumulator = tl.dot(d, w, accumulator, input_precision=PRECISION)
+                grad_projected += BLOCK_K  # [BLOCK_M, BLOCK_K]
+                weight += BLOCK_K * N  # [BLOCK_K, BLOCK_N]
+            exists = row_exists[:, None] & column_exists[None, :]
+            residual += ((row // P).to(tl.int64) * stride_b + (row % P).to(tl.int64) * stride_p)[:, None]
+            accumulator += tl.load(residual + column[None, :], mask=exists, other=0.0).to(tl.float32)
+            tl.store(
+                grad_prompt + row.to(tl.int64)[:, None] * N + column[None, :],
+                accumulator.to(grad_prompt.dtype.element_ty),
+                mask=exists,
+            )
+        tile -= both
+
+    if NEED_WEIGHT_0 or NEED_WEIGHT_1:
+        first = 0
+        if NEED_WEIGHT_0:
+            first = ((K_0 + WEIGHT_M - 1) // WEIGHT_M) * ((N_0 + WEIGHT_N - 1) // WEIGHT_N)
+        both = first
+        if NEED_WEIGHT_1:
+            both = first + ((K_1 + WEIGHT_M - 1) // WEIGHT_M) * ((N_1 + WEIGHT_N - 1) // WEIGHT_N)
+        if tile >= 0 and tile < both:
+            if tile < first:
+                grad_projected, prompt, grad_weight = grad_projected_0, prompt_0, grad_weight_0
+            else:
+                grad_projected, prompt, grad_weight = grad_projected_1, prompt_1, grad_weight_1
+            one = tile >= first
+            rows = tl.where(one, rows_1, rows_0)
+            P = tl.where(one, P_1, P_0)
+            stride_b = tl.where(one, stride_pb1, stride_pb0) // ALIGNMENT * ALIGNMENT
+            stride_p = tl.where(one, stride_pp1, stride_pp0) // ALIGNMENT * ALIGNMENT
+            K = tl.where(one, K_1, K_0)
+            N = tl.where(one, N_1, N_0)
+            here = tl.where(one, tile - first, tile)
+            tiles_n = tl.cdiv(N, WEIGHT_N)
+            line = (here // tiles_n) * WEIGHT_M + tl.arange(0, WEIGHT_M)
+            column = (here % tiles_n) * WEIGHT_N + tl.arange(0, WEIGHT_N)
+            step = tl.arange(0, WEIGHT_R)
+            line_exists = line < K
+            column_exists = column < N
+            accumulator = tl.zeros([WEIGHT_M, WEIGHT_N], dtype=tl.float32)
+            for r in range(0, rows, WEIGHT_R):
+                row = r + step
+                row_exists = (row < rows)[:, None]
+                offset = (row // P).to(tl.int64) * stride_b + (row % P).to(tl.int64) * stride_p
+                d = tl.load(
+                    grad_projected + row.to(tl.int64)[:, None] * K + line[None, :],
+                    mask=row_exists & line_exists[None, :],
+                    other=0.0,
+                )  # [WEIGHT_R, WEIGHT_M]
+                x = tl.load(
+                    prompt + offset[:, None] + column[None, :],
+                    mask=row_exists & column_exists[None, :],
+                    other=0.0,
+                )  # [WEIGHT_R, WEIGHT_N]
+                accumulator = tl.dot(d.T, x.to(d.dtype), accumulator, input_precision=PRECISION)
+            tl.store(
+                grad_weight + line[:, None] * N + column[None, :],
+                accumulator.to(grad_weight.dtype.element_ty),
+                mask=line_exists[:, None] & column_exists[None, :],
+            )
+        tile -= both
+
+    if NEED_BIAS_0:
+        count = (K_0 + BLOCK_C - 1) // BLOCK_C
+        if tile >= 0 and tile < count:
+            sum_rows(grad_projected_0, grad_bias_0, rows_0, tile * BLOCK_C, K_0, BLOCK_R, BLOCK_C)
+        tile -= count
+    if NEED_BIAS_1:
+        count = (K_1 + BLOCK_C - 1) // BLOCK_C
+        if tile >= 0 and tile < count:
+            sum_rows(grad_projected_1, grad_bias_1, rows_1, tile * BLOCK_C, K_1, BLOCK_R, BLOCK_C)
+        tile -= count
+    if NEED_GATE_0:
+        if CHANNELS_0:
+            count = (N_0 + BLOCK_C - 1) // BLOCK_C
+            if tile >= 0 and tile < count:
+                sum_rows(partials, grad_gate_0, batch, tile * BLOCK_C, N_0, BLOCK_R, BLOCK_C)
+            tile -= count
+        else:
+            if tile == 0:
+                sum_all(partials, grad_gate_0, batch * GATE_SUMS_0, BLOCK_R)
+            tile -= 1
+    partials += batch.to(tl.int64) * GATE_SUMS_0
+    if NEED_GATE_1:
+        if CHANNELS_1:
+            count = (N_1 + BLOCK_C - 1) // BLOCK_C
+            if tile >= 0 and tile < count:
+                sum_rows(partials, grad_gate_1, batch, tile * BLOCK_C, N_1, BLOCK_R, BLOCK_C)
+            tile -= count
+        else:
+            if tile == 0:
+                sum_all(partials, grad_gate_1, batch * GATE_SUMS_1, BLOCK_R)
+            tile -= 1
+    partials += batch.to(tl.int64) * GATE_SUMS_1
+    if NEED_TEMPERATURE:  # noqa: SIM102 (known when the kernel is compiled)
+        if tile == 0:
+            sum_all(partials, grad_temperature, batch, BLOCK_R)
+
+
+def mix_backward_tiles(dtype: torch.dtype, text: int, vision: int, block_t: int, block_v: int) -> dict[str, int]:
+    """Tiles of the fused kernel for widths and prompt blocks; the parts split a sample's columns over programs."""
+    largest = max(block_t, block_v)
+    block_d = {16: 128, 32: 64, 64: 64}[largest]
+    if dtype == torch.float32:
+        block_d = {16: 64, 32: 32, 64: 32}[largest]
+    per_part = 512 if largest == 16 else 1024
+    return {
+        "BLOCK_S": block_d,
+        "BLOCK_D": block_d,
+        "TEXT_PARTS": -(-text // per_part),
+        "VISION_PARTS": -(-vision // per_part),
+        "STAGES": 3,
+        "num_warps": 4,
+    }
+
+
+def gradient_tiles(dtype: torch.dtype) -> dict[str, int]:
+    """Tiles of the products with weights and of the sums over rows."""
+    tiles = projection_tiles(dtype)
+    block_m, block_n, block_k = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
+    weight = {"WEIGHT_M": block_m, "WEIGHT_N": block_n, "WEIGHT_R": block_k}
+    return {**tiles, **weight, "BLOCK_R": 128, "BLOCK_C": 32, "num_stages": 3}
+
+
+def prompt_interaction_backward(
+    grad_next_text: Tensor | None,
+    grad_next_vision: Tensor | None,
+    text_prompt: Tensor,
+    vision_prompt: Tensor,
+    text_to_vision_weight: Tensor,
+    text_to_vision_bias: Tensor,
+    vision_to_text_weight: Tensor,
+    vision_to_text_bias: Tensor,
+    text_gate: Tensor,
+    vision_gate: Tensor,
+    temperature: Tensor,
+    *,
+    eps: float,
+    needs: tuple[bool, ...],
+    projections: tuple[Tensor, Tensor] | None = None,
+    project_tiles: dict[str, int] | None = None,
+    mix_tiles: dict[str, int] | None = None,
+    tiles: dict[str, int] | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of the nine inputs, in their order; None, neither computed nor allocated, where not needed.
+
+    Args:
+        grad_next_text, grad_next_vision: in the shapes of the prompts; None is zero.
+        needs: nine booleans, in the order of the inputs.
+        projections: ``(vision_in_text, text_in_vision)`` from the forward pass; computed again if None.
+        project_tiles, mix_tiles, tiles: tile sizes other than the tables'.
+    """
+    need_text, need_vision, *need_weights, need_text_gate, need_vision_gate, need_temperature = needs
+    need_text_weight, need_text_bias, need_vision_weight, need_vision_bias = need_weights
+    if not any(needs):
+        return (None,) * 9
+    inputs = (text_prompt, vision_prompt, text_to_vision_weight, text_to_vision_bias, vision_to_text_weight)
+    inputs = (*inputs, vision_to_text_bias, text_gate, vision_gate, temperature)
+    batch, text_prompts, text_width = text_prompt.shape
+    _, vision_prompts, vision_width = vision_prompt.shape
+    if not batch:
+        return tuple(torch.zeros_like(each) if need else None for each, need in zip(inputs, needs, strict=True))
+    grads = tuple(
+        torch.empty(each.shape, dtype=each.dtype, device=each.device) if need else None
+        for each, need in zip(inputs, needs, strict=True)
+    )
+    grad_text, grad_vision, grad_text_weight, grad_text_bias, grad_vision_weight, grad_vision_bias = grads[:6]
+
+    text_prompt, vision_prompt = unit_last_stride(text_prompt), unit_last_stride(vision_prompt)
+    text_to_vision_weight, text_to_vision_bias = text_to_vision_weight.contiguous(), text_to_vision_bias.contiguous()
+    vision_to_text_weight, vision_to_text_bias = vision_to_text_weight.contiguous(), vision_to_text_bias.contiguous()
+    text_gate, vision_gate = text_gate.contiguous(), vision_gate.contiguous()
+    grad_next_text = torch.zeros_like(text_prompt) if grad_next_text is None else unit_last_stride(grad_next_text)
+    grad_next_vision = (
+        torch.zeros_like(vision_prompt) if grad_next_vision is None else unit_last_stride(grad_next_vision)
+    )
+
+    need_text_in_vision = need_text or need_text_weight or need_text_bias
+    need_vision_in_text = need_vision or need_vision_weight or need_vision_bias
+    text_channels, vision_channels = text_gate.dim() == 1, vision_gate.dim() == 1
+    block_t, block_v = prompt_block(text_prompts), prompt_block(vision_prompts)
+    with on_device_of(text_prompt):
+        if projections is None:
+            projections = project_prompts(
+                text_prompt,
+                vision_prompt,
+                text_to_vision_weight,
+                text_to_vision_bias,
+                vision_to_text_weight,
+                vision_to_text_bias,
+                tiles=project_tiles,
+            )
+        vision_in_text, text_in_vision = projections
+        grad_vision_in_text = torch.empty_like(vision_in_text) if need_vision_in_text else vision_in_text
+        grad_text_in_vision = torch.empty_like(text_in_vision) if need_text_in_vision else text_in_vision
+
+        if mix_tiles is None:
+            widest = torch.promote_types(text_prompt.dtype, vision_in_text.dtype)
+            widest = torch.promote_types(torch.promote_types(vision_prompt.dtype, text_in_vision.dtype), widest)
+            mix_tiles = mix_backward_tiles(widest, text_width, vision_width, block_t, block_v)
+        mix_tiles = dict(mix_tiles)
+        if not (need_text or need_vision_in_text or need_text_gate):
+            mix_tiles["TEXT_PARTS"] = 1 if need_temperature else 0
+        if not (need_text_in_vision or need_vision_gate):
+            mix_tiles["VISION_PARTS"] = 0
+        text_sums = (text_width if text_channels else mix_tiles["TEXT_PARTS"]) if need_text_gate else 0
+        vision_sums = (vision_width if vision_channels else mix_tiles["VISION_PARTS"]) if need_vision_gate else 0
+        sums = text_sums + vision_sums + need_temperature
+        partials = torch.empty(batch * sums, dtype=torch.float32, device=text_prompt.device) if sums else temperature
+        strides = (*text_prompt.stride()[:2], *grad_next_text.stride()[:2], *grad_next_vision.stride()[:2])
+        mix_backward_kernel[(batch * (mix_tiles["TEXT_PARTS"] + mix_tiles["VISION_PARTS"]),)](
+            grad_next_text,
+            grad_next_vision,
+            text_prompt,
+            vision_in_text,
+            text_in_vision,
+            text_gate,
+            vision_gate,
+            temperature,
+            grad_text if need_text else text_prompt,
+            grad_vision_in_text,
+            grad_text_in_vision,
+            partials,
+            eps,
+            batch,
+            text_prompts,
+            vision_prompts,
+            *strides,
+            D_TEXT=text_width,
+            D_VISION=vision_width,
+            TEXT_CHANNELS=text_channels,
+            VISION_CHANNELS=vision_channels,
+            NEED_TEXT=need_text,
+            NEED_VISION_IN_TEXT=need_vision_in_text,
+            NEED_TEXT_IN_VISION=need_text_in_vision,
+            NEED_TEXT_GATE=need_text_gate,
+            NEED_VISION_GATE=need_vision_gate,
+            NEED_TEMPERATURE=need_temperature,
+            TEXT_SUMS=text_sums,
+            VISION_SUMS=vision_sums,
+            ALIGNMENT=alignment(*strides),
+            BLOCK_T=block_t,
+            BLOCK_V=block_v,
+            PRECISION=precision(text_prompt, grad_next_text, grad_next_vision, *projections),
+            **mix_tiles,
+        )
+
+        if tiles is None:
+            tiles = gradient_tiles(torch.promote_types(vision_in_text.dtype, text_in_vision.dtype))
+        # What is not needed still stands in the kernel's arguments, as any tensor of the right type.
+        text_side = (
+            grad_text_in_vision,
+            text_to_vision_weight,
+            text_prompt,
+            grad_text if need_text else text_prompt,
+            grad_text if need_text else text_prompt,
+            grad_text_weight if need_text_weight else text_to_vision_weight,
+            grad_text_bias if need_text_bias else text_to_vision_bias,
+            grads[6] if need_text_gate else text_gate,
+        )
+        vision_side = (
+            grad_vision_in_text,
+            vision_to_text_weight,
+            vision_prompt,
+            grad_next_vision,
+            grad_vision if need_vision else vision_prompt,
+            grad_vision_weight if need_vision_weight else vision_to_text_weight,
+            grad_vision_bias if need_vision_bias else vision_to_text_bias,
+            grads[7] if need_vision_gate else vision_gate,
+        )
+        text_needs = (need_text, need_text_weight, need_text_bias, need_text_gate)
+        vision_needs = (need_vision, need_vision_weight, need_vision_bias, need_vision_gate)
+        last = grads[8] if need_temperature else temperature
+        if same_types(text_side[:6], vision_side[:6]):
+            _gradients(
+                text_side,
+                vision_side,
+                text_needs,
+                vision_needs,
+                need_temperature,
+                partials,
+                (text_sums, vision_sums),
+                last,
+                batch,
+                tiles,
+            )
+        else:
+            none = (False,) * 4
+            _gradients(
+                text_side,
+                text_side,
+                text_needs,
+                none,
+                need_temperature,
+                partials,
+                (text_sums, vision_sums),
+                last,
+                batch,
+                tiles,
+            )
+            _gradients(
+                vision_side,
+                vision_side,
+                none,
+                vision_needs,
+                False,
+                partials,
+                (text_sums, vision_sums),
+                last,
+                batch,
+                tiles,
+            )
+    return grads
+
+
+def _gradients(
+    zero: tuple[Tensor, ...],
+    one: tuple[Tensor, ...],
+    needs_0: tuple[bool, ...],
+    needs_1: tuple[bool, ...],
+    need_temperature: bool,
+    partials: Tensor,
+    gate_sums: tuple[int, int],
+    grad_temperature: Tensor,
+    batch: int,
+    tiles: dict[str, int],
+) -> None:
+    """Launches what is needed of the products and sums of both sides, if anything is."""
+    (_, prompts_0, k_0), (_, prompts_1, k_1) = zero[0].shape, one[0].shape
+    n_0, n_1 = zero[2].shape[2], one[2].shape[2]
+    rows_0, rows_1 = batch * prompts_0, batch * prompts_1
+    channels_0, channels_1 = zero[7].dim() == 1, one[7].dim() == 1
+    programs = int(need_temperature)
+    for needs, rows, k, n, channels in (
+        (needs_0, rows_0, k_0, n_0, channels_0),
+        (needs_1, rows_1, k_1, n_1, channels_1),
+    ):
+        if needs[0]:
+            programs += -(-rows // tiles["BLOCK_M"]) * -(-n // tiles["BLOCK_N"])
+        if needs[1]:
+            programs += -(-k // tiles["WEIGHT_M"]) * -(-n // tiles["WEIGHT_N"])
+        if needs[2]:
+            programs += -(-k // tiles["BLOCK_C"])
+        if needs[3]:
+            programs += -(-n // tiles["BLOCK_C"]) if channels else 1
+    if not programs:
+        return
+    strides = (*zero[2].stride()[:2], *one[2].stride()[:2], *zero[3].stride()[:2], *one[3].stride()[:2])
+    pairs = [each for pair in zip(zero, one, strict=True) for each in pair]
+    gradients_kernel[(programs,)](
+        *pairs[:8],
+        partials,
+        *pairs[8:],
+        grad_temperature,
+        batch,
+        rows_0,
+        rows_1,
+        prompts_0,
+        prompts_1,
+        *strides,
+        K_0=k_0,
+        N_0=n_0,
+        K_1=k_1,
+        N_1=n_1,
+        NEED_PROMPT_0=needs_0[0],
+        NEED_PROMPT_1=needs_1[0],
+        NEED_WEIGHT_0=needs_0[1],
+        NEED_WEIGHT_1=needs_1[1],
+        NEED_BIAS_0=needs_0[2],
+        NEED_BIAS_1=needs_1[2],
+        NEED_GATE_0=needs_0[3],
+        NEED_GATE_1=needs_1[3],
+        NEED_TEMPERATURE=need_temperature,
+        CHANNELS_0=channels_0,
+        CHANNELS_1=channels_1,
+        GATE_SUMS_0=gate_sums[0],
+        GATE_SUMS_1=gate_sums[1],
+        ALIGNMENT=alignment(*strides),
+        PRECISION=precision(zero[1], one[1]),
+        **tiles,
+    )
