@@ -62,7 +62,7 @@ class AttentionCase:
     ) -> dict[str, Tensor | None]:
         """Random tensors by parameter name, standard normal, made in ``dtype``."""
         device = torch.device(device)
-        random = torch.Generator(device).manual_seed(seed)
+        random = _generator(device, seed)
         rows, prompt_batch = self.prompts + self.tokens, 1 if self.shared else self.batch
 
         def draw(*shape: int) -> Tensor:
@@ -159,7 +159,7 @@ class InteractionCase:
     ) -> dict[str, Tensor | None]:
         """Random tensors by parameter name, made in ``dtype``; weights as ``nn.Linear`` draws their size."""
         device = torch.device(device)
-        random = torch.Generator(device).manual_seed(seed)
+        random = _generator(device, seed)
 
         def draw(*shape: int, scale: float = 1.0) -> Tensor:
             return (torch.randn(shape, generator=random, device=device) * scale).to(dtype)
@@ -198,6 +198,10 @@ class InteractionCase:
     def row(self) -> dict[str, Any]:
         """As JSON can hold it."""
         return asdict(self)
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator | None:
+    return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
 
 Case = AttentionCase | InteractionCase

@@ -1,0 +1,472 @@
+"""Compiling kernels for cards that are not here, and reading back what they need.
+
+What is compiled is what is launched: the launchers run on tensors without memory under a driver that compiles in
+place of launching, so that types, alignment, tile sizes and flags are those of the real call::
+
+    python -m epic_fast.testing.aot attention interaction --target cuda:90 --dtype bf16
+
+It needs triton, but no GPU; not the interpreter either (``TRITON_INTERPRET=0``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import inspect
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any, ClassVar
+from unittest import mock
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from epic_fast.testing.cases import (
+    ATTENTION_MEASURED,
+    ATTENTION_PRODUCTION,
+    INTERACTION_MEASURED,
+    INTERACTION_PRODUCTION,
+    AttentionCase,
+    Case,
+    InteractionCase,
+)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A card: the architecture, and what one block may have of it."""
+
+    backend: str
+    arch: int | str
+    card: str
+    shared: int
+    processors: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend}:{self.arch}"
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        return divmod(self.arch, 10) if isinstance(self.arch, int) else (9, 4)
+
+    @property
+    def warp_size(self) -> int:
+        return 32 if self.backend == "cuda" else 64
+
+
+TARGETS = {
+    each.name: each
+    for each in (
+        Target("cuda", 80, "A100", 166_912, 108),
+        Target("cuda", 90, "H100", 232_448, 132),
+        Target("cuda", 100, "B200", 232_448, 148),
+        Target("hip", "gfx942", "MI300X", 65_536, 304),
+    )
+}
+"""Shared memory that a block may have is in bytes, from the vendors' tables."""
+
+
+@dataclass
+class Build:
+    """One kernel, compiled, and what it needs.
+
+    Attributes:
+        kernel, module: its name and where it stands.
+        target, triton: for which card and by which release.
+        registers: a thread's (on AMD: vector registers).
+        spill_bytes: stored to and loaded from local memory because registers ran out (AMD: 4 a spilled register).
+        stack_bytes: local memory of a thread, spills included.
+        shared: bytes of shared memory of a block.
+        warps, stages: as launched.
+        constants: the constexpr arguments.
+        signature: type of each other argument; ``:16`` marks what is known to be divisible by 16.
+        launches: the calls that launch it.
+        seconds: of compilation.
+    """
+
+    kernel: str
+    module: str
+    target: str
+    triton: str
+    registers: int
+    spill_bytes: int
+    stack_bytes: int
+    shared: int
+    warps: int
+    stages: int
+    constants: dict[str, Any] = field(default_factory=dict)
+    signature: dict[str, str] = field(default_factory=dict)
+    launches: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def problems(self) -> list[str]:
+        """Why it cannot be shipped for a production shape."""
+        found = []
+        if self.spill_bytes:
+            found.append(f"{self.spill_bytes} bytes spilled ({self.registers} registers, {self.stack_bytes} of stack)")
+        if self.shared > TARGETS[self.target].shared:
+            found.append(f"{self.shared} bytes of shared memory; a block has {TARGETS[self.target].shared}")
+        return [f"{self.kernel} for {self.target}, {each}: {', '.join(self.launches)}" for each in found]
+
+
+class _Driver:
+    """Stands where triton looks for the GPU."""
+
+    def __init__(self, target: Target) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget(target.backend, target.arch, target.warp_size)
+        properties = {
+            "max_shared_mem": target.shared,
+            "multiprocessor_count": target.processors,
+            "warpSize": target.warp_size,
+            "max_num_regs": 65_536,
+        }
+        self.utils = SimpleNamespace(get_device_properties=lambda device: properties)
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+class _OnCard(TorchFunctionMode):
+    """Tensors on the device "meta" say that they are on the first GPU, and new ones asked for there are "meta"."""
+
+    _GPU = torch.device("cuda", 0)
+    _ANSWERS: ClassVar[dict[Any, Any]] = {
+        inspect.getattr_static(torch.Tensor, "device").__get__: _GPU,
+        inspect.getattr_static(torch.Tensor, "is_cuda").__get__: True,
+        inspect.getattr_static(torch.Tensor, "is_cpu").__get__: False,
+        inspect.getattr_static(torch.Tensor, "is_meta").__get__: False,
+        torch.Tensor.get_device: 0,
+    }
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._ANSWERS:
+            return self._ANSWERS[func]
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
+        return func(*map(_off_card, args), **{name: _off_card(each) for name, each in (kwargs or {}).items()})
+
+
+def _off_card(value: Any) -> Any:
+    if isinstance(value, torch.device | str) and str(value).startswith("cuda"):
+        return torch.device("meta")
+    return value
+
+
+_SOME_ADDRESS = 1 << 44
+
+
+@contextlib.contextmanager
+def recorded_launches(target: Target) -> Iterator[list[Build]]:
+    """While it holds, tensors on "meta" pass for tensors on this card, and launches compile and are listed.
+
+    One process may pretend to have one card only: launchers remember what they asked it.
+    """
+    from triton import knobs
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    if knobs.runtime.interpret:
+        raise RuntimeError(
+            "the interpreter is on, and it compiles nothing; set TRITON_INTERPRET=0 before Python starts"
+        )
+    builds: list[Build] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
+        builds.append(describe(compiled, target, time.perf_counter() - start))
+        return compiled
+
+    major, minor = target.capability
+    properties = SimpleNamespace(
+        name=target.card,
+        major=major,
+        minor=minor,
+        multi_processor_count=target.processors,
+        shared_memory_per_block=min(target.shared, 49_152),
+        shared_memory_per_block_optin=target.shared,
+        shared_memory_per_multiprocessor=target.shared,
+        total_memory=64 << 30,
+        warp_size=target.warp_size,
+        gcnArchName=str(target.arch),
+    )
+    answers: dict[str, Callable[..., Any]] = {
+        "get_device_properties": lambda device=None: properties,
+        "get_device_capability": lambda device=None: target.capability,
+        "get_device_name": lambda device=None: target.card,
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "device": lambda device=None: contextlib.nullcontext(),
+    }
+    with contextlib.ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        stack.enter_context(mock.patch.object(torch.version, "hip", "6.4" if target.backend == "hip" else None))
+        stack.enter_context(
+            mock.patch.object(
+                torch.Tensor,
+                "data_ptr",
+                lambda self: _SOME_ADDRESS + self.storage_offset() * self.element_size(),
+            )
+        )
+        stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
+        stack.enter_context(mock.patch.object(driver, "_active", _Driver(target)))
+        stack.enter_context(_OnCard())
+        yield builds
+
+
+def describe(compiled: Any, target: Target, seconds: float = 0.0) -> Build:
+    """Reads registers, spills and shared memory off a compiled kernel."""
+    import triton
+
+    function, metadata = compiled.src.fn, compiled.metadata
+    names = list(function.arg_names)
+    constants = {names[path[0]]: _readable(value) for path, value in compiled.src.constants.items()}
+    aligned = {path[0] for path, each in compiled.src.attrs.items() if ["tt.divisibility", 16] in each}
+    read = _read_nvidia if target.backend == "cuda" else _read_amd
+    registers, spilled, stack = read(compiled, target)
+    return Build(
+        kernel=compiled.name,
+        module=function.module,
+        target=target.name,
+        triton=triton.__version__,
+        registers=registers,
+        spill_bytes=spilled,
+        stack_bytes=stack,
+        shared=metadata.shared,
+        warps=metadata.num_warps,
+        stages=metadata.num_stages,
+        constants=constants,
+        signature={
+            name: f"{kind}{':16' if index in aligned else ''}"
+            for index, (name, kind) in enumerate(compiled.src.signature.items())
+            if name not in constants
+        },
+        seconds=round(seconds, 2),
+    )
+
+
+def _readable(value: Any) -> Any:
+    return value if isinstance(value, int | float | str | None) else str(value)
+
+
+def _read_nvidia(compiled: Any, target: Target) -> tuple[int, int, int]:
+    """Registers, spilled bytes and stack, by the tools that triton carries: those of the very binary."""
+    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    with tempfile.TemporaryDirectory() as folder:
+        binary, source = os.path.join(folder, "kernel.cubin"), os.path.join(folder, "kernel.ptx")
+        with open(binary, "wb") as file:
+            file.write(compiled.asm["cubin"])
+        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", binary)
+        counts = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+        stack = counts["STACK"] + counts["LOCAL"]
+        spilled = 0
+        if stack:  # there is no spilling without it
+            with open(source, "w") as file:
+                file.write(compiled.asm["ptx"])
+            arch = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)
+            assert arch is not None
+            said = _output(
+                get_ptxas(target.arch).path, "-v", f"--gpu-name={arch[1]}", source, "-o", os.path.join(folder, "again")
+            )
+            spilled = sum(int(number) for number in re.findall(r"(\d+) bytes spill", said))
+    return counts["REG"], spilled, stack
+
+
+def _read_amd(compiled: Any, target: Target) -> tuple[int, int, int]:
+    said = {
+        name: int(number) for name, number in re.findall(r"\.(\w+):\s+(\d+)$", compiled.asm["amdgcn"], re.MULTILINE)
+    }
+    spilled = 4 * (said["vgpr_spill_count"] + said["sgpr_spill_count"])
+    return said["vgpr_count"], spilled, said["private_segment_fixed_size"]
+
+
+def _output(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+    return done.stdout + done.stderr
+
+
+def compile_kernel(
+    kernel: str,
+    signature: Mapping[str, str],
+    constants: Mapping[str, Any],
+    target: Target,
+    *,
+    aligned: Sequence[str] = (),
+    warps: int = 4,
+    stages: int = 3,
+) -> Build:
+    """Compiles one kernel by hand.
+
+    Args:
+        kernel: ``module:name``.
+        signature: type of each argument as triton writes it: ``*bf16``, ``i32``, ``fp32``.
+        constants: the constexpr arguments.
+        target: the card.
+        aligned: arguments that are divisible by 16.
+        warps, stages: options of the launch.
+    """
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    module, _, name = kernel.partition(":")
+    function = getattr(importlib.import_module(module), name)
+    source = ASTSource(
+        function,
+        {each: "constexpr" if each in constants else signature[each] for each in function.arg_names},
+        constexprs={(function.arg_names.index(each),): value for each, value in constants.items()},
+        attrs={(function.arg_names.index(each),): [["tt.divisibility", 16]] for each in aligned},
+    )
+    start = time.perf_counter()
+    compiled = triton.compile(
+        source,
+        target=GPUTarget(target.backend, target.arch, target.warp_size),
+        options={"num_warps": warps, "num_stages": stages},
+    )
+    return describe(compiled, target, time.perf_counter() - start)
+
+
+def launch_attention(case: AttentionCase, dtype: torch.dtype) -> None:
+    """Forward and backward launchers on tensors without memory."""
+    from epic_fast.kernels.prompt_attention.triton_backward import (  # pyright: ignore[reportMissingImports]
+        prompt_attention_backward,
+    )
+    from epic_fast.kernels.prompt_attention.triton_forward import (  # pyright: ignore[reportMissingImports]
+        prompt_attention_forward,
+    )
+
+    inputs = tuple(case.make(dtype, "meta").values())
+    lengths = case.options("meta")["lengths"]
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    flags = {"prefix": case.prompt_mask == "prefix", "causal": case.causal, "scale": scale}
+    output, prompt_output, lse = prompt_attention_forward(*inputs, lengths, **flags)
+    needs = tuple(each is not None for each in inputs)
+    gradients = (output, prompt_output)
+    prompt_attention_backward(*gradients, *inputs, lengths, output, prompt_output, lse, **flags, needs=needs)
+
+
+def launch_interaction(case: InteractionCase, dtype: torch.dtype) -> None:
+    """Forward and backward launchers on tensors without memory."""
+    from epic_fast.kernels.prompt_interaction.triton_backward import (  # pyright: ignore[reportMissingImports]
+        prompt_interaction_backward,
+    )
+    from epic_fast.kernels.prompt_interaction.triton_forward import (  # pyright: ignore[reportMissingImports]
+        prompt_interaction_forward,
+    )
+
+    inputs = tuple(case.make(dtype, "meta").values())
+    outputs = prompt_interaction_forward(*inputs, eps=1e-8)
+    prompt_interaction_backward(*outputs, *inputs, eps=1e-8, needs=(True,) * len(inputs))
+
+
+def _variants(case: AttentionCase) -> tuple[AttentionCase, ...]:
+    lengths = tuple(case.tokens - each for each in range(case.batch))
+    return (
+        replace(case, layout="tokens"),
+        replace(case, layout="packed"),
+        replace(case, layout="tokens", shared=True, lengths=lengths, name=f"{case.name}, shared prompts, lengths"),
+        replace(case, layout="tokens", prompt_mask="prefix", name=f"{case.name}, prefix mask"),
+        replace(case, layout="tokens", prefix_tuning=True, name=f"{case.name}, prefix tuning"),
+    )
+
+
+OPERATIONS: dict[str, tuple[Callable[[Any, torch.dtype], None], tuple[Case, ...]]] = {
+    "attention": (
+        launch_attention,
+        (
+            *ATTENTION_MEASURED,
+            *(variant for case in ATTENTION_PRODUCTION for variant in _variants(case)),
+        ),
+    ),
+    "interaction": (launch_interaction, (*INTERACTION_MEASURED, *INTERACTION_PRODUCTION)),
+}
+
+
+def build_production(operation: str, target: Target, dtypes: Iterable[str] = ("bf16",)) -> list[Build]:
+    """Every kernel that an operation launches at the production shapes, each once, in this process."""
+    launch, cases = OPERATIONS[operation]
+    found: dict[str, Build] = {}
+    for kind in dtypes:
+        for case in cases:
+            with recorded_launches(target) as builds:
+                launch(case, DTYPES[kind])
+            for build in builds:
+                key = json.dumps([build.kernel, build.constants, build.signature, build.warps, build.stages])
+                found.setdefault(key, build).launches.append(f"{case.name} ({kind})")
+    for build in found.values():
+        build.launches = list(dict.fromkeys(build.launches))
+    return list(found.values())
+
+
+def build_production_elsewhere(operation: str, target: str, dtypes: Iterable[str] = ("bf16",)) -> list[Build]:
+    """:func:`build_production` in a process of its own, where the interpreter is off."""
+    done = subprocess.run(
+        [sys.executable, "-m", "epic_fast.testing.aot", operation, "--target", target, "--dtype", *dtypes, "--json"],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"compiling {operation} for {target} failed:\n{done.stdout[-2000:]}{done.stderr[-6000:]}")
+    return [Build(**row) for row in json.loads(done.stdout)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns 1 if something spills or does not fit."""
+    parser = argparse.ArgumentParser(prog="python -m epic_fast.testing.aot", description=__doc__)
+    parser.add_argument("operations", nargs="+", choices=OPERATIONS)
+    parser.add_argument("--target", default="cuda:90", choices=TARGETS)
+    parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=DTYPES)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    given = parser.parse_args(arguments)
+    builds = [
+        build
+        for operation in given.operations
+        for build in build_production(operation, TARGETS[given.target], given.dtype)
+    ]
+    if given.json:
+        print(json.dumps([asdict(build) for build in builds]))
+        return 0
+    for build in builds:
+        print(
+            f"{build.kernel} {build.target}: {build.registers} registers, {build.spill_bytes} spilled, "
+            f"{build.shared} shared, {build.warps} warps, {build.stages} stages, {build.seconds} s\n"
+            f"  {build.constants}\n  {'; '.join(build.launches)}"
+        )
+    problems = [problem for build in builds for problem in build.problems]
+    print("\n".join(problems) or f"{len(builds)} kernels, no spill, all fit", file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
