@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from epic_fast.errors import ImplementationError
 
@@ -68,10 +67,3 @@ def too_old(index: int) -> str:
     if found is None or found >= OLDEST_CAPABILITY:
         return ""
     return "the GPU has compute capability {}.{}; the kernel needs {}.{}".format(*found, *OLDEST_CAPABILITY)
-
-
-def unit_last_stride(tensor: Tensor | None) -> Tensor | None:
-    """A gradient as the kernels take it: ``sum().backward()`` hands down tensors whose strides are all 0."""
-    if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1:
-        return tensor
-    return tensor.contiguous()

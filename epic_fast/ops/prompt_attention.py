@@ -63,10 +63,6 @@ def _forward(
     scale: float,
     save_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _nothing_to_see(query, prompt_query):
-        return _forward_fake(
-            query, key, value, prompt_query, prompt_key, prompt_value, lengths, prefix, causal, scale, save_lse
-        )
     output, prompt_output, lse = _launchers()[0](
         query,
         key,
@@ -125,8 +121,6 @@ def _forward_out(
     output: Tensor,
     prompt_output: Tensor | None,
 ) -> None:
-    if _nothing_to_see(query, prompt_query):
-        return
     _launchers()[0](
         query,
         key,
@@ -162,14 +156,15 @@ def _backward(
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    inputs = (query, key, value, prompt_query, prompt_key, prompt_value)
-    if _nothing_to_see(query, prompt_query):
-        empty = _gradients_fake(inputs, needs)
-        return tuple(each.zero_() for each in empty)
     gradients = _launchers()[1](
-        library.unit_last_stride(grad_output),
-        library.unit_last_stride(grad_prompt_output),
-        *inputs,
+        grad_output,
+        grad_prompt_output,
+        query,
+        key,
+        value,
+        prompt_query,
+        prompt_key,
+        prompt_value,
         lengths,
         output,
         prompt_output,
@@ -180,15 +175,6 @@ def _backward(
         needs=tuple(needs),
     )
     return tuple(_no_tensor(query) if each is None else each for each in gradients)
-
-
-def _gradients_fake(inputs: Sequence[Tensor | None], needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    some = inputs[0]
-    assert some is not None
-    return tuple(
-        _rows_like(each) if needed and each is not None else _no_tensor(some)
-        for each, needed in zip(inputs, needs, strict=True)
-    )
 
 
 def _backward_fake(
@@ -209,12 +195,11 @@ def _backward_fake(
     scale: float,
     needs: list[bool],
 ) -> tuple[Tensor, ...]:
-    return _gradients_fake((query, key, value, prompt_query, prompt_key, prompt_value), needs)
-
-
-def _nothing_to_see(query: Tensor, prompt_query: Tensor | None) -> bool:
-    """No row anywhere: there is nothing to launch."""
-    return query.numel() == 0 and (prompt_query is None or prompt_query.numel() == 0 or query.shape[0] == 0)
+    inputs = (query, key, value, prompt_query, prompt_key, prompt_value)
+    return tuple(
+        _rows_like(each) if needed and each is not None else _no_tensor(query)
+        for each, needed in zip(inputs, needs, strict=True)
+    )
 
 
 FORWARD = library.register(
@@ -335,13 +320,13 @@ def _reference(
 def _limits(query: Tensor, *others: Tensor | None) -> Sequence[str]:
     head_dim = query.shape[3]
     old = library.too_old(query.get_device()) if query.is_cuda else ""
-    if query.dtype in KERNEL_TYPES and head_dim <= LARGEST_HEAD and not old:
+    if query.dtype in KERNEL_TYPES and 0 < head_dim <= LARGEST_HEAD and not old:
         return ()
     reasons = [old] if old else []
     if query.dtype not in KERNEL_TYPES:
         reasons.append(f"the tensors are {query.dtype}; the kernel takes float32, bfloat16 and float16")
-    if head_dim > LARGEST_HEAD:
-        reasons.append(f"head_dim is {head_dim}; the kernel takes up to {LARGEST_HEAD}")
+    if not 0 < head_dim <= LARGEST_HEAD:
+        reasons.append(f"head_dim is {head_dim}; the kernel takes 1 to {LARGEST_HEAD}")
     return reasons
 
 

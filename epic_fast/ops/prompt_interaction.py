@@ -31,7 +31,7 @@ NAMES = (
     "temperature",
 )
 INPUTS = len(NAMES)
-MOST_PROMPTS, WIDEST = 64, 4096
+MOST_PROMPTS = 64
 
 _INPUTS = ", ".join(f"Tensor {name}" for name in NAMES)
 
@@ -46,20 +46,12 @@ def _launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return triton_forward.prompt_interaction_forward, triton_backward.prompt_interaction_backward
 
 
-def _widened(call: Callable[..., Any], device: str, *args: Any, **kwargs: Any) -> Any:
-    """A launcher outside autocast, which would narrow its matrix products: the operator's types are settled."""
-    if torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return call(*args, **kwargs)
-    return call(*args, **kwargs)
-
-
 def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
     *inputs, eps = arguments
     text, vision = inputs[:2]
     if _nothing_to_mix(text, vision):
         return text.clone(memory_format=torch.contiguous_format), vision.clone(memory_format=torch.contiguous_format)
-    return _widened(_launchers()[0], text.device.type, *inputs, eps=eps)
+    return _launchers()[0](*inputs, eps=eps)
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -74,7 +66,7 @@ def _forward_out(*arguments: Any, next_text: Tensor, next_vision: Tensor) -> Non
         next_text.copy_(text)
         next_vision.copy_(vision)
         return
-    _widened(_launchers()[0], text.device.type, *inputs, eps=eps, next_text=next_text, next_vision=next_vision)
+    _launchers()[0](*inputs, eps=eps, next_text=next_text, next_vision=next_vision)
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -86,15 +78,7 @@ def _backward(*arguments: Any) -> tuple[Tensor, ...]:
             if needs[index] and grad is not None:
                 found[index].copy_(grad)
         return tuple(found)
-    gradients = _widened(
-        _launchers()[1],
-        text.device.type,
-        library.unit_last_stride(grad_text),
-        library.unit_last_stride(grad_vision),
-        *inputs,
-        eps=eps,
-        needs=tuple(needs),
-    )
+    gradients = _launchers()[1](grad_text, grad_vision, *inputs, eps=eps, needs=tuple(needs))
     return tuple(text.new_empty(0) if each is None else each for each in gradients)
 
 
@@ -108,8 +92,8 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _nothing_to_mix(text: Tensor, vision: Tensor) -> bool:
-    """No sample, no width, or one side without prompts: each side keeps what it has."""
-    return text.numel() == 0 or vision.numel() == 0
+    """No sample, or one side without prompts: each side keeps what it has."""
+    return 0 in (text.shape[0], text.shape[1], vision.shape[1])
 
 
 FORWARD = library.register(
@@ -196,8 +180,8 @@ def _limits(text_prompt: Tensor, vision_prompt: Tensor, *parameters: Tensor) -> 
         _, prompts, width = each.shape
         if prompts > MOST_PROMPTS:
             reasons.append(f"{name} has {prompts} prompts; the kernel takes up to {MOST_PROMPTS}")
-        if width > WIDEST:
-            reasons.append(f"{name} has width {width}; the kernel takes up to {WIDEST}")
+        if width == 0:
+            reasons.append(f"{name} has width 0")
     return reasons
 
 
