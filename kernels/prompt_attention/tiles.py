@@ -14,7 +14,8 @@ class Tile:
 
     ``rows`` and ``keys`` are the sides of the score tile (``BLOCK_M``, ``BLOCK_N``).  ``tail`` is the width of the key
     tiles from the first one that needs a mask on; equal to ``keys`` with ``split=False``, where one loop takes all.
-    ``row_tail`` > 0: a last row tile with at most that many rows runs in a tile of that many.
+    ``row_tail`` > 0: a last row tile with at most that many rows runs in a tile of that many.  ``single``: all keys lie
+    in one tile, no loop.  ``registers``: the most that a thread may have, so that more programs share a multiprocessor.
     """
 
     rows: int
@@ -25,10 +26,17 @@ class Tile:
     split: bool = True
     row_tail: int = 0
     single: bool = False
+    registers: int | None = None
 
     @property
     def tail_keys(self) -> int:
         return self.tail or self.keys
+
+    @functools.cached_property
+    def options(self) -> dict[str, int]:
+        """Launch options."""
+        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps, **limit}
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,9 @@ def backward_tiles(width: int, itemsize: int, rows: int, keys: int, masked: bool
         return BackwardTiles(
             query=Tile(rows=64, keys=32, warps=4, stages=2),
             key=Tile(rows=64, keys=32, warps=4, stages=2),
-            one_pass=Tile(rows=128, keys=64, warps=8, stages=1) if shared > 70_000 else None,
+            one_pass=Tile(rows=128, keys=64 if shared > 200_000 else 32, warps=8, stages=1)
+            if shared > 70_000
+            else None,
         )
     return BackwardTiles(
         query=Tile(rows=64, keys=64, warps=4, stages=2, tail=32),

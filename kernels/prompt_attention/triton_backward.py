@@ -21,6 +21,7 @@ from epic_fast.kernels.prompt_attention.triton_rows import (
     head_base,
     is_wide,
     load_rows,
+    load_statistic,
     on_device,
     padded,
     precision,
@@ -434,7 +435,7 @@ def _key_kernel(
             prompt_grad, grad, rows, prompt_rows, end, prompt_grad_row, grad_row, HEAD_DIM, BLOCK_D, True, ALIGN, WIDE
         )  # [BLOCK_M, BLOCK_D]
         # Rows outside have lse = +inf, so their weights are zero.
-        statistic = tl.load(lse + statistics + rows, mask=rows < end, other=float("inf"))  # [BLOCK_M]
+        statistic = load_statistic(lse + statistics, rows, end, float("inf"))  # [BLOCK_M]
         scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
         if NEGATE:
             scores = -scores
@@ -462,7 +463,7 @@ def _key_kernel(
                 )  # [BLOCK_M, BLOCK_D]
                 sums = tl.sum(outputs.to(tl.float32) * grads.to(tl.float32), 1)  # [BLOCK_M]
             else:
-                sums = tl.load(delta + statistics + rows, mask=rows < end, other=0.0)  # [BLOCK_M]
+                sums = load_statistic(delta + statistics, rows, end, 0.0)  # [BLOCK_M]
             grad_weights = tl.dot(values, tl.trans(grads), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             grad_scores = weights * (grad_weights - sums[None, :])  # [BLOCK_N, BLOCK_M]
             d_keys = tl.dot(grad_scores.to(queries.dtype), queries, d_keys, input_precision=PRECISION)
@@ -675,16 +676,12 @@ def _one_pass_kernel(
             ALIGN,
             WIDE,
         )  # [BLOCK_N, BLOCK_D]
-        scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         if NEGATE:
             scores = -scores
-        weights = tl.exp2(scores * scale - statistic[None, :])  # [BLOCK_N, BLOCK_M]
-        weights = tl.where(columns[:, None] < limit[None, :], weights, 0.0)
-        d_values = tl.dot(weights.to(grads.dtype), grads, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
-        grad_weights = tl.dot(values, tl.trans(grads), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-        grad_scores = (weights * (grad_weights - sums[None, :])).to(queries.dtype)  # [BLOCK_N, BLOCK_M]
-        d_keys = tl.dot(grad_scores, queries, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
-        d_queries = tl.dot(tl.trans(grad_scores), keys, d_queries, input_precision=PRECISION)
+        weights = tl.exp2(scores * scale - statistic[:, None])  # [BLOCK_M, BLOCK_N]
+        weights = tl.where(columns[None, :] < limit[:, None], weights, 0.0)
+        d_values = tl.dot(tl.trans(weights.to(grads.dtype)), grads, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
         store_rows(
             d_prompt_value,
             d_value,
@@ -699,6 +696,10 @@ def _one_pass_kernel(
             ALIGN,
             WIDE,
         )
+        grad_weights = tl.dot(grads, tl.trans(values), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        grad_scores = (weights * (grad_weights - sums[:, None])).to(queries.dtype)  # [BLOCK_M, BLOCK_N]
+        d_keys = tl.dot(tl.trans(grad_scores), queries, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
+        d_queries = tl.dot(grad_scores, keys, d_queries, input_precision=PRECISION)
         store_rows(
             d_prompt_key,
             d_key,
@@ -840,7 +841,7 @@ def prompt_attention_backward(
                 one_pass.keys,
                 one_pass.stages,
                 *flags,
-                num_warps=one_pass.warps,
+                **one_pass.options,
             )
         else:
             delta = None
@@ -873,7 +874,7 @@ def prompt_attention_backward(
                     tile.split,
                     tile.stages,
                     *flags,
-                    num_warps=tile.warps,
+                    **tile.options,
                 )
             if wants_tokens or wants_prompts:
                 first_key = 0 if wants_prompts else prompts
@@ -906,7 +907,7 @@ def prompt_attention_backward(
                     tile.keys,
                     tile.stages,
                     *flags,
-                    num_warps=tile.warps,
+                    **tile.options,
                 )
         for result, target in zip(results, targets, strict=True):
             if result is not None and target is not None and result is not target:

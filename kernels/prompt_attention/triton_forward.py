@@ -460,5 +460,5 @@ def prompt_attention_forward(
         precision(dtype),
     )
     with on_device(query):
-        _forward_kernel[grid](*arguments, num_warps=tiles.warps)
+        _forward_kernel[grid](*arguments, **tiles.options)
     return output, prompt_output, lse

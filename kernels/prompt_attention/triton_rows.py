@@ -129,6 +129,22 @@ def store_rows(
 
 
 @triton.jit
+def load_statistic(
+    base,  # pointer to (rows,), float32
+    rows,  # [BLOCK]
+    stop,
+    other,
+):
+    """One number a row, ``[BLOCK]``; ``other`` from row ``stop`` on.
+
+    The sum over a single entry stands between the load and its use along the columns of a score tile.  Without it the
+    compiler loads straight into the layout of those columns, and each thread keeps copies of half of all the numbers.
+    """
+    column = tl.load((base + rows)[:, None], mask=(rows < stop)[:, None], other=other)  # [BLOCK, 1]
+    return tl.sum(column, 1)
+
+
+@triton.jit
 def valid_tokens(
     lengths,  # (B,) integers, or None
     batch,
