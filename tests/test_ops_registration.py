@@ -542,14 +542,17 @@ def test_every_limit_of_the_kernels_is_named() -> None:
         prompt_attention(*[wide] * 6, impl="triton")
     for words in ("torch.float64; the kernel takes float32, bfloat16 and float16", "head_dim is 300", "1 to 256"):
         assert words in str(caught.value)
-    many = InteractionCase(1, 70, 3, 0, 8).make(torch.float64)
+    many = InteractionCase(1, 70, 3, 16, 8).make(torch.float64)
     with pytest.raises(ImplementationError) as caught:
         prompt_interaction(**many, impl="triton")
-    for words in ("text_prompt has 70 prompts", "text_prompt has width 0", "temperature is torch.float64"):
+    for words in ("text_prompt has 70 prompts", "up to 64", "temperature is torch.float64"):
         assert words in str(caught.value)
     # "auto" takes the reference.
     assert prompt_attention(*[wide] * 6)[0].shape == wide.shape
-    assert prompt_interaction(**many)[0].shape == (1, 70, 0)
+    assert prompt_interaction(**many)[0].shape == (1, 70, 16)
+
+    empty, some = torch.zeros(1, 2, 0), torch.zeros(1, 2, 3)
+    assert interaction_operation.limits(some, empty, *[some] * 7) == ["vision_prompt has width 0"]
 
     from epic_fast.kernels.prompt_interaction import triton_forward  # pyright: ignore[reportMissingImports]
 
