@@ -26,6 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from epic_fast.kernels.prompt_attention.triton_rows import alignment, base_2, is_wide, on_device, units
 
+# Triton 3.9 has other names for these than 3.6.
+async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 UNIT = gl.constexpr(8)  # strides count in units of 8 elements: 16 bytes, the width of one copy
 
 
@@ -75,7 +78,7 @@ def start_copy(
     row = first + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     column = gl.arange(0, D, gl.SliceLayout(0, layout))
     pointers = row_pointers(base, prompt_base, row_stride, prompt_row_stride, row, column, prompts)
-    async_copy.async_copy_global_to_shared(destination, pointers, mask=(row < stop)[:, None])
+    async_load(destination, pointers, mask=(row < stop)[:, None])
 
 
 @gluon.jit
@@ -211,7 +214,7 @@ def await_copies(OUTSTANDING: gl.constexpr):
     """All groups of copies but the last OUTSTANDING are there, and wgmma may read them."""
     async_copy.wait_group(OUTSTANDING)
     fence_async_shared()
-    gl.thread_barrier()
+    barrier()
 
 
 @gluon.jit
