@@ -18,7 +18,7 @@ if not (_HERE / "kernels").is_dir() and (_HERE.parent / "kernels").is_dir():
     __path__.append(str(_HERE.parent))
 
 if TYPE_CHECKING:
-    from epic_fast import functional
+    from epic_fast import functional, hf
     from epic_fast.backbones import load_backbone
     from epic_fast.classifier import Classifier, Prediction
     from epic_fast.models import EpicConfig, EpicModel, from_pretrained, wrap
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "functional": "epic_fast.functional",
+    "hf": "epic_fast.hf",
     "load_backbone": "epic_fast.backbones",
     "Classifier": "epic_fast.classifier",
     "Prediction": "epic_fast.classifier",
@@ -47,6 +48,7 @@ __all__ = [
     "fit",
     "from_pretrained",
     "functional",
+    "hf",
     "load_backbone",
     "wrap",
 ]
@@ -56,7 +58,7 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'epic_fast' has no attribute {name!r}")
     module = importlib.import_module(_WHERE[name])
-    value = module if name == "functional" else getattr(module, name)
+    value = module if name in ("functional", "hf") else getattr(module, name)
     globals()[name] = value
     return value
 

@@ -22,6 +22,7 @@ KNOWS: dict[str, set[str]] = {
     "kernels": set(),
     "ops": {"kernels"},
     "functional": {"ops"},
+    "hf": {"functional"},
     "nn": {"functional"},
     "engine": {"functional"},
     "backbones": {"engine"},
@@ -37,6 +38,7 @@ OUTSIDE: dict[str, set[str]] = {
     "kernels": {"torch", "triton"},
     "ops": {"torch", "triton"},
     "functional": {"torch"},
+    "hf": {"torch", "transformers"},
     "nn": {"torch"},
     "errors": set(),
     "files": set(),
@@ -107,7 +109,7 @@ def test_rooms_know_only_what_lies_below_them(path: Path) -> None:
     assert not broken, f"{identifiers(path)}:\n" + "\n".join(broken)
 
 
-@pytest.mark.parametrize("room", ["__init__", "functional", "ops", "nn", "engine", "backbones", "models"])
+@pytest.mark.parametrize("room", ["__init__", "functional", "hf", "ops", "nn", "engine", "backbones", "models"])
 def test_heavy_packages_are_imported_when_used(room: str) -> None:
     """``import epic_fast`` and ``epic_fast.functional`` need PyTorch alone; below the models nothing else is heavy."""
     if room in ("backbones", "models"):
