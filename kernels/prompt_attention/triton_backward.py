@@ -183,15 +183,21 @@ def _query_kernel(
     query = head_base(query, batch, head, query_batch, query_head, ALIGN)
     key = head_base(key, batch, head, key_batch, key_head, ALIGN)
     value = head_base(value, batch, head, value_batch, value_head, ALIGN)
-    prompt_query = head_base(prompt_query, batch, head, prompt_query_batch, prompt_query_head, ALIGN)
+    if prompt_query is not None:
+        prompt_query = head_base(prompt_query, batch, head, prompt_query_batch, prompt_query_head, ALIGN)
     prompt_key = head_base(prompt_key, batch, head, prompt_key_batch, prompt_key_head, ALIGN)
     prompt_value = head_base(prompt_value, batch, head, prompt_value_batch, prompt_value_head, ALIGN)
-    grad = head_base(grad, batch, head, grad_batch, grad_head, ALIGN)
-    prompt_grad = head_base(prompt_grad, batch, head, prompt_grad_batch, prompt_grad_head, ALIGN)
+    if grad is not None:
+        grad = head_base(grad, batch, head, grad_batch, grad_head, ALIGN)
+    if prompt_grad is not None:
+        prompt_grad = head_base(prompt_grad, batch, head, prompt_grad_batch, prompt_grad_head, ALIGN)
     output = head_base(output, batch, head, output_batch, output_head, ALIGN)
-    prompt_output = head_base(prompt_output, batch, head, prompt_output_batch, prompt_output_head, ALIGN)
-    d_query = head_base(d_query, batch, head, d_query_batch, d_query_head, ALIGN)
-    d_prompt_query = head_base(d_prompt_query, batch, head, d_prompt_query_batch, d_prompt_query_head, ALIGN)
+    if prompt_output is not None:
+        prompt_output = head_base(prompt_output, batch, head, prompt_output_batch, prompt_output_head, ALIGN)
+    if d_query is not None:
+        d_query = head_base(d_query, batch, head, d_query_batch, d_query_head, ALIGN)
+    if d_prompt_query is not None:
+        d_prompt_query = head_base(d_prompt_query, batch, head, d_prompt_query_batch, d_prompt_query_head, ALIGN)
     statistics = batch_head.to(tl.int64) * (prompt_rows + tokens)
 
     stop = prompts + length
@@ -370,17 +376,25 @@ def _key_kernel(
     query = head_base(query, batch, head, query_batch, query_head, ALIGN)
     key = head_base(key, batch, head, key_batch, key_head, ALIGN)
     value = head_base(value, batch, head, value_batch, value_head, ALIGN)
-    prompt_query = head_base(prompt_query, batch, head, prompt_query_batch, prompt_query_head, ALIGN)
+    if prompt_query is not None:
+        prompt_query = head_base(prompt_query, batch, head, prompt_query_batch, prompt_query_head, ALIGN)
     prompt_key = head_base(prompt_key, batch, head, prompt_key_batch, prompt_key_head, ALIGN)
     prompt_value = head_base(prompt_value, batch, head, prompt_value_batch, prompt_value_head, ALIGN)
-    grad = head_base(grad, batch, head, grad_batch, grad_head, ALIGN)
-    prompt_grad = head_base(prompt_grad, batch, head, prompt_grad_batch, prompt_grad_head, ALIGN)
+    if grad is not None:
+        grad = head_base(grad, batch, head, grad_batch, grad_head, ALIGN)
+    if prompt_grad is not None:
+        prompt_grad = head_base(prompt_grad, batch, head, prompt_grad_batch, prompt_grad_head, ALIGN)
     output = head_base(output, batch, head, output_batch, output_head, ALIGN)
-    prompt_output = head_base(prompt_output, batch, head, prompt_output_batch, prompt_output_head, ALIGN)
-    d_key = head_base(d_key, batch, head, d_key_batch, d_key_head, ALIGN)
-    d_value = head_base(d_value, batch, head, d_value_batch, d_value_head, ALIGN)
-    d_prompt_key = head_base(d_prompt_key, batch, head, d_prompt_key_batch, d_prompt_key_head, ALIGN)
-    d_prompt_value = head_base(d_prompt_value, batch, head, d_prompt_value_batch, d_prompt_value_head, ALIGN)
+    if prompt_output is not None:
+        prompt_output = head_base(prompt_output, batch, head, prompt_output_batch, prompt_output_head, ALIGN)
+    if d_key is not None:
+        d_key = head_base(d_key, batch, head, d_key_batch, d_key_head, ALIGN)
+    if d_value is not None:
+        d_value = head_base(d_value, batch, head, d_value_batch, d_value_head, ALIGN)
+    if d_prompt_key is not None:
+        d_prompt_key = head_base(d_prompt_key, batch, head, d_prompt_key_batch, d_prompt_key_head, ALIGN)
+    if d_prompt_value is not None:
+        d_prompt_value = head_base(d_prompt_value, batch, head, d_prompt_value_batch, d_prompt_value_head, ALIGN)
     statistics = batch_head.to(tl.int64) * (prompt_rows + tokens)
 
     stop = prompts + length
@@ -615,19 +629,29 @@ def _one_pass_kernel(
     query = head_base(query, batch, head, query_batch, query_head, ALIGN)
     key = head_base(key, batch, head, key_batch, key_head, ALIGN)
     value = head_base(value, batch, head, value_batch, value_head, ALIGN)
-    prompt_query = head_base(prompt_query, batch, head, prompt_query_batch, prompt_query_head, ALIGN)
+    if prompt_query is not None:
+        prompt_query = head_base(prompt_query, batch, head, prompt_query_batch, prompt_query_head, ALIGN)
     prompt_key = head_base(prompt_key, batch, head, prompt_key_batch, prompt_key_head, ALIGN)
     prompt_value = head_base(prompt_value, batch, head, prompt_value_batch, prompt_value_head, ALIGN)
-    grad = head_base(grad, batch, head, grad_batch, grad_head, ALIGN)
-    prompt_grad = head_base(prompt_grad, batch, head, prompt_grad_batch, prompt_grad_head, ALIGN)
+    if grad is not None:
+        grad = head_base(grad, batch, head, grad_batch, grad_head, ALIGN)
+    if prompt_grad is not None:
+        prompt_grad = head_base(prompt_grad, batch, head, prompt_grad_batch, prompt_grad_head, ALIGN)
     output = head_base(output, batch, head, output_batch, output_head, ALIGN)
-    prompt_output = head_base(prompt_output, batch, head, prompt_output_batch, prompt_output_head, ALIGN)
-    d_query = head_base(d_query, batch, head, d_query_batch, d_query_head, ALIGN)
-    d_prompt_query = head_base(d_prompt_query, batch, head, d_prompt_query_batch, d_prompt_query_head, ALIGN)
-    d_key = head_base(d_key, batch, head, d_key_batch, d_key_head, ALIGN)
-    d_value = head_base(d_value, batch, head, d_value_batch, d_value_head, ALIGN)
-    d_prompt_key = head_base(d_prompt_key, batch, head, d_prompt_key_batch, d_prompt_key_head, ALIGN)
-    d_prompt_value = head_base(d_prompt_value, batch, head, d_prompt_value_batch, d_prompt_value_head, ALIGN)
+    if prompt_output is not None:
+        prompt_output = head_base(prompt_output, batch, head, prompt_output_batch, prompt_output_head, ALIGN)
+    if d_query is not None:
+        d_query = head_base(d_query, batch, head, d_query_batch, d_query_head, ALIGN)
+    if d_prompt_query is not None:
+        d_prompt_query = head_base(d_prompt_query, batch, head, d_prompt_query_batch, d_prompt_query_head, ALIGN)
+    if d_key is not None:
+        d_key = head_base(d_key, batch, head, d_key_batch, d_key_head, ALIGN)
+    if d_value is not None:
+        d_value = head_base(d_value, batch, head, d_value_batch, d_value_head, ALIGN)
+    if d_prompt_key is not None:
+        d_prompt_key = head_base(d_prompt_key, batch, head, d_prompt_key_batch, d_prompt_key_head, ALIGN)
+    if d_prompt_value is not None:
+        d_prompt_value = head_base(d_prompt_value, batch, head, d_prompt_value_batch, d_prompt_value_head, ALIGN)
 
     row_count = prompt_rows + tokens
     live = prompt_rows + length

@@ -354,11 +354,13 @@ def _forward_kernel(
     query = head_base(query, batch, head, query_batch, query_head, ALIGN)
     key = head_base(key, batch, head, key_batch, key_head, ALIGN)
     value = head_base(value, batch, head, value_batch, value_head, ALIGN)
-    prompt_query = head_base(prompt_query, batch, head, prompt_query_batch, prompt_query_head, ALIGN)
+    if prompt_query is not None:
+        prompt_query = head_base(prompt_query, batch, head, prompt_query_batch, prompt_query_head, ALIGN)
     prompt_key = head_base(prompt_key, batch, head, prompt_key_batch, prompt_key_head, ALIGN)
     prompt_value = head_base(prompt_value, batch, head, prompt_value_batch, prompt_value_head, ALIGN)
     output = head_base(output, batch, head, output_batch, output_head, ALIGN)
-    prompt_output = head_base(prompt_output, batch, head, prompt_output_batch, prompt_output_head, ALIGN)
+    if prompt_output is not None:
+        prompt_output = head_base(prompt_output, batch, head, prompt_output_batch, prompt_output_head, ALIGN)
     if (row_count - first <= ROW_TAIL) if ROW_TAIL > 0 else False:
         _row_tile(
             first, batch_head, query, key, value, prompt_query, prompt_key, prompt_value, output, prompt_output,

@@ -28,7 +28,7 @@ _HERE = nullcontext()
 
 @triton.jit
 def head_base(
-    base,  # pointer to (B or 1, H, rows, D), or None
+    base,  # pointer to (B or 1, H, rows, D)
     batch,  # int64
     head,  # int64
     stride_batch,
@@ -36,10 +36,7 @@ def head_base(
     ALIGN: tl.constexpr,
 ):
     """The pointer to row 0 of one head.  Strides count in units of ``ALIGN`` elements, so that loads stay wide."""
-    if base is None:
-        return None
-    else:
-        return base + (batch * stride_batch + head * stride_head) * ALIGN
+    return base + (batch * stride_batch + head * stride_head) * ALIGN
 
 
 @triton.jit
