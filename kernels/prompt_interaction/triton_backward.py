@@ -259,7 +259,8 @@ def sum_all(source, result, count, BLOCK: tl.constexpr):
         "stride_rp0",
         "stride_rb1",
         "stride_rp1",
-    ]
+    ],
+    do_not_specialize_on_alignment=["grad_gate_0", "grad_gate_1", "grad_temperature"],
 )
 def gradients_kernel(
     grad_projected_0,  # (B, P_0, K_0), contiguous: the gradient of prompt_0 @ weight_0.T + bias_0
@@ -463,18 +464,19 @@ def gradients_kernel(
 
 def mix_backward_tiles(dtype: torch.dtype, text: int, vision: int, block_t: int, block_v: int) -> dict[str, int]:
     """Tiles of the fused kernel for widths and prompt blocks; the parts split a sample's columns over programs."""
-    largest = max(block_t, block_v)
-    block_d = {16: 128, 32: 64, 64: 64}[largest]
+    rows = max(block_t, block_v)
+    block_s, block_d = {16: (64, 128), 32: (64, 64), 64: (32, 32)}[rows]
     if dtype == torch.float32:
-        block_d = {16: 64, 32: 32, 64: 32}[largest]
-    per_part = 512 if largest == 16 else 1024
+        block_s, block_d = {16: (32, 64), 32: (16, 32), 64: (16, 32)}[rows]
+    columns = 512 if rows == 16 else 1024
     return {
-        "BLOCK_S": block_d,
+        "BLOCK_S": block_s,
         "BLOCK_D": block_d,
-        "TEXT_PARTS": -(-text // per_part),
-        "VISION_PARTS": -(-vision // per_part),
-        "STAGES": 3,
-        "num_warps": 4,
+        "TEXT_PARTS": -(-text // columns),
+        "VISION_PARTS": -(-vision // columns),
+        "STAGES": 3 if rows < 64 else 1,
+        "num_warps": 4 if rows == 16 else 8,
+        "num_stages": 3 if rows < 64 else 1,
     }
 
 

@@ -339,18 +339,19 @@ def projection_tiles(dtype: torch.dtype) -> dict[str, int]:
 
 def mix_tiles(dtype: torch.dtype, text: int, vision: int, block_t: int, block_v: int) -> dict[str, int]:
     """Tiles of the fused kernel for widths and prompt blocks; the parts split a sample's columns over programs."""
-    largest = max(block_t, block_v)
-    block_d = {16: 256, 32: 128, 64: 64}[largest]
+    rows = max(block_t, block_v)
+    block_s, block_d = {16: (128, 256), 32: (128, 128), 64: (64, 64)}[rows]
     if dtype == torch.float32:
-        block_d = {16: 64, 32: 32, 64: 32}[largest]
-    per_part = 512 if largest == 16 else 1024
+        block_s, block_d = {16: (64, 64), 32: (32, 32), 64: (16, 32)}[rows]
+    columns = 512 if rows == 16 else 1024
     return {
-        "BLOCK_S": block_d,
+        "BLOCK_S": block_s,
         "BLOCK_D": block_d,
-        "TEXT_PARTS": triton.cdiv(text, per_part),
-        "VISION_PARTS": triton.cdiv(vision, per_part),
-        "STAGES": 3,
-        "num_warps": 4,
+        "TEXT_PARTS": -(-text // columns),
+        "VISION_PARTS": -(-vision // columns),
+        "STAGES": 3 if rows < 64 else 2,
+        "num_warps": 4 if rows < 64 else 8,
+        "num_stages": 3 if rows < 64 else 2,
     }
 
 

@@ -1,0 +1,531 @@
+"""The Triton kernels of the prompt interaction: in the interpreter without a GPU, in bfloat16 on one."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from epic_fast.kernels.prompt_interaction import reference, triton_backward, triton_forward
+from epic_fast.testing import aot
+from epic_fast.testing.cases import INTERACTION_MEASURED, InteractionCase
+from epic_fast.testing.numerics import assert_bits_equal, check_operation, poisoned_empty
+
+forward, backward = triton_forward.prompt_interaction_forward, triton_backward.prompt_interaction_backward
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = tuple(InteractionCase(1, 1, 1, 16, 16).make())
+ALL = (True,) * len(NAMES)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_unwritten() -> Iterator[None]:
+    with poisoned_empty():
+        yield
+
+
+class Fused(torch.autograd.Function):
+    """The launchers under autograd; what autograd asks for is what they are asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, keep: bool, eps: float, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        next_text, next_vision, projections = forward(*inputs, eps=eps, save_projections=True)
+        ctx.save_for_backward(*inputs)
+        ctx.eps, ctx.projections = eps, projections if keep else None
+        return next_text, next_vision
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        needs = ctx.needs_input_grad[2:]
+        found = backward(*grads, *ctx.saved_tensors, eps=ctx.eps, needs=needs, projections=ctx.projections)
+        return (None, None, *found)
+
+
+def fused(*, keep: bool = False, eps: float = 1e-8, **inputs: Tensor) -> tuple[Tensor, Tensor]:
+    return Fused.apply(keep, eps, *inputs.values())  # pyright: ignore[reportReturnType]
+
+
+def check(case: InteractionCase, dtype: torch.dtype, options: dict[str, Any] | None = None, **changed: Tensor) -> None:
+    inputs = {**case.make(dtype, DEVICE), **changed}
+    options = options or {}
+
+    def specification(**tensors: Any) -> tuple[Tensor, Tensor]:
+        return reference.prompt_interaction(**{key: each for key, each in tensors.items() if key != "keep"})
+
+    check_operation(
+        fused, specification, inputs, options, reduction=case.reductions, output_names=InteractionCase.outputs
+    )
+
+
+def gradients(inputs: dict[str, Tensor], needs: tuple[bool, ...] = ALL, **options: Any) -> tuple[Tensor | None, ...]:
+    return backward(*cotangents(inputs), *inputs.values(), eps=1e-8, needs=needs, **options)
+
+
+def cotangents(inputs: dict[str, Tensor]) -> list[Tensor]:
+    random = torch.Generator().manual_seed(3)
+    prompts = inputs["text_prompt"], inputs["vision_prompt"]
+    return [torch.randn(each.shape, generator=random).to(each.device, each.dtype) for each in prompts]
+
+
+SMALL = InteractionCase(2, 3, 4, 20, 24)
+CHANNELS = InteractionCase(3, 5, 2, 24, 17, channel_gates=True, temperature=0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(
+    "case",
+    [
+        SMALL,
+        CHANNELS,
+        InteractionCase(1, 1, 1, 16, 16),
+        InteractionCase(2, 8, 8, 272, 80),
+        InteractionCase(9, 8, 8, 32, 70, channel_gates=True),
+        InteractionCase(1, 17, 40, 48, 33),
+        InteractionCase(1, 64, 33, 16, 24, channel_gates=True),
+    ],
+    ids=lambda case: f"{case.batch}-{case.text_prompts}-{case.vision_prompts}-{case.text_width}-{case.vision_width}",
+)
+@pytest.mark.parametrize("keep", [False, True], ids=["again", "kept"])
+def test_within_the_budget(case: InteractionCase, dtype: torch.dtype, keep: bool) -> None:
+    check(case, dtype, {"keep": keep})
+
+
+def patterns() -> list[tuple[bool, ...]]:
+    """Each input alone, all but each, and some of each size."""
+    alone = [tuple(index == one for index in range(9)) for one in range(9)]
+    others = [tuple(not each for each in pattern) for pattern in alone]
+    some = [pattern for number, pattern in enumerate(itertools.product((False, True), repeat=9)) if number % 29 == 7]
+    return list(dict.fromkeys([*alone, *others, *some]))
+
+
+@pytest.mark.parametrize("case", [SMALL, CHANNELS], ids=["scalar", "channels"])
+def test_every_pattern_of_needs_gives_the_same_bits(case: InteractionCase) -> None:
+    inputs = case.make(device=DEVICE)
+    everything = gradients(inputs)
+    for needs in patterns():
+        found = gradients(inputs, needs)
+        wanted = tuple(each if need else None for each, need in zip(everything, needs, strict=True))
+        assert_bits_equal(found, wanted, name=str([name for name, need in zip(NAMES, needs, strict=True) if need]))
+
+
+def test_nothing_needed_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_backward, "mix_backward_kernel", None)
+    assert gradients(SMALL.make(device=DEVICE), (False,) * 9) == (None,) * 9
+
+
+class Recorder:
+    """Stands in for a kernel: notes the grid and the flags of each launch, then launches."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel, self.launches = kernel, []
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def launch(*args: Any, **kwargs: Any) -> None:
+            self.launches.append((grid[0], kwargs))
+            self.kernel[grid](*args, **kwargs)
+
+        return launch
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
+    places = {
+        "project_kernel": triton_forward,
+        "mix_kernel": triton_forward,
+        "mix_backward_kernel": triton_backward,
+        "gradients_kernel": triton_backward,
+    }
+    recorders = {name: Recorder(getattr(module, name)) for name, module in places.items()}
+    for name, module in places.items():
+        monkeypatch.setattr(module, name, recorders[name])
+    return recorders
+
+
+def test_launches_of_a_pass(launched: dict[str, Recorder]) -> None:
+    inputs = SMALL.make(device=DEVICE)
+    *_, projections = forward(*inputs.values(), eps=1e-8, save_projections=True)
+    assert [len(each.launches) for each in launched.values()] == [1, 1, 0, 0]
+    gradients(inputs)
+    assert [len(each.launches) for each in launched.values()] == [2, 1, 1, 1]
+    gradients(inputs, projections=projections)
+    assert [len(each.launches) for each in launched.values()] == [2, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("needed", "programs", "allocated"),
+    [
+        # Programs of the products and sums; tensors beyond the two projections.
+        (("temperature",), 1, 2),
+        (("text_gate",), 1, 2),
+        (("text_prompt",), 1, 2),
+        (("vision_prompt",), 1, 2),
+        (("text_to_vision_bias",), 1, 2),
+        (("text_to_vision_weight",), 1, 2),
+        (("text_prompt", "vision_prompt"), 2, 4),
+    ],
+)
+def test_frozen_inputs_cost_nothing(
+    needed: tuple[str, ...], programs: int, allocated: int, launched: dict[str, Recorder]
+) -> None:
+    inputs = SMALL.make(device=DEVICE)
+    *_, projections = forward(*inputs.values(), eps=1e-8, save_projections=True)
+    for recorder in launched.values():
+        recorder.launches.clear()
+    with poisoned_empty() as poison:
+        gradients(inputs, tuple(name in needed for name in NAMES), projections=projections)
+    ((grid, flags),) = launched["gradients_kernel"].launches
+    assert (grid, poison.allocations) == (programs, allocated)
+    assert sum(value is True for name, value in flags.items() if name.startswith("NEED_")) == len(needed)
+    assert not launched["project_kernel"].launches
+
+
+def test_a_gate_alone_needs_one_side_only(launched: dict[str, Recorder]) -> None:
+    inputs = SMALL.make(device=DEVICE)
+    gradients(inputs, tuple(name == "vision_gate" for name in NAMES))
+    ((grid, flags),) = launched["mix_backward_kernel"].launches
+    assert flags["TEXT_PARTS"] == 0
+    assert grid == SMALL.batch * flags["VISION_PARTS"]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_output_that_nobody_used_has_no_gradient(which: int) -> None:
+    inputs = SMALL.make(device=DEVICE)
+    grads: list[Tensor | None] = list(cotangents(inputs))
+    zeros = [each.clone() for each in cotangents(inputs)]
+    zeros[which].zero_()
+    grads[which] = None
+    assert_bits_equal(
+        backward(*grads, *inputs.values(), eps=1e-8, needs=ALL),
+        backward(*zeros, *inputs.values(), eps=1e-8, needs=ALL),
+    )
+
+
+@pytest.mark.parametrize("zero", ["text_prompt", "vision_prompt", "everything"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_zero_vectors(zero: str, dtype: torch.dtype) -> None:
+    """A row of zeros, or (all biases zero too) projected rows of zeros: finite, and no slope through the norm."""
+    inputs = SMALL.make(dtype, DEVICE)
+    changed = {name: inputs[name].clone() for name in NAMES[:2]}
+    if zero == "everything":
+        changed = {name: torch.zeros_like(inputs[name]) for name in NAMES[:8]}
+    else:
+        changed[zero][0, 1] = 0.0
+    options = {"eps": 1e-2 if dtype == torch.float16 else 1e-8}
+    if zero == "everything":
+        got = fused(**{**inputs, **changed}, **options)
+        assert all(torch.count_nonzero(each) == 0 for each in got)
+        found = backward(*cotangents(inputs), *{**inputs, **changed}.values(), eps=options["eps"], needs=ALL)
+        assert all(each.isfinite().all() for each in found if each is not None)
+    else:
+        check(SMALL, dtype, options, **changed)
+
+
+def test_norms_below_eps_count_as_it() -> None:
+    """Some norms lie below this eps, which stops their slope, and some above."""
+    eps = 4.5
+    inputs = SMALL.make(device=DEVICE)
+    projected, _ = triton_forward.project_prompts(*list(inputs.values())[:6])
+    for norms in (inputs["text_prompt"].norm(dim=-1), projected.norm(dim=-1)):
+        assert (norms < eps).any()
+        assert (norms > eps).any()
+    check(SMALL, torch.float32, {"eps": eps})
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-2, 1e4])
+def test_temperatures_far_apart(temperature: float) -> None:
+    inputs = {**SMALL.make(device=DEVICE), "temperature": torch.tensor(temperature, device=DEVICE)}
+    wide = {name: each.double() for name, each in inputs.items()}
+    found, wanted = forward(*inputs.values(), eps=1e-8), reference.prompt_interaction(**wide)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other.float(), rtol=1e-4, atol=1e-4)
+    assert all(each.isfinite().all() for each in gradients(inputs) if each is not None)
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["text_prompt", "vision_prompt"])
+def test_nan_stays_in_its_sample(where: str, broken: float) -> None:
+    inputs = InteractionCase(3, 3, 4, 20, 24).make(device=DEVICE)
+    before = forward(*inputs.values(), eps=1e-8)
+    grads_before = gradients(inputs)
+    inputs[where] = inputs[where].clone()
+    inputs[where][1, 2, 5] = broken
+    after, grads_after = forward(*inputs.values(), eps=1e-8), gradients(inputs)
+    others = torch.tensor([0, 2], device=DEVICE)
+    for one, other in zip((*before, *grads_before[:2]), (*after, *grads_after[:2]), strict=True):
+        assert one is not None
+        assert other is not None
+        assert_bits_equal(one[others], other[others])
+        assert not other[1].isfinite().all()
+
+
+def test_a_sample_does_not_see_its_neighbours() -> None:
+    """Bits on a GPU.  The interpreter's products round by the place of a row, so that it needs exact projections."""
+    inputs = InteractionCase(11, 7, 5, 20, 24).make(device=DEVICE)
+    inputs.update({name: (inputs[name] * 8).round() / 8 for name in NAMES[:6]})
+    grads = cotangents(inputs)
+    together = (*forward(*inputs.values(), eps=1e-8), *gradients(inputs)[:2])
+    for sample in (0, 4, 10):
+        alone = {**inputs, **{name: inputs[name][sample : sample + 1] for name in NAMES[:2]}}
+        own = [each[sample : sample + 1] for each in grads]
+        result = (*forward(*alone.values(), eps=1e-8), *backward(*own, *alone.values(), eps=1e-8, needs=ALL)[:2])
+        for index, (one, other) in enumerate(zip(together, result, strict=True)):
+            assert one is not None
+            assert other is not None
+            if index < 2 or DEVICE == "cuda":
+                assert_bits_equal(one[sample : sample + 1], other)
+            else:
+                torch.testing.assert_close(one[sample : sample + 1], other, rtol=1e-5, atol=1e-6)
+
+
+def test_two_runs_give_the_same_bits() -> None:
+    inputs = CHANNELS.make(device=DEVICE)
+    once, again = ((*forward(*inputs.values(), eps=1e-8), *gradients(inputs)) for _ in range(2))
+    assert_bits_equal(once, again)
+
+
+def spread(tensor: Tensor) -> Tensor:
+    """The same values as a slice of a tower's buffer, whose rows lie further apart."""
+    batch, prompts, width = tensor.shape
+    buffer = torch.full((batch, prompts + 3, width + 5), float("nan"), dtype=tensor.dtype, device=tensor.device)
+    view = buffer[:, 1 : 1 + prompts, 2 : 2 + width]
+    view.copy_(tensor)
+    return view
+
+
+def test_results_go_into_slots_of_a_buffer_and_nowhere_else() -> None:
+    inputs = SMALL.make(device=DEVICE)
+    wanted = forward(*inputs.values(), eps=1e-8)
+    slots = [spread(torch.zeros_like(each)) for each in wanted]
+    buffers = [slot._base for slot in slots]
+    found = forward(*inputs.values(), eps=1e-8, next_text=slots[0], next_vision=slots[1])
+    for slot, result, want, buffer in zip(slots, found, wanted, buffers, strict=True):
+        assert result is slot
+        assert_bits_equal(slot.contiguous(), want)
+        assert buffer is not None
+        assert int(buffer.isnan().sum()) == buffer.numel() - want.numel()
+
+
+@pytest.mark.parametrize("layout", ["slices", "prompts first", "last stride"])
+def test_any_strides(layout: str) -> None:
+    inputs = SMALL.make(device=DEVICE)
+    change = {
+        "slices": spread,
+        "prompts first": lambda tensor: tensor.transpose(0, 1).contiguous().transpose(0, 1),
+        "last stride": lambda tensor: tensor.mT.contiguous().mT,
+    }[layout]
+    laid_out = {**inputs, **{name: change(inputs[name]) for name in NAMES[:2]}}
+    grads = cotangents(inputs)
+    assert_bits_equal(forward(*laid_out.values(), eps=1e-8), forward(*inputs.values(), eps=1e-8))
+    assert_bits_equal(
+        backward(*map(change, grads), *laid_out.values(), eps=1e-8, needs=ALL),
+        backward(*grads, *inputs.values(), eps=1e-8, needs=ALL),
+    )
+
+
+def test_weights_and_gates_that_are_views() -> None:
+    inputs = CHANNELS.make(device=DEVICE)
+    turned = {name: each.mT.contiguous().mT if each.dim() == 2 else each for name, each in inputs.items()}
+    turned["text_gate"] = inputs["text_gate"][:1].expand_as(inputs["text_gate"])
+    straight = {**inputs, "text_gate": turned["text_gate"].contiguous()}
+    assert_bits_equal(forward(*turned.values(), eps=1e-8), forward(*straight.values(), eps=1e-8))
+    assert_bits_equal(gradients(turned), gradients(straight))
+
+
+def test_an_expanded_gradient() -> None:
+    inputs = SMALL.make(device=DEVICE)
+    ones = [torch.ones((), device=DEVICE).expand(inputs[name].shape) for name in NAMES[:2]]
+    full = [each.contiguous() for each in ones]
+    assert_bits_equal(
+        backward(*ones, *inputs.values(), eps=1e-8, needs=ALL), backward(*full, *inputs.values(), eps=1e-8, needs=ALL)
+    )
+
+
+def test_weights_narrower_than_the_prompts() -> None:
+    """As under autocast: the projections in the weights' type, everything else in the prompts'."""
+    inputs = SMALL.make(device=DEVICE)
+    inputs.update({name: inputs[name].half() for name in NAMES[2:6]})
+
+    def specification(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast(DEVICE, dtype=torch.float16):
+            return reference.prompt_interaction(*tensors)
+
+    for found, wanted in zip(forward(*inputs.values(), eps=1e-8), specification(*inputs.values()), strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, wanted, rtol=5e-3, atol=5e-3)
+    leaves = [each.clone().requires_grad_() for each in inputs.values()]
+    wanted = torch.autograd.grad(specification(*leaves), leaves, cotangents(inputs))
+    for name, found, want in zip(NAMES, gradients(inputs), wanted, strict=True):
+        assert found is not None
+        assert found.dtype == inputs[name].dtype
+        torch.testing.assert_close(found, want, rtol=2e-2, atol=2e-2, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_towers_of_different_types() -> None:
+    inputs = SMALL.make(device=DEVICE)
+    for name in ("vision_prompt", "vision_to_text_weight", "vision_to_text_bias", "vision_gate"):
+        inputs[name] = inputs[name].half()
+    wide = [each.double().requires_grad_() for each in inputs.values()]
+    wanted = reference.prompt_interaction(*wide)
+    grads = torch.autograd.grad(wanted, wide, [each.double() for each in cotangents(inputs)])
+    found = (*forward(*inputs.values(), eps=1e-8), *gradients(inputs))
+    kinds = (inputs["text_prompt"].dtype, inputs["vision_prompt"].dtype, *(each.dtype for each in inputs.values()))
+    for one, other, dtype in zip(found, (*wanted, *grads), kinds, strict=True):
+        assert one is not None
+        assert one.dtype == dtype
+        torch.testing.assert_close(one.double(), other, rtol=2e-2, atol=2e-2)
+
+
+def test_an_empty_batch() -> None:
+    inputs = InteractionCase(0, 3, 4, 20, 24).make(device=DEVICE)
+    assert [each.shape for each in forward(*inputs.values(), eps=1e-8)] == [(0, 3, 20), (0, 4, 24)]
+    found = gradients(inputs)
+    assert [each.shape for each in found if each is not None] == [each.shape for each in inputs.values()]
+    assert all(torch.count_nonzero(each) == 0 for each in found if each is not None)
+
+
+def test_too_many_prompts_are_refused() -> None:
+    with pytest.raises(ValueError, match="65 prompts; the kernels take up to 64"):
+        forward(*InteractionCase(1, 65, 4, 16, 16).make(device=DEVICE).values(), eps=1e-8)
+
+
+def test_tiles_do_not_change_what_is_computed() -> None:
+    """Columns that no program takes, or two take, would show."""
+    inputs = InteractionCase(2, 3, 4, 80, 50, channel_gates=True).make(device=DEVICE)
+    wanted = (*forward(*inputs.values(), eps=1e-8), *gradients(inputs))
+    small = {"BLOCK_S": 16, "BLOCK_D": 16, "TEXT_PARTS": 3, "VISION_PARTS": 2, "STAGES": 2, "num_warps": 4}
+    product = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
+    sums = {"WEIGHT_M": 32, "WEIGHT_N": 16, "WEIGHT_R": 16, "BLOCK_R": 16, "BLOCK_C": 16}
+    found = (
+        *forward(*inputs.values(), eps=1e-8, project_tiles=product, tiles=small),
+        *gradients(inputs, project_tiles=product, mix_tiles=small, tiles={**product, **sums}),
+    )
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"])
+def test_compiles_for_every_card_without_a_spill(target: str) -> None:
+    builds = aot.build_production_elsewhere("interaction", target)
+    assert {each.kernel for each in builds} == {
+        "project_kernel",
+        "mix_kernel",
+        "mix_backward_kernel",
+        "gradients_kernel",
+    }
+    # On AMD the harness also counts scalar registers kept in vector registers; only memory would be a spill.
+    problems = [problem for each in builds if each.stack_bytes for problem in each.problems]
+    assert not problems, "\n".join(problems)
+
+
+def test_kernels_import_with_the_interpreter_and_without() -> None:
+    for module in (triton_forward, triton_backward):
+        assert importlib.import_module(module.__name__) is module
+
+
+gpu = pytest.mark.gpu
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *INTERACTION_MEASURED,
+        InteractionCase(3, 8, 8, 768, 1024, channel_gates=True),
+        InteractionCase(5, 1, 3, 100, 4096),
+        InteractionCase(4, 33, 20, 768, 512, channel_gates=True),
+        InteractionCase(2, 64, 64, 768, 1024),
+    ],
+    ids=str,
+)
+def test_on_a_gpu_within_the_budget(case: InteractionCase, dtype: torch.dtype) -> None:
+    check(case, dtype)
+
+
+@gpu
+def test_on_a_gpu_bits_repeat_and_do_not_depend_on_the_batch() -> None:
+    inputs = InteractionCase(64, 8, 8).make(torch.bfloat16, DEVICE)
+    grads = cotangents(inputs)
+    runs = [
+        (*forward(*inputs.values(), eps=1e-8), *backward(*grads, *inputs.values(), eps=1e-8, needs=ALL))
+        for _ in range(3)
+    ]
+    assert_bits_equal(runs[0], runs[1])
+    assert_bits_equal(runs[0], runs[2])
+    for batch in (1, 3, 17):
+        part = {**inputs, **{name: inputs[name][-batch:] for name in NAMES[:2]}}
+        own = [each[-batch:] for each in grads]
+        result = (*forward(*part.values(), eps=1e-8), *backward(*own, *part.values(), eps=1e-8, needs=ALL)[:2])
+        for one, other in zip(runs[0][:4], result, strict=True):
+            assert one is not None
+            assert_bits_equal(one[-batch:], other)
+
+
+@gpu
+def test_on_a_gpu_new_sizes_compile_nothing() -> None:
+    kernels = (
+        triton_forward.project_kernel,
+        triton_forward.mix_kernel,
+        triton_backward.mix_backward_kernel,
+        triton_backward.gradients_kernel,
+    )
+
+    def compiled() -> int:
+        return sum(len(caches[0]) for kernel in kernels for caches in kernel.device_caches.values())
+
+    def run(batch: int, text: int, vision: int) -> None:
+        inputs = InteractionCase(batch, text, vision, 96, 160).make(torch.bfloat16, DEVICE)
+        forward(*inputs.values(), eps=1e-8)
+        gradients(inputs)
+
+    run(2, 3, 4)
+    before = compiled()
+    for number in range(20):
+        run(1 + number, 1 + number % 16, 1 + (number * 5) % 16)
+    assert compiled() == before
+
+
+@gpu
+def test_on_a_gpu_within_a_graph() -> None:
+    inputs = InteractionCase(64, 8, 8).make(torch.bfloat16, DEVICE)
+
+    def run() -> tuple[Tensor | None, ...]:
+        return (*forward(*inputs.values(), eps=1e-8), *gradients(inputs))
+
+    wanted = run()
+    grads = cotangents(inputs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = (
+            *forward(*inputs.values(), eps=1e-8),
+            *backward(*grads, *inputs.values(), eps=1e-8, needs=ALL),
+        )
+    for each in found:
+        assert each is not None
+        each.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_bits_equal(found, wanted)
+
+
+@gpu
+@pytest.mark.parametrize(("needs", "kernels"), [(ALL, 3), (tuple(name == "temperature" for name in NAMES), 3)])
+def test_on_a_gpu_the_profiler_sees_no_other_kernel(needs: tuple[bool, ...], kernels: int) -> None:
+    inputs = InteractionCase(8, 8, 8).make(torch.bfloat16, DEVICE)
+    grads = cotangents(inputs)
+    backward(*grads, *inputs.values(), eps=1e-8, needs=needs)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        backward(*grads, *inputs.values(), eps=1e-8, needs=needs)
+        torch.cuda.synchronize()
+    # Poisoned allocations fill their tensors: those are no kernels of ours.
+    launched = [event.name for event in profile.events() if event.name.endswith("_kernel") and "at::" not in event.name]
+    assert len(launched) == kernels, launched
