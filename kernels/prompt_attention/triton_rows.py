@@ -73,14 +73,17 @@ def load_rows(
     elif token_base is None:
         start = prompt_base + row_offsets(rows, prompt_stride, ALIGN, WIDE)
     else:
-        start = tl.where(
-            rows < prompts,
-            prompt_base + row_offsets(rows, prompt_stride, ALIGN, WIDE),
-            token_base + row_offsets(rows - prompts, token_stride, ALIGN, WIDE),
+        # One base and an offset, since not every backend takes a choice between pointers.
+        apart = (prompt_base.to(tl.int64) - token_base.to(tl.int64)) // (
+            token_base.dtype.element_ty.primitive_bitwidth // 8
         )
-        if ALIGN > 1:
-            # The compiler forgets through `where` that rows start at multiples of 16 bytes.
-            start = tl.multiple_of(start, 16)
+        offset = tl.where(
+            rows < prompts,
+            apart + row_offsets(rows, prompt_stride, ALIGN, WIDE),
+            row_offsets(rows - prompts, token_stride, ALIGN, WIDE).to(tl.int64),
+        )  # [BLOCK]
+        # The compiler forgets through `where` that rows start at multiples of 16 bytes.
+        start = token_base + tl.multiple_of(offset, ALIGN)
     pointers = start[:, None] + columns[None, :]  # [BLOCK, BLOCK_D]
     if MASKED:
         inside = rows < stop  # [BLOCK]
