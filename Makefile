@@ -4,8 +4,11 @@ PYTHON ?= python3
 VENV ?= .venv
 # Test processes, one thread each.
 WORKERS ?= 2
-# Without an NVIDIA GPU: the release the results were made with, in its CPU build where pip is shown one.
-TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.9,torch==2.13.0)
+# Without an NVIDIA GPU: the release the results were made with, in its CPU build.
+GPU := $(shell command -v nvidia-smi 2>/dev/null)
+TORCH ?= $(if $(GPU),torch>=2.9,torch==2.13.0)
+# Where that build lies; pip is not shown it where it cannot be reached (pip would wait and then do without).
+CPU_BUILDS ?= https://download.pytorch.org/whl/cpu
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
@@ -50,6 +53,7 @@ $(BIN)/pip:
 # torch first: left to the project's own range, pip would take the newest release with all of CUDA.
 $(VENV)/.installed-%: pyproject.toml setup.py | $(BIN)/pip
 	@echo "Installing $(TORCH) and epic_fast[$*] into $(VENV): minutes the first time, nothing the next."
-	$(PIP) "$(TORCH)"
+	$(PIP) "$(TORCH)" $(if $(GPU),,$$($(BIN)/python -c 'import urllib.request as r; r.urlopen("$(CPU_BUILDS)/torch/", timeout=5)' \
+		2>/dev/null && echo --extra-index-url $(CPU_BUILDS)))
 	$(PIP) --editable ".[$*]"
 	@touch $@
