@@ -50,6 +50,10 @@ class BackwardTiles:
 
 # The data-centre cards have this or less; the interpreter counts as one of them.
 _DEFAULT_SHARED = 232448
+# From here on (H100, B200) products read both operands from shared memory, and registers are free for larger tiles.
+_MUCH_SHARED = 200_000
+# Up to here (MI300) one buffer a tensor is what fits.
+_LITTLE_SHARED = 70_000
 _SHORT = 128
 _MEDIUM = 384
 
@@ -82,9 +86,9 @@ def forward_tile(width: int, itemsize: int, rows: int, keys: int, masked: bool, 
         return Tile(rows=64, keys=64 if shared > 160_000 else 32, warps=4, stages=2)
     if keys == _SHORT:
         return Tile(rows=64, keys=128, warps=4, stages=1, single=True)
-    if keys == _MEDIUM:
+    if keys == _MEDIUM or shared < _MUCH_SHARED:
         return Tile(rows=64, keys=32, warps=4, stages=3)
-    return Tile(rows=64, keys=64, tail=32, warps=4, stages=3 if shared > 70_000 else 2)
+    return Tile(rows=64, keys=64, tail=32, warps=4, stages=3)
 
 
 @functools.cache
@@ -103,15 +107,13 @@ def backward_tiles(width: int, itemsize: int, rows: int, keys: int, masked: bool
         return BackwardTiles(
             query=Tile(rows=64, keys=32, warps=4, stages=1), key=Tile(rows=32, keys=64, warps=4, stages=1)
         )
+    hopper = shared >= _MUCH_SHARED
+    query = Tile(rows=64, keys=64, warps=4, stages=2, tail=32) if hopper else Tile(rows=64, keys=32, warps=4, stages=2)
+    key = Tile(rows=64 if hopper else 32, keys=64, warps=4, stages=2 if shared > _LITTLE_SHARED else 1)
+    one_pass = None
     if rows == _SHORT and keys == _SHORT:
-        return BackwardTiles(
-            query=Tile(rows=64, keys=32, warps=4, stages=2),
-            key=Tile(rows=64, keys=32, warps=4, stages=2),
-            one_pass=Tile(rows=128, keys=64 if shared > 200_000 else 32, warps=8, stages=1)
-            if shared > 70_000
-            else None,
-        )
-    return BackwardTiles(
-        query=Tile(rows=64, keys=64, warps=4, stages=2, tail=32),
-        key=Tile(rows=64, keys=64, warps=4, stages=2 if shared > 70_000 else 1),
-    )
+        query = Tile(rows=64, keys=32, warps=4, stages=2)
+        key = Tile(rows=64 if hopper else 32, keys=32, warps=4, stages=2 if shared > _LITTLE_SHARED else 1)
+        if shared > _LITTLE_SHARED:
+            one_pass = Tile(rows=128, keys=64 if hopper else 32, warps=8, stages=1)
+    return BackwardTiles(query=query, key=key, one_pass=one_pass)
