@@ -5,7 +5,8 @@
 - ``_one_pass_kernel``: one program a head, for short sequences; all of it with five products in place of seven.
 """
 
-# pyright: basic
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportMissingImports=false, reportAssignmentType=false, reportOptionalMemberAccess=false
 
 from __future__ import annotations
 

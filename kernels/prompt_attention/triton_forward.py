@@ -1,6 +1,7 @@
 """Forward of prompt-concatenated attention: one online softmax over the virtual keys ``[prompts ; tokens]``."""
 
-# pyright: basic
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportMissingImports=false, reportAssignmentType=false, reportOptionalMemberAccess=false
 
 from __future__ import annotations
 
