@@ -290,9 +290,8 @@ def _read_nvidia(compiled: Any, target: Target) -> tuple[int, int, int]:
                 file.write(compiled.asm["ptx"])
             arch = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.MULTILINE)
             assert arch is not None
-            said = _output(
-                get_ptxas(target.arch).path, "-v", f"--gpu-name={arch[1]}", source, "-o", os.path.join(folder, "again")
-            )
+            assembler = get_ptxas(int(target.arch)).path  # the one that knows the version of this PTX
+            said = _output(assembler, "-v", f"--gpu-name={arch[1]}", source, "-o", os.path.join(folder, "again"))
             spilled = sum(int(number) for number in re.findall(r"(\d+) bytes spill", said))
     return counts["REG"], spilled, stack
 

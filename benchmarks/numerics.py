@@ -1,0 +1,162 @@
+"""The numerics page: how far ours and PyTorch itself are from float64, for each operation and type.
+
+    python -m benchmarks.numerics --output docs/numerics.md
+
+writes the page and, to ``--rows`` (``benchmarks/results/numerics.json``), every tensor's errors that it was made of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import timing
+from benchmarks.registry import OPERATIONS
+from benchmarks.run import gate, provenance
+from epic_fast.files import atomic_file
+from epic_fast.testing.cases import (
+    ATTENTION_PRODUCTION,
+    ATTENTION_SMOKE,
+    INTERACTION_PRODUCTION,
+    INTERACTION_SMOKE,
+    AttentionCase,
+    Case,
+)
+
+KINDS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+CASES: dict[str, tuple[Case, ...]] = {
+    "attention": (
+        *ATTENTION_PRODUCTION,
+        *(
+            replace(case, prompt_mask="prefix", layout="packed", name=f"{case.name}, prefix mask, packed")
+            for case in ATTENTION_PRODUCTION[1::3]
+        ),
+        *(
+            replace(
+                case,
+                shared=True,
+                layout="tokens",
+                lengths=(case.tokens, case.tokens // 2, 1, 0),
+                name=f"{case.name}, shared prompts, lengths",
+            )
+            for case in ATTENTION_PRODUCTION[1::3]
+        ),
+        *(replace(case, prefix_tuning=True, name=f"{case.name}, prefix tuning") for case in ATTENTION_PRODUCTION[1::3]),
+        *(AttentionCase(2, 4, 197, 16, head_dim, name=f"head_dim {head_dim}") for head_dim in (16, 48, 80, 128, 256)),
+        AttentionCase(1, 2, 2048, 64, causal=True, name="2048 tokens, causal"),
+        AttentionCase(2, 4, 257, 0, name="no prompts"),
+    ),
+    "interaction": INTERACTION_PRODUCTION,
+}
+HEAD = """# Numerics
+
+Made by `python -m benchmarks.numerics`; do not edit.
+
+Inputs are made in the type named, then promoted: what stands here is the error of the computation, not that of rounding
+the inputs. *Largest* and *mean* are absolute errors against the reference in float64, over all cases and elements;
+*PyTorch* is the reference run eagerly in the same type. An error may be at most twice PyTorch's for outputs and three
+times for gradients, plus one rounding; *budget used* is the largest share of that which any tensor takes. `float32` is
+IEEE arithmetic; `float32 (TF32)` is what both do where PyTorch's matrix products are set to TF32.
+"""
+SMOKE: dict[str, tuple[Case, ...]] = {"attention": ATTENTION_SMOKE, "interaction": INTERACTION_SMOKE}
+
+
+@contextlib.contextmanager
+def tf32() -> Iterator[None]:
+    """Matrix products of float32 in TF32."""
+    settings: Any = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def measure(
+    operation: str, dtypes: Sequence[str], device: torch.device, impl: str, *, smoke: bool
+) -> list[dict[str, Any]]:
+    """A row for every case, type and tensor."""
+    rows = []
+    for kind in dtypes:
+        for case in (SMOKE if smoke else CASES)[operation]:
+            with tf32() if kind == "tf32" else contextlib.nullcontext():
+                tensors = gate(OPERATIONS[operation], case, KINDS[kind], device, impl)
+            for each in tensors:
+                row = {"operation": operation, "case": case.name, "shape": case.row(), **each.row()}
+                row |= {"passes": each.passes} | ({"dtype": "float32 (TF32)"} if kind == "tf32" else {})
+                rows.append(row)
+    return rows
+
+
+def page(found: dict[str, Any]) -> str:
+    """The page in Markdown."""
+    rows, lines = found["rows"], [HEAD]
+    for operation in dict.fromkeys(row["operation"] for row in rows):
+        here = [row for row in rows if row["operation"] == operation]
+        cases = list(dict.fromkeys(row["case"] for row in here))
+        lines += [
+            f"## prompt_{operation}",
+            "",
+            "| type | tensor | largest value | largest, ours | PyTorch | mean, ours | PyTorch | budget used |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for dtype, tensor in dict.fromkeys((row["dtype"], row["tensor"]) for row in here):
+            kin = [row for row in here if (row["dtype"], row["tensor"]) == (dtype, tensor)]
+            used = max(max(_share(row, "max"), _share(row, "rms")) for row in kin)
+            cells = [
+                max(row["magnitude"] for row in kin),
+                max(row["max_error"] for row in kin),
+                max(row["eager_max_error"] for row in kin),
+                sum(row["mean_error"] for row in kin) / len(kin),
+                sum(row["eager_mean_error"] for row in kin) / len(kin),
+            ]
+            verdict = "" if all(row["passes"] for row in kin) else " **fails**"
+            numbers = " | ".join(f"{each:.2g}" for each in cells)
+            lines.append(f"| {dtype} | {tensor} | {numbers} | {100 * used:.0f} %{verdict} |")
+        lines += ["", f"Cases: {'; '.join(cases)}.", ""]
+    return "\n".join([*lines, provenance(found["run"]), ""])
+
+
+def _share(row: dict[str, Any], kind: str) -> float:
+    return row[f"{kind}_error"] / row[f"{kind}_budget"] if row[f"{kind}_budget"] else 0.0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; 1 if any tensor is beyond its budget."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.numerics", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=Path, required=True, help="the page")
+    parser.add_argument("--rows", type=Path, help="the numbers; default: benchmarks/results/numerics.json")
+    parser.add_argument("--operations", nargs="+", default=list(OPERATIONS), choices=OPERATIONS)
+    parser.add_argument("--dtype", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--impl", default="triton", choices=["triton", "reference"])
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes: does everything run?")
+    given = parser.parse_args(arguments)
+    rows = []
+    for operation in given.operations:
+        rows += measure(operation, given.dtype, torch.device(given.device), given.impl, smoke=given.smoke)
+    found = {"run": timing.machine(" ".join(["python -m benchmarks.numerics", *arguments])), "rows": rows}
+    target = given.rows or Path(__file__).parent / "results" / "numerics.json"
+    for path, text in ((target, json.dumps(found, indent=1) + "\n"), (given.output, page(found))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(path) as temporary:
+            temporary.write_text(text)
+    problems = [f"{row['operation']}, {row['case']}: {row['problem']}" for row in rows if not row["passes"]]
+    print("\n".join(problems) or f"{len(rows)} tensors, all within their budgets: {given.output}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""The benchmarks run on a CPU at tiny shapes, refuse speed-ups on a red gate, and print what their rows say."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from epic_fast.testing.cases import ATTENTION_SMOKE, InteractionCase
+
+pytest.importorskip("triton")
+# The root is no place to import from for longer than this: the folder `kernels` lies there.
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import figures, numerics, registry, run, timing
+
+sys.path.pop()
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["eager", "cat+sdpa-math", "sdpa-math", "cat+sdpa-flash"]
+
+
+@pytest.fixture(scope="module")
+def attention(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    output = tmp_path_factory.mktemp("rows") / "attention.jsonl"
+    command = ["attention", "--smoke", "--device", "cpu", "--dtype", "fp32", "--output", str(output)]
+    assert run.main([*command, "--cases", "0", "--providers", "ours", *QUICK]) == 0
+    return output, run.read(output)
+
+
+def test_rows_carry_everything(attention: tuple[Path, list[dict[str, Any]]]) -> None:
+    rows = attention[1]
+    (gate,) = [row for row in rows if row["kind"] == "gate"]
+    assert gate["passes"]
+    assert not gate["problems"]
+    timed = {(row["provider"], row["mode"]) for row in rows if row["kind"] == "time"}
+    assert timed == {(name, mode) for name in ("ours", *QUICK[:3]) for mode in registry.MODES} | {
+        (QUICK[3], mode) for mode in registry.MODES
+    }
+    for row in rows:
+        assert (row["operation"], row["case"], row["dtype"]) == ("attention", "smoke", "float32")
+        assert row["shape"]["tokens"] == 9
+        assert row["run"]["torch"] == torch.__version__
+        assert row["run"]["command"].startswith("python -m benchmarks.run attention --smoke")
+        assert {"commit", "gpu", "driver", "triton", "cuda", "time", "modified"} <= set(row["run"])
+        if row["kind"] == "time":
+            assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+            assert row["bytes"] > 0
+            assert row["flops"] > 0
+
+
+def test_a_mask_that_a_rival_cannot_take_is_said(tmp_path: Path) -> None:
+    output = tmp_path / "rows.jsonl"
+    command = ["attention", "--smoke", "--device", "cpu", "--dtype", "fp32", "--output", str(output)]
+    run.main([*command, "--cases", "causal", "--providers", "cat+sdpa-flash", "xformers", "sdpa-cudnn"])
+    skipped = {row["provider"]: row["why"] for row in run.read(output)}
+    assert "takes no mask" in skipped["cat+sdpa-flash"]
+    assert set(skipped) == {"cat+sdpa-flash", "xformers", "sdpa-cudnn"}
+    assert all(skipped.values())
+
+
+@pytest.mark.parametrize("name", [each.name for each in registry.ATTENTION.providers if not each.compiled][1:])
+def test_rivals_compute_the_operation(name: str) -> None:
+    """With and without a mask, forward and backward, against the reference; those that cannot run here say so."""
+    (provider,) = [each for each in registry.ATTENTION.providers if each.name == name]
+    device = torch.device("cpu")
+    for case in ATTENTION_SMOKE:
+        inputs = case.make(torch.float32)
+        wanted = registry.ATTENTION.reference(**inputs, **case.options())
+        try:
+            call = provider.prepare(case, case.make(torch.float32), case.options())
+            with call.settings():
+                found = call.outputs(call.forward())
+                gradients = call.forward_backward()
+        except (registry.CannotRun, RuntimeError):
+            continue
+        valid = torch.arange(case.tokens)[None, None, :, None]
+        lengths = torch.tensor(case.lengths or (case.tokens,) * case.batch)[:, None, None, None]
+        keep = valid < lengths
+        assert found[0] is not None
+        torch.testing.assert_close(found[0] * keep, wanted[0] * keep)
+        torch.testing.assert_close(found[1], wanted[1])
+        assert all(each.isfinite().all() for each in gradients)
+        assert len(call.backward()()) == len(gradients) == (3 if provider.in_place else 6)
+        run.check_same(registry.ATTENTION, provider, case, call, torch.float32, device)
+
+
+def test_a_rival_that_computes_something_else_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def halve(case: Any, inputs: dict[str, Any], options: dict[str, Any]) -> registry.Call:
+        return registry.Call(
+            lambda: tuple(0.9 * each for each in registry.ATTENTION.reference(**inputs, **options)),
+            registry.leaves_of(inputs),
+        )
+
+    cheat = registry.Provider("cheat", "cheat", halve)
+    rows = list(run.rows_of(registry.ATTENTION, ATTENTION_SMOKE[:1], [cheat], torch.float32, torch.device("cpu")))
+    assert [row["kind"] for row in rows] == ["skipped"]
+    assert "computes something else" in rows[0]["why"]
+
+
+def test_no_speedup_on_a_red_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    function = registry.INTERACTION.function
+
+    def off(*, impl: str, **given: Any) -> Any:
+        outputs = function(**given, impl="reference")
+        return outputs if impl == "reference" else tuple(each * 1.001 for each in outputs)
+
+    broken = registry.Operation(
+        "interaction",
+        off,
+        registry.INTERACTION.cases,
+        (InteractionCase(2, 2, 2, 16, 16, name="smoke"),),
+        (
+            registry.Provider("ours", "epic_fast", registry._ours(off, "triton")),
+            registry.Provider("eager", "PyTorch, eager", registry._ours(off, "reference")),
+        ),
+    )
+    monkeypatch.setitem(run.OPERATIONS, "interaction", broken)
+    output = tmp_path / "rows.jsonl"
+    command = ["interaction", "--smoke", "--device", "cpu", "--dtype", "fp32", "--output", str(output)]
+    assert run.main(command) == 1
+    said = capsys.readouterr().out
+    assert "ERROR BUDGET NOT KEPT" in said
+    assert "is too far from float64" in said
+    table = run.tables(run.read(output))
+    assert "numerics fail" in table
+    for text in (said, table):
+        assert not re.search(r"\d[x×]", text), text
+    picture = figures.draw(run.read(output), tmp_path / "figure.png")
+    assert picture.stat().st_size > 5_000
+
+
+def made_up(case: str = "case", *, passes: bool = True, **times: float) -> list[dict[str, Any]]:
+    machine = timing.machine("python -m benchmarks.run made up") | {"ceilings": None}
+    common = {"operation": "attention", "case": case, "dtype": "bfloat16", "run": machine}
+    rows: list[dict[str, Any]] = [{**common, "kind": "gate", "passes": passes, "problems": []}]
+    for name, value in times.items():
+        provider = next(
+            each for each in registry.ATTENTION.providers if each.name.replace("+", "_") == name.replace("__", "-")
+        )
+        rows.append(
+            {
+                **common,
+                "kind": "time",
+                "provider": provider.name,
+                "label": provider.label,
+                "group": provider.group or provider.label,
+                "in_place": provider.in_place,
+                "mode": "forward",
+                "p50_ms": value,
+                "launched_ms": value,
+                "graph_ms": None,
+                "peak_mib": None,
+                "floor_ms": 0.5,
+            }
+        )
+    return rows
+
+
+def test_tables_take_the_best_rival_of_each_kind() -> None:
+    rows = made_up("one", ours=1.0, eager=9.0, cat_sdpa__cudnn=2.5, cat_sdpa__math=4.0, sdpa__cudnn=1.25)
+    rows += made_up("two", ours=2.0, eager=3.0)
+    lines = run.tables(rows).splitlines()
+    assert lines[0].startswith("| forward, ms | epic_fast | PyTorch, eager | cat + SDPA, best backend |")
+    assert lines[2] == "| one, bfloat16 | 1.000 | 9.000 | 2.500 | 1.250 | 2.50× | 1.25× | 0.500 |"
+    assert lines[3] == "| two, bfloat16 | 2.000 | 3.000 | – | – | 1.50× | – | 0.500 |"
+    assert "made up" in lines[-1]
+    every = run.tables(rows, every=True).splitlines()
+    assert "| 2.500 | 4.000 | 1.250 |" in every[2]
+    assert "2.00" not in run.tables(made_up(passes=False, ours=1.0, eager=2.0)).split("numerics fail")[1]
+
+
+def test_the_floor_is_the_longer_of_moving_and_computing() -> None:
+    row = {"kind": "time", "dtype": "bfloat16", "bytes": 3e9, "flops": 7.5e11}
+    assert run.floor_of(row, {"copy_tb_s": 3.0, "bf16_tflop_s": 750.0}) == {"floor_ms": pytest.approx(1.0)}
+    assert run.floor_of({**row, "bytes": 6e9}, {"copy_tb_s": 3.0, "bf16_tflop_s": 750.0})["floor_ms"] == pytest.approx(
+        2
+    )
+    assert run.floor_of({**row, "flops": 3e12}, {"copy_tb_s": 3.0, "bf16_tflop_s": 750.0})["floor_ms"] == pytest.approx(
+        4
+    )
+    assert run.floor_of(row, None) == {}
+
+
+def test_the_figure_is_drawn_from_rows(attention: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    picture = tmp_path / "figure.png"
+    assert figures.main([str(attention[0]), "--output", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="no graph_ms"):
+        figures.main([str(attention[0]), "--output", str(picture), "--column", "graph_ms"])
+
+
+def test_the_numerics_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page, rows = tmp_path / "numerics.md", tmp_path / "numerics.json"
+    command = ["--smoke", "--device", "cpu", "--output", str(page), "--rows", str(rows)]
+    assert numerics.main([*command, "--impl", "reference", "--dtype", "fp32", "bf16"]) == 0
+    found = json.loads(rows.read_text())
+    assert {row["dtype"] for row in found["rows"]} == {"float32", "bfloat16"}
+    assert {row["operation"] for row in found["rows"]} == {"attention", "interaction"}
+    text = page.read_text()
+    assert text == numerics.page(found)
+    for part in (
+        "## prompt_attention",
+        "## prompt_interaction",
+        "| bfloat16 | gradient of temperature |",
+        "CPU; torch",
+    ):
+        assert part in text
+    found["rows"][0]["passes"] = False
+    assert "**fails**" in numerics.page(found)
+
+
+def test_commands_say_what_there_is() -> None:
+    with pytest.raises(SystemExit, match=r"no provider nobody; there are ours, eager"):
+        run.main(["attention", "--providers", "nobody"])
+    with pytest.raises(SystemExit, match="vision L/14@336"):
+        run.main(["attention", "--cases", "nothing"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", registry.OPERATIONS)
+def test_the_command_runs_from_the_root_without_installing(operation: str, tmp_path: Path) -> None:
+    """Compiled rivals included."""
+    output = tmp_path / "rows.jsonl"
+    command = ["benchmarks.run", operation, "--smoke", "--device", "cpu", "--dtype", "fp32", "--cases", "0"]
+    done = subprocess.run(
+        [sys.executable, "-m", *command, "--providers", "eager", "compiled", "--output", str(output)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = run.read(output)
+    assert {row["mode"] for row in rows if row["provider"] == "compiled"} == {"forward", "forward+backward"}
