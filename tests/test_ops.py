@@ -71,6 +71,18 @@ def test_auto_is_the_reference_on_a_cpu_and_says_so_once(name: str, caplog: pyte
     assert "cpu" in record.getMessage()
 
 
+@pytest.mark.parametrize("name", CALLS)
+def test_a_compiled_call_says_it_as_well(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    function, inputs = CALLS[name]
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="eager", fullgraph=True)
+    with caplog.at_level(logging.INFO, logger="epic_fast"):
+        for batch in (2, 3, 4):
+            compiled(*inputs(batch))
+    (record,) = caplog.records
+    assert "a tensor is on cpu" in record.getMessage()
+
+
 def test_reference_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG, logger="epic_fast"):
         prompt_attention(*attention_inputs(), impl="reference")

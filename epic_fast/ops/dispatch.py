@@ -63,8 +63,7 @@ class Operation:
                 + "\n".join(f"  - {reason}" for reason in reasons)
                 + "\nUse impl='auto' or impl='reference' to take the PyTorch path."
             )
-        if not torch.compiler.is_compiling():
-            _log_once(self.name, tuple(reasons))
+        _say_once(self.name, tuple(reasons))
         return self.reference
 
     def reasons_against_triton(self, *args: Any, interpreter: bool = True) -> Sequence[str]:
@@ -89,6 +88,13 @@ class Operation:
                     "TRITON_INTERPRET=1 before Python starts)"
                 )
         return [*reasons, *self.limits(*args)]
+
+
+@torch.compiler.assume_constant_result
+def _say_once(name: str, reasons: tuple[str, ...]) -> bool:
+    """Under torch.compile this runs while the graph is traced, and leaves nothing in the graph."""
+    _log_once(name, reasons)
+    return True
 
 
 @functools.cache

@@ -39,11 +39,10 @@ def _launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return triton_forward.prompt_attention_forward, triton_backward.prompt_attention_backward
 
 
-def _rows_like(tensor: Tensor, batch: int | None = None, rows: int | None = None) -> Tensor:
+def _rows_like(tensor: Tensor, batch: int | None = None) -> Tensor:
     """An empty ``(batch, heads, rows, head_dim)`` whose memory runs over (batch, rows, heads, head_dim)."""
-    own_batch, heads, own_rows, width = tensor.shape
-    shape = (own_batch if batch is None else batch, own_rows if rows is None else rows, heads, width)
-    return tensor.new_empty(shape).transpose(1, 2)
+    own_batch, heads, rows, width = tensor.shape
+    return tensor.new_empty(own_batch if batch is None else batch, rows, heads, width).transpose(1, 2)
 
 
 def _no_tensor(like: Tensor) -> Tensor:
