@@ -77,9 +77,10 @@ def forward_tile(width: int, itemsize: int, rows: int, keys: int, masked: bool, 
     """The forward's tile.  ``width`` is the padded head_dim, ``rows`` and ``keys`` are classes (:func:`size_class`),
     ``masked`` says that not all rows see the same keys."""
     if itemsize == 4:
+        # IEEE products run on the plain units and keep operands in registers, so many warps share a small tile.
         if width > 128:
-            return Tile(rows=32, keys=16, warps=4, stages=1)
-        return Tile(rows=32 if width > 64 else 64, keys=32, warps=4, stages=2 if width <= 64 else 1)
+            return Tile(rows=16, keys=16, warps=8, stages=1)
+        return Tile(rows=32 if width > 64 else 64, keys=32, warps=8, stages=2 if width <= 64 else 1)
     if width > 128:
         return Tile(rows=64, keys=32, warps=8, stages=2 if shared > 160_000 else 1)
     if width > 64:
@@ -95,10 +96,8 @@ def forward_tile(width: int, itemsize: int, rows: int, keys: int, masked: bool, 
 def backward_tiles(width: int, itemsize: int, rows: int, keys: int, masked: bool, shared: int) -> BackwardTiles:
     """The backward's tiles; arguments as those of :func:`forward_tile`."""
     if itemsize == 4:
-        if width > 128:
-            small = Tile(rows=16, keys=16, warps=4, stages=1)
-        else:
-            small = Tile(rows=32, keys=32, warps=4, stages=1)
+        side = 32 if width <= 64 else 16
+        small = Tile(rows=32 if width <= 128 else 16, keys=side, warps=8, stages=1)
         return BackwardTiles(query=small, key=small)
     if width > 128:
         small = Tile(rows=32, keys=32, warps=4, stages=1)
