@@ -86,7 +86,7 @@ def forward_tile(width: int, itemsize: int, rows: int, keys: int, masked: bool, 
     if width > 64:
         return Tile(rows=64, keys=64 if shared > 160_000 else 32, warps=4, stages=2)
     if keys == _SHORT:
-        return Tile(rows=64, keys=128, warps=4, stages=1, single=True)
+        return Tile(rows=64 if shared > _LITTLE_SHARED else 32, keys=128, warps=4, stages=1, single=True)
     if keys == _MEDIUM or shared < _MUCH_SHARED:
         return Tile(rows=64, keys=32, warps=4, stages=3)
     return Tile(rows=64, keys=64, tail=32, warps=4, stages=3)
