@@ -465,7 +465,7 @@ def gradients_kernel(
 def mix_backward_tiles(dtype: torch.dtype, text: int, vision: int, block_t: int, block_v: int) -> dict[str, int]:
     """Tiles of the fused kernel for widths and prompt blocks; the parts split a sample's columns over programs."""
     rows = max(block_t, block_v)
-    block_s, block_d = {16: (64, 128), 32: (64, 64), 64: (32, 32)}[rows]
+    block_s, block_d = {16: (64, 128), 32: (64, 128), 64: (32, 32)}[rows]
     if dtype == torch.float32:
         block_s, block_d = {16: (32, 64), 32: (16, 32), 64: (16, 32)}[rows]
     columns = 512 if rows == 16 else 1024
@@ -475,7 +475,7 @@ def mix_backward_tiles(dtype: torch.dtype, text: int, vision: int, block_t: int,
         "TEXT_PARTS": -(-text // columns),
         "VISION_PARTS": -(-vision // columns),
         "STAGES": 3 if rows < 64 else 1,
-        "num_warps": 4 if rows == 16 else 8,
+        "num_warps": 8 if rows == 64 or (rows == 32 and dtype == torch.float32) else 4,
         "num_stages": 3 if rows < 64 else 1,
     }
 
