@@ -339,17 +339,19 @@ def _resident_kernel(
         SHARED_TAIL: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TAIL, D], DTYPE)
         SCORES_TAIL: gl.constexpr = mma_layout(TAIL, WARPS)
         last: gl.constexpr = FULL * BLOCK_N
-        tail_keys = gl.allocate_shared_memory(DTYPE, [TAIL, D], SHARED_TAIL)
-        tail_values = gl.allocate_shared_memory(DTYPE, [TAIL, D], SHARED_TAIL)
-        start_copy(tail_keys, key, prompt_key, key_row, prompt_key_row, last, prompts, stop, COPY)
+        tail_keys = gl.allocate_shared_memory(DTYPE, [1, TAIL, D], SHARED_TAIL)
+        tail_values = gl.allocate_shared_memory(DTYPE, [1, TAIL, D], SHARED_TAIL)
+        start_copy(tail_keys.index(0), key, prompt_key, key_row, prompt_key_row, last, prompts, stop, COPY)
         async_copy.commit_group()
-        start_copy(tail_values, value, prompt_value, value_row, prompt_value_row, last, prompts, stop, COPY)
+        start_copy(tail_values.index(0), value, prompt_value, value_row, prompt_value_row, last, prompts, stop, COPY)
         async_copy.commit_group()
 
     upcoming = load_rows(
         query, prompt_query, query_row, prompt_query_row, 0, prompt_rows, live, BLOCK_M, D, ROWS
     )  # [BLOCK_M, D]
     for first in range(0, rows, BLOCK_M):
+        # Zero, but not for the compiler, which else keeps what it computes of all tiles in registers from pass to pass.
+        zero = first >> 30
         queries = gl.convert_layout(upcoming, QUERY)  # [BLOCK_M, D]
         if EARLY:
             upcoming = load_rows(
@@ -365,9 +367,9 @@ def _resident_kernel(
             if first == 0:
                 await_copies(GROUPS - 1 - 2 * j)
             scores = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
-            scores = warpgroup_mma(queries, keys.index(j).permute((1, 0)), scores, use_acc=False, is_async=True)
+            scores = warpgroup_mma(queries, keys.index(j + zero).permute((1, 0)), scores, use_acc=False, is_async=True)
             if PIPELINED and j > 0:
-                accumulator = warpgroup_mma(weights, values.index(j - 1), accumulator, is_async=True)
+                accumulator = warpgroup_mma(weights, values.index(j - 1 + zero), accumulator, is_async=True)
                 scores = warpgroup_mma_wait(1, deps=(scores,))
             else:
                 scores = warpgroup_mma_wait(0, deps=(scores,))
@@ -394,15 +396,15 @@ def _resident_kernel(
             if first == 0:
                 await_copies(GROUPS - 2 - 2 * j)
             if not PIPELINED:
-                accumulator = warpgroup_mma(weights, values.index(j), accumulator, is_async=True)
+                accumulator = warpgroup_mma(weights, values.index(j + zero), accumulator, is_async=True)
                 accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
         if TAIL > 0:
             if first == 0:
                 await_copies(1)
             scores = gl.full([BLOCK_M, TAIL], 0.0, gl.float32, SCORES_TAIL)
-            scores = warpgroup_mma(queries, tail_keys.permute((1, 0)), scores, use_acc=False, is_async=True)
+            scores = warpgroup_mma(queries, tail_keys.index(zero).permute((1, 0)), scores, use_acc=False, is_async=True)
             if PIPELINED:
-                accumulator = warpgroup_mma(weights, values.index(FULL - 1), accumulator, is_async=True)
+                accumulator = warpgroup_mma(weights, values.index(FULL - 1 + zero), accumulator, is_async=True)
                 scores = warpgroup_mma_wait(1, deps=(scores,))
             else:
                 scores = warpgroup_mma_wait(0, deps=(scores,))
@@ -426,10 +428,10 @@ def _resident_kernel(
             accumulator = accumulator * decay[:, None]
             if first == 0:
                 await_copies(0)
-            accumulator = warpgroup_mma(weights, tail_values, accumulator, is_async=True)
+            accumulator = warpgroup_mma(weights, tail_values.index(zero), accumulator, is_async=True)
             accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
         elif PIPELINED:
-            accumulator = warpgroup_mma(weights, values.index(FULL - 1), accumulator, is_async=True)
+            accumulator = warpgroup_mma(weights, values.index(FULL - 1 + zero), accumulator, is_async=True)
             accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
         result, statistic = finish_rows(accumulator, maximum, total, limit, scale, DTYPE, VARIED)
         store_rows(result, output, prompt_output, output_row, prompt_output_row, first, prompt_rows, rows, ROWS)
@@ -616,6 +618,10 @@ class HopperTile:
     def rows(self) -> int:
         return 16 * self.warps
 
+    @property
+    def held(self) -> int:
+        return self.full * self.keys + self.tail
+
 
 def forward_tile(head_dim: int, keys: int) -> HopperTile:
     """By the number of virtual keys; never by the batch."""
@@ -694,8 +700,11 @@ def prompt_attention_forward(
     lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=query.device) if save_lse else None
     if batch * heads * rows == 0:
         return output, prompt_output, lse
+    keys = prompts + tokens
     if tiles is None:
-        tiles = forward_tile(head_dim, prompts + tokens)
+        tiles = forward_tile(head_dim, keys)
+    if tiles.full and not tiles.held - (tiles.tail or tiles.keys) < keys <= tiles.held:
+        raise ValueError(f"{tiles} holds {tiles.held} keys and masks its last tile only; it was given {keys}")
     # A pointer that the kernel never follows still has to be one.
     arguments = (
         query,
