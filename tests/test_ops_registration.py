@@ -224,7 +224,7 @@ class Recorder:
         self.grads: list[tuple[bool, ...]] = []
 
     def attention_forward(self, *tensors: Any, save_lse: bool, output: Any = None, **options: Any) -> Any:
-        self.forwards.append({"save_lse": save_lse, "out": output is not None, **options})
+        self.forwards.append({"save_lse": save_lse, "lengths": tensors[6], **options})
         found = attention_module._forward_fake(*tensors, False, False, 1.0, save_lse)
         return tuple(each.zero_() for each in found)
 
@@ -619,6 +619,15 @@ def test_lengths_of_any_integer_type_and_stride(dtype: torch.dtype) -> None:
     lengths = torch.tensor([[4, 9], [0, 9], [2, 9]], dtype=dtype)[:, 0]
     found = prompt_attention(**inputs, lengths=lengths, impl="triton")
     torch.testing.assert_close(found, prompt_attention(**inputs, lengths=lengths, impl="reference"))
+
+
+def test_the_kernel_gets_lengths_as_it_was_compiled_for(recorder: Recorder) -> None:
+    """int32 or int64 side by side; every other type would be one more variant of the kernel."""
+    inputs = AttentionCase(2, 1, 4, 2, 16).make()
+    for dtype in (torch.int32, torch.int64, torch.int16, torch.uint8):
+        prompt_attention(**inputs, lengths=torch.tensor([4, 1], dtype=dtype), impl="triton")
+    found = [each["lengths"].dtype for each in recorder.forwards]
+    assert found == [torch.int32, torch.int64, torch.int32, torch.int32]
 
 
 def test_lengths_beyond_the_tokens_read_no_foreign_memory() -> None:
