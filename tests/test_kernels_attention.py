@@ -118,14 +118,14 @@ def backward(
     )
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(case=attention_cases(max_batch=2, max_tokens=40, max_prompts=20, head_dims=(16, 32, 48)))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_call_is_within_the_budget(dtype: torch.dtype, case: AttentionCase) -> None:
     check(case, dtype)
 
 
-@pytest.mark.parametrize("lengths", [None, (0, 11, 37)], ids=["whole", "lengths"])
+@pytest.mark.parametrize("lengths", [None, (11, 37)], ids=["whole", "lengths"])
 @pytest.mark.parametrize("prefix_tuning", [False, True], ids=["rows", "prefix tuning"])
 @pytest.mark.parametrize("prompt_mask", ["full", "prefix"])
 @pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
@@ -133,7 +133,7 @@ def test_masks_over_several_tiles(
     causal: bool, prompt_mask: str, prefix_tuning: bool, lengths: tuple[int, ...] | None
 ) -> None:
     case = AttentionCase(
-        3, 1, 37, 21, 16, prompt_mask, causal, lengths, prefix_tuning=prefix_tuning, shared=causal, layout="tokens"
+        2, 1, 37, 21, 16, prompt_mask, causal, lengths, prefix_tuning=prefix_tuning, shared=causal, layout="tokens"
     )
     check(case, torch.float32, kernels(SMALL, SMALL_BACKWARD))
 
@@ -234,8 +234,7 @@ def test_lse_is_the_log_sum_exp_in_base_2() -> None:
     assert forward(case, inputs, save_lse=False)[2] is None
 
 
-@pytest.mark.parametrize("causal", [False, True], ids=["", "causal"])
-@pytest.mark.parametrize("lengths_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize(("causal", "lengths_dtype"), [(False, torch.int32), (True, torch.int64)])
 def test_nan_past_the_length_reaches_nobody(causal: bool, lengths_dtype: torch.dtype) -> None:
     case = AttentionCase(3, 1, 37, 5, 16, causal=causal, lengths=(0, 20, 37))
     clean = case.make(torch.float32, DEVICE)
