@@ -414,7 +414,7 @@ def test_offsets_of_64_bits_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) 
     inputs = case.make(torch.float32, DEVICE)
     before = (*forward(case, inputs), *backward(case, inputs))
     monkeypatch.setattr(triton_rows, "INT32_EXTENT", 1)
-    assert triton_rows.is_wide((inputs["query"],))
+    assert triton_rows.layout_of((inputs["query"],), 4).wide
     assert_bits_equal((*forward(case, inputs), *backward(case, inputs)), before)
 
 
@@ -427,8 +427,8 @@ def test_rows_that_start_anywhere_give_the_same_bits() -> None:
         buffer = torch.full((*each.shape[:2], each.shape[2], 19), math.nan, dtype=each.dtype, device=DEVICE)
         shifted[name] = buffer[..., 1:17]
         shifted[name].copy_(each)
-    assert triton_rows.alignment(tuple(inputs.values()), 2) == 8
-    assert triton_rows.alignment(tuple(shifted.values()), 2) == 1
+    assert triton_rows.layout_of(tuple(inputs.values()), 2).align == 8
+    assert triton_rows.layout_of(tuple(shifted.values()), 2).align == 1
     assert_bits_equal(
         (*forward(case, inputs), *backward(case, inputs)), (*forward(case, shifted), *backward(case, shifted))
     )

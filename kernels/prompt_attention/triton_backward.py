@@ -15,12 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from epic_fast.kernels.common.launch import launch
 from epic_fast.kernels.prompt_attention.tiles import BackwardTiles, backward_tiles, shared_memory, size_class
 from epic_fast.kernels.prompt_attention.triton_rows import (
-    alignment,
     base_2,
+    facts_of,
     head_base,
-    is_wide,
+    layout_of,
     load_rows,
     load_statistic,
     on_device,
@@ -29,7 +30,6 @@ from epic_fast.kernels.prompt_attention.triton_rows import (
     row_limits,
     store_rows,
     tile_limits,
-    units,
     valid_tokens,
 )
 
@@ -827,10 +827,14 @@ def prompt_attention_backward(
         )
     grad_output, grad_prompt_output = _unit_last_stride(grad_output), _unit_last_stride(grad_prompt_output)
     read = (*inputs, grad_output, grad_prompt_output, output, prompt_output)
-    align = alignment((*read, *targets), itemsize)
-    wide = is_wide((*read, *targets))
-    shapes = [number for tensor in read for number in units(tensor, align)]
-    flags = (head_dim, width, causal, prefix, scale < 0, align, wide, precision(dtype))
+    # The order in which the kernels take what they write: (dq, dq of prompts), then (dk, dv, dk of prompts, dv of ...).
+    written = (d_query, d_prompt_query, d_key, d_value, d_prompt_key, d_prompt_value)
+    layout = layout_of((*read, *written), itemsize)
+    first_written = 3 * len(read)
+    read_strides = layout.strides[:first_written]
+    query_strides = layout.strides[first_written : first_written + 6]
+    key_strides = layout.strides[first_written + 6 :]
+    flags = (head_dim, width, causal, prefix, scale < 0, layout.align, layout.wide, precision(dtype))
     factors = (base_2(scale), float(scale))
 
     wants_tokens = d_key is not None or d_value is not None
@@ -840,33 +844,25 @@ def prompt_attention_backward(
     with on_device(query):
         one_pass = tiles.one_pass
         if one_pass is not None and rows <= one_pass.rows and wants_query and (wants_tokens or wants_prompts):
-            _one_pass_kernel[(batch * heads,)](
-                *read,
-                lse,
-                d_query,
-                d_prompt_query,
-                d_key,
-                d_value,
-                d_prompt_key,
-                d_prompt_value,
-                lengths,
-                *shapes,
-                *units(d_query, align),
-                *units(d_prompt_query, align),
-                *units(d_key, align),
-                *units(d_value, align),
-                *units(d_prompt_key, align),
-                *units(d_prompt_value, align),
-                heads,
-                tokens,
-                prompts,
-                prompt_rows,
-                *factors,
-                one_pass.rows,
-                one_pass.keys,
-                one_pass.stages,
-                *flags,
-                **one_pass.options,
+            constants = (one_pass.rows, one_pass.keys, one_pass.stages, *flags)
+            launch(
+                _one_pass_kernel,
+                batch * heads,
+                (
+                    *read,
+                    lse,
+                    *written,
+                    lengths,
+                    *layout.strides,
+                    heads,
+                    tokens,
+                    prompts,
+                    prompt_rows,
+                    *factors,
+                    *constants,
+                ),
+                one_pass.options,
+                facts_of(layout, (lse, lengths), (constants, one_pass.warps, one_pass.registers)),
             )
         else:
             delta = None
@@ -876,63 +872,59 @@ def prompt_attention_backward(
                 tile = tiles.query
                 if (wants_tokens or wants_prompts) and first_row <= first_grad and stop_row >= stop_grad:
                     delta = torch.empty_like(lse)
-                _query_kernel[(-(-(stop_row - first_row) // tile.rows) * batch * heads,)](
-                    *read,
-                    lse,
-                    delta,
-                    d_query,
-                    d_prompt_query,
-                    lengths,
-                    *shapes,
-                    *units(d_query, align),
-                    *units(d_prompt_query, align),
-                    heads,
-                    tokens,
-                    prompts,
-                    prompt_rows,
-                    first_row,
-                    stop_row,
-                    *factors,
-                    tile.rows,
-                    tile.keys,
-                    tile.tail_keys,
-                    tile.split,
-                    tile.stages,
-                    *flags,
-                    **tile.options,
+                constants = (tile.rows, tile.keys, tile.tail_keys, tile.split, tile.stages, *flags)
+                launch(
+                    _query_kernel,
+                    -(-(stop_row - first_row) // tile.rows) * batch * heads,
+                    (
+                        *read,
+                        lse,
+                        delta,
+                        *written[:2],
+                        lengths,
+                        *read_strides,
+                        *query_strides,
+                        heads,
+                        tokens,
+                        prompts,
+                        prompt_rows,
+                        first_row,
+                        stop_row,
+                        *factors,
+                        *constants,
+                    ),
+                    tile.options,
+                    facts_of(layout, (lse, delta, lengths), (constants, tile.warps, tile.registers)),
                 )
             if wants_tokens or wants_prompts:
                 first_key = 0 if wants_prompts else prompts
                 stop_key = keys if wants_tokens else prompts
                 tile = tiles.key
-                _key_kernel[(-(-(stop_key - first_key) // tile.keys) * batch * heads,)](
-                    *read,
-                    lse,
-                    delta,
-                    d_key,
-                    d_value,
-                    d_prompt_key,
-                    d_prompt_value,
-                    lengths,
-                    *shapes,
-                    *units(d_key, align),
-                    *units(d_value, align),
-                    *units(d_prompt_key, align),
-                    *units(d_prompt_value, align),
-                    heads,
-                    tokens,
-                    prompts,
-                    prompt_rows,
-                    first_key,
-                    stop_key,
-                    first_grad,
-                    stop_grad,
-                    *factors,
-                    tile.rows,
-                    tile.keys,
-                    tile.stages,
-                    *flags,
-                    **tile.options,
+                constants = (tile.rows, tile.keys, tile.stages, *flags)
+                launch(
+                    _key_kernel,
+                    -(-(stop_key - first_key) // tile.keys) * batch * heads,
+                    (
+                        *read,
+                        lse,
+                        delta,
+                        *written[2:],
+                        lengths,
+                        *read_strides,
+                        *key_strides,
+                        heads,
+                        tokens,
+                        prompts,
+                        prompt_rows,
+                        first_key,
+                        stop_key,
+                        first_grad,
+                        stop_grad,
+                        *factors,
+                        *constants,
+                    ),
+                    tile.options,
+                    facts_of(layout, (lse, delta, lengths), (constants, tile.warps, tile.registers)),
                 )
         for result, target in zip(results, targets, strict=True):
             if result is not None and target is not None and result is not target:

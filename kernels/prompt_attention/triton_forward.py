@@ -10,12 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from epic_fast.kernels.common.launch import launch
 from epic_fast.kernels.prompt_attention.tiles import Tile, forward_tile, shared_memory, size_class
 from epic_fast.kernels.prompt_attention.triton_rows import (
-    alignment,
     base_2,
+    facts_of,
     head_base,
-    is_wide,
+    layout_of,
     load_rows,
     on_device,
     padded,
@@ -23,7 +24,6 @@ from epic_fast.kernels.prompt_attention.triton_rows import (
     row_limits,
     store_rows,
     tile_limits,
-    units,
     valid_tokens,
 )
 
@@ -428,24 +428,8 @@ def prompt_attention_forward(
             shared_memory(query.device),
         )
     tensors = (query, key, value, prompt_query, prompt_key, prompt_value, output, prompt_output)
-    align = alignment(tensors, itemsize)
-    grid = (-(-rows // tiles.rows) * batch * heads,)
-    arguments = (
-        *tensors,
-        lse,
-        lengths,
-        *units(query, align),
-        *units(key, align),
-        *units(value, align),
-        *units(prompt_query, align),
-        *units(prompt_key, align),
-        *units(prompt_value, align),
-        *units(output, align),
-        *units(prompt_output, align),
-        heads,
-        tokens,
-        prompts,
-        base_2(scale),
+    layout = layout_of(tensors, itemsize)
+    constants = (
         tiles.rows,
         tiles.keys,
         tiles.tail_keys,
@@ -458,10 +442,12 @@ def prompt_attention_forward(
         causal,
         prefix,
         scale < 0,
-        align,
-        is_wide(tensors),
+        layout.align,
+        layout.wide,
         precision(dtype),
     )
+    arguments = (*tensors, lse, lengths, *layout.strides, heads, tokens, prompts, base_2(scale), *constants)
+    facts = facts_of(layout, (lse, lengths), (constants, tiles.warps, tiles.registers))
     with on_device(query):
-        _forward_kernel[grid](*arguments, **tiles.options)
+        launch(_forward_kernel, -(-rows // tiles.rows) * batch * heads, arguments, tiles.options, facts)
     return output, prompt_output, lse

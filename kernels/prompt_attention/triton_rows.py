@@ -10,7 +10,9 @@ prompt keys.  A row sees a prefix of the virtual keys, those below its limit; a 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 import triton
@@ -21,6 +23,9 @@ LOG2_E = math.log2(math.e)
 # From this many elements on, an offset inside one (batch, head) is computed in 64 bits.
 INT32_EXTENT = 2**31
 _VECTOR_BYTES = 16
+# A masked tile reaches this many rows beyond the last one, at most.
+_LARGEST_TILE = 512
+_NO_STRIDES = (0, 0, 0)
 # A scale of zero must not turn the -inf of a hidden key into NaN.
 _LEAST_SCALE = 1e-30
 _HERE = nullcontext()
@@ -211,34 +216,71 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def alignment(tensors: tuple[Tensor | None, ...], itemsize: int) -> int:
-    """The elements of 16 bytes if every row of every tensor starts at a multiple of them, else 1."""
-    strides = addresses = 0
+class Layout(NamedTuple):
+    """Where the rows of a launch's tensors lie.
+
+    Attributes:
+        align: the elements of 16 bytes if every row of every tensor starts at a multiple of them, else 1.
+        wide: whether an offset inside one head passes 32 bits.
+        strides: of (batch, head, row), tensor after tensor, in units of ``align`` elements; the batch's is 0 where all
+            samples share a batch of 1, and all three are 0 for None.
+        types: of the tensors, None for None.
+    """
+
+    align: int
+    wide: bool
+    strides: list[int]
+    types: tuple[torch.dtype | None, ...]
+
+
+def layout_of(tensors: Sequence[Tensor | None], itemsize: int) -> Layout:
+    """Looks at each tensor once: this runs at every launch."""
+    strides: list[int] = []
+    types: list[torch.dtype | None] = []
+    lowest = addresses = farthest = 0
     for tensor in tensors:
-        if tensor is not None:
-            batch, head, row, _ = tensor.stride()
-            strides |= batch | head | row
-            addresses |= tensor.data_ptr()
+        if tensor is None:
+            strides += _NO_STRIDES
+            types.append(None)
+            continue
+        batch, head, row, _ = tensor.stride()
+        batches, _, rows, width = tensor.shape
+        lowest |= batch | head | row
+        addresses |= tensor.data_ptr()
+        extent = (rows + _LARGEST_TILE) * (row if row > 0 else -row) + width
+        if extent > farthest:
+            farthest = extent
+        strides += (0 if batches == 1 else batch, head, row)
+        types.append(tensor.dtype)
     vector = _VECTOR_BYTES // itemsize
-    return 1 if strides & (vector - 1) or addresses & (_VECTOR_BYTES - 1) else vector
+    align = 1 if lowest & (vector - 1) or addresses & (_VECTOR_BYTES - 1) else vector
+    if align > 1:
+        strides = [stride // align for stride in strides]
+    return Layout(align, farthest >= INT32_EXTENT, strides, tuple(types))
 
 
-def is_wide(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether an offset inside one head passes 32 bits."""
-    return any(
-        each is not None and (each.shape[2] + 512) * abs(each.stride(2)) + each.shape[3] >= INT32_EXTENT
-        for each in tensors
-    )
+def facts_of(layout: Layout, others: Sequence[Tensor | None], constants: Hashable) -> Hashable:
+    """What :func:`epic_fast.kernels.common.launch.launch` keeps a compiled kernel under; None where Triton is to look
+    for itself.
 
-
-def units(tensor: Tensor | None, align: int) -> tuple[int, int, int]:
-    """The strides of (batch, head, row) in units of ``align`` elements; 0 for a batch of 1, which all samples share."""
-    if tensor is None:
-        return 0, 0, 0
-    batch, head, row, _ = tensor.stride()
-    if tensor.shape[0] == 1:
-        batch = 0
-    return batch // align, head // align, row // align
+    Args:
+        layout: of the tensors with rows.
+        others: the remaining pointers of the launch.
+        constants: every constexpr and option that neither ``layout`` nor the types of ``others`` decide.
+    """
+    addresses = 0
+    types: list[torch.dtype | None] = []
+    for tensor in others:
+        if tensor is None:
+            types.append(None)
+        else:
+            addresses |= tensor.data_ptr()
+            types.append(tensor.dtype)
+    if layout.align == 1 or layout.wide or addresses & (_VECTOR_BYTES - 1):
+        return None
+    if max(layout.strides) >= INT32_EXTENT or min(layout.strides) < -INT32_EXTENT:
+        return None
+    return layout.align, layout.types, tuple(types), constants
 
 
 def base_2(scale: float) -> float:
