@@ -35,9 +35,10 @@ from epic_fast.kernels.prompt_attention.gluon_forward import (
     row_pointers,
     start_copy,
     tile_limits,
+    units,
     valid_tokens,
 )
-from epic_fast.kernels.prompt_attention.triton_rows import base_2, on_device, units
+from epic_fast.kernels.prompt_attention.triton_rows import base_2, on_device
 
 
 @gluon.jit
@@ -105,13 +106,13 @@ def store_gradient(
             pointers = row_pointers(base, base, row_stride, row_stride, row, column, prompts)
             mask = ((row >= prompts) & (row < stop))[:, None]
             gl.store(pointers, gl.convert_layout(tile.to(base.dtype.element_ty), layout), mask=mask)
-        if PROMPTS:  # noqa: SIM102
-            if first < prompts:
-                pointers = row_pointers(
-                    prompt_base, prompt_base, prompt_row_stride, prompt_row_stride, row, column, prompts
-                )
-                mask = ((row < prompts) & (row < stop))[:, None]
-                gl.store(pointers, gl.convert_layout(tile.to(prompt_base.dtype.element_ty), layout), mask=mask)
+        if PROMPTS:
+            prompt_pointers = row_pointers(
+                prompt_base, prompt_base, prompt_row_stride, prompt_row_stride, row, column, prompts
+            )
+            prompt_mask = ((row < prompts) & (row < stop))[:, None]
+            prompt_tile = gl.convert_layout(tile.to(prompt_base.dtype.element_ty), layout)
+            gl.store(prompt_pointers, prompt_tile, mask=prompt_mask)
 
 
 @gluon.jit
@@ -1348,14 +1349,7 @@ def limits(
     )
     if query.shape[3] != 64:
         reasons.append(f"head_dim is {query.shape[3]}; wanted 64")
-    others = (grad_output, grad_prompt_output, *(grads or ()))
-    if any(each is not None and each.stride(3) != 1 for each in others):
-        reasons.append("the last stride of a gradient is not 1")
-    elif gluon_forward.alignment(others, query.dtype.itemsize) == 1:
-        reasons.append("a row of a gradient does not start at a multiple of 16 bytes")
-    if gluon_forward.is_wide(others):
-        reasons.append("one head of a gradient spans 2**31 elements or more")
-    return reasons
+    return reasons + gluon_forward.layout_limits((grad_output, grad_prompt_output, *(grads or ())))
 
 
 def prompt_attention_backward(
@@ -1424,11 +1418,11 @@ def prompt_attention_backward(
         query if grad_output is None else grad_output,
         query if grad_prompt_output is None else grad_prompt_output,
     )
-    read_strides = [number for tensor in (*inputs, grad_output, grad_prompt_output) for number in units(tensor, 8)]
+    read_strides = [number for tensor in (*inputs, grad_output, grad_prompt_output) for number in units(tensor)]
     outputs = (output, output if prompt_output is None else prompt_output)
-    output_strides = (*units(output, 8), *units(prompt_output, 8))
+    output_strides = (*units(output), *units(prompt_output))
     filled = [query if target is None else target for target in targets]
-    strides = [units(target, 8) for target in targets]
+    strides = [units(target) for target in targets]
     counts = (heads, tokens, prompts, prompt_rows)
     factors = (first_grad, stop_grad, base_2(scale), float(scale))
     mask = query if lengths is None else lengths

@@ -15,6 +15,7 @@ outputs take the same way back.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from epic_fast.kernels.prompt_attention.triton_rows import alignment, base_2, is_wide, on_device, units
+from epic_fast.kernels.prompt_attention.triton_rows import base_2, on_device
 
 # Triton 3.9 has other names for these than 3.6.
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -639,6 +640,34 @@ def forward_tile(head_dim: int, keys: int) -> HopperTile:
     return HopperTile(keys=64, stages=4, warps=8, registers=128, pipelined=True)
 
 
+def units(tensor: Tensor | None) -> tuple[int, int, int]:
+    """Strides of (batch, head, row) in units of 8 elements; 0 for a batch of 1, which all samples share."""
+    if tensor is None:
+        return 0, 0, 0
+    batch, head, row, _ = tensor.stride()
+    return 0 if tensor.shape[0] == 1 else batch // 8, head // 8, row // 8
+
+
+def layout_limits(tensors: Sequence[Tensor | None]) -> list[str]:
+    """Why these tensors cannot be copied 16 bytes at a time with 32-bit offsets inside a head."""
+    strides = addresses = last = extent = 0
+    for tensor in tensors:
+        if tensor is not None:
+            batch, head, row, column = tensor.stride()
+            strides |= batch | head | row
+            addresses |= tensor.data_ptr()
+            last |= column ^ 1
+            extent = max(extent, (tensor.shape[2] + 512) * abs(row))
+    reasons = []
+    if last:
+        reasons.append("the last stride of a tensor is not 1")
+    if strides % 8 or addresses % 16:
+        reasons.append("a row of a tensor does not start at a multiple of 16 bytes")
+    if extent >= 2**31:
+        reasons.append("one head of a tensor spans 2**31 elements or more")
+    return reasons
+
+
 def limits(
     query: Tensor,
     key: Tensor,
@@ -662,11 +691,7 @@ def limits(
     if not scale > 0:
         reasons.append(f"scale is {scale}; wanted a positive one")
     tensors = (query, key, value, prompt_query, prompt_key, prompt_value, output, prompt_output)
-    if alignment(tensors, query.dtype.itemsize) == 1:
-        reasons.append("a row of a tensor does not start at a multiple of 16 bytes")
-    if is_wide(tensors):
-        reasons.append("one head of a tensor spans 2**31 elements or more")
-    return reasons
+    return reasons + layout_limits(tensors)
 
 
 def prompt_attention_forward(
@@ -717,14 +742,14 @@ def prompt_attention_forward(
         output if prompt_output is None else prompt_output,
         query if lse is None else lse,
         query if lengths is None else lengths,
-        *units(query, 8),
-        *units(key, 8),
-        *units(value, 8),
-        *units(prompt_query, 8),
-        *units(prompt_key, 8),
-        *units(prompt_value, 8),
-        *units(output, 8),
-        *units(prompt_output, 8),
+        *units(query),
+        *units(key),
+        *units(value),
+        *units(prompt_query),
+        *units(prompt_key),
+        *units(prompt_value),
+        *units(output),
+        *units(prompt_output),
         heads,
         tokens,
         prompts,
