@@ -559,6 +559,17 @@ def test_every_limit_of_the_kernels_is_named() -> None:
     assert interaction_module.MOST_PROMPTS == triton_forward.MAX_PROMPTS
 
 
+@pytest.mark.parametrize(
+    "prompt", [(3, 2, 3, 16), (2, 3, 3, 16), (2, 2, 3, 24), (2, 3, 16)], ids=["batch", "heads", "width", "dimensions"]
+)
+def test_prompts_that_agree_with_each_other_alone_are_refused(prompt: tuple[int, ...]) -> None:
+    """The check that is paid on every call compares them with each other first."""
+    tokens, prompts = [torch.zeros(2, 2, 4, 16)] * 3, [torch.zeros(prompt)] * 3
+    for impl in ("triton", "reference"):
+        with pytest.raises(ConfigError, match=r"wanted \(2 or 1, 2, prompts, 16\)"):
+            prompt_attention(*tokens, *prompts, impl=impl)
+
+
 def test_an_old_gpu_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "capability", lambda index: (7, 5))
     assert "7.5; the kernel needs 8.0" in library.too_old(0)
