@@ -107,8 +107,10 @@ def backward_tiles(width: int, itemsize: int, rows: int, keys: int, masked: bool
             query=Tile(rows=64, keys=32, warps=4, stages=1), key=Tile(rows=32, keys=64, warps=4, stages=1)
         )
     hopper = shared >= _MUCH_SHARED
-    query = Tile(rows=64, keys=64, warps=4, stages=2, tail=32) if hopper else Tile(rows=64, keys=32, warps=4, stages=2)
-    key = Tile(rows=64 if hopper else 32, keys=64, warps=4, stages=2 if shared > _LITTLE_SHARED else 1)
+    query = Tile(rows=64, keys=32, warps=4, stages=3 if hopper else 2, split=not hopper)
+    key = Tile(rows=32, keys=64, warps=4, stages=2 if shared > _LITTLE_SHARED else 1)
+    if hopper:
+        key = Tile(rows=32 if masked else 64, keys=64, warps=4, stages=3)
     one_pass = None
     if rows == _SHORT and keys == _SHORT:
         query = Tile(rows=64, keys=32, warps=4, stages=2)
