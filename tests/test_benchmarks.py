@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from epic_fast.testing.cases import ATTENTION_SMOKE, InteractionCase
+from epic_fast.testing.cases import ATTENTION_SMOKE, AttentionCase, InteractionCase
 
 pytest.importorskip("triton")
 # The root is no place to import from for longer than this: the folder `kernels` lies there.
@@ -88,6 +88,17 @@ def test_rivals_compute_the_operation(name: str) -> None:
         assert all(each.isfinite().all() for each in gradients)
         assert len(call.backward()()) == len(gradients) == (3 if provider.in_place else 6)
         run.check_same(registry.ATTENTION, provider, case, call, torch.float32, device)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("causal", [False, True])
+def test_flex_attention_has_the_right_mask(causal: bool) -> None:
+    """Forward only: on a CPU it has no backward pass."""
+    case = AttentionCase(2, 2, 7, 3, 16, causal=causal)
+    call = registry._attention_rival(registry._flex, cat=True)(case, case.make(torch.float32), case.options())
+    wanted = registry.ATTENTION.reference(**case.make(torch.float32), **case.options())
+    for one, other in zip(call.outputs(call.forward()), wanted, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_rival_that_computes_something_else_is_not_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

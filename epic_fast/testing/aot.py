@@ -111,12 +111,17 @@ class Build:
     seconds: float = 0.0
 
     @property
+    def fits(self) -> bool:
+        """Whether a block of the card has that much shared memory."""
+        return self.shared <= TARGETS[self.target].shared
+
+    @property
     def problems(self) -> list[str]:
         """Why it cannot be shipped for a production shape."""
         found = []
         if self.spill_bytes:
             found.append(f"{self.spill_bytes} bytes spilled ({self.registers} registers, {self.stack_bytes} of stack)")
-        if self.shared > TARGETS[self.target].shared:
+        if not self.fits:
             found.append(f"{self.shared} bytes of shared memory; a block has {TARGETS[self.target].shared}")
         return [f"{self.kernel} for {self.target}, {each}: {', '.join(self.launches)}" for each in found]
 
@@ -388,26 +393,32 @@ def launch_interaction(case: InteractionCase, dtype: torch.dtype) -> None:
 
 
 def _variants(case: AttentionCase) -> tuple[AttentionCase, ...]:
+    """The call as a tower makes it, and with what EPIC's options change; masks matter where the text tower is."""
+    case = replace(case, layout="tokens")
     lengths = tuple(case.tokens - each for each in range(case.batch))
+    common = (case, replace(case, shared=True, lengths=lengths, name=f"{case.name}, shared prompts, lengths"))
+    if not case.causal:
+        return common
     return (
-        replace(case, layout="tokens"),
-        replace(case, layout="packed"),
-        replace(case, layout="tokens", shared=True, lengths=lengths, name=f"{case.name}, shared prompts, lengths"),
-        replace(case, layout="tokens", prompt_mask="prefix", name=f"{case.name}, prefix mask"),
-        replace(case, layout="tokens", prefix_tuning=True, name=f"{case.name}, prefix tuning"),
+        *common,
+        replace(case, layout="packed", name=f"{case.name}, packed"),
+        replace(case, prompt_mask="prefix", name=f"{case.name}, prefix mask"),
+        replace(case, prefix_tuning=True, name=f"{case.name}, prefix tuning"),
     )
 
 
 OPERATIONS: dict[str, tuple[Callable[[Any, torch.dtype], None], tuple[Case, ...]]] = {
     "attention": (
         launch_attention,
-        (
-            *ATTENTION_MEASURED,
-            *(variant for case in ATTENTION_PRODUCTION for variant in _variants(case)),
-        ),
+        (*ATTENTION_MEASURED, *(variant for case in ATTENTION_PRODUCTION for variant in _variants(case))),
     ),
     "interaction": (launch_interaction, (*INTERACTION_MEASURED, *INTERACTION_PRODUCTION)),
+    "attention-wide": (
+        launch_attention,
+        tuple(AttentionCase(2, 4, 257, 16, head_dim, name=f"head_dim {head_dim}") for head_dim in (80, 128, 256)),
+    ),
 }
+"""What ``build_production`` launches.  Heads beyond CLIP's are no production shape: they may spill, but must fit."""
 
 
 def build_production(operation: str, target: Target, dtypes: Iterable[str] = ("bf16",)) -> list[Build]:
