@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from epic_fast.kernels.prompt_interaction import reference, triton_backward, triton_forward
 from epic_fast.testing.cases import INTERACTION_MEASURED, InteractionCase
-from epic_fast.testing.numerics import assert_bits_equal, check_operation, poisoned_empty
+from epic_fast.testing.numerics import assert_bits_equal, budget, check_operation, poisoned_empty
 
 forward, backward = triton_forward.prompt_interaction_forward, triton_backward.prompt_interaction_backward
 
@@ -365,7 +365,24 @@ def test_weights_narrower_than_the_prompts() -> None:
         torch.testing.assert_close(found, want, rtol=2e-2, atol=2e-2, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_towers_of_different_types() -> None:
+def test_float16_gradients_that_float16_could_not_carry_all_the_way() -> None:
+    """Long prompts and small gradients: the factors between them are below what float16 holds, the results are not."""
+    inputs = InteractionCase(1, 3, 4, 64, 48, temperature=0.02).make(torch.float16, DEVICE)
+    inputs.update({name: inputs[name] * 16 for name in NAMES[:2]})
+    grads = [each * 1e-4 for each in cotangents(inputs)]
+
+    def run(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [each.to(dtype).requires_grad_() for each in inputs.values()]
+        return torch.autograd.grad(reference.prompt_interaction(*leaves), leaves, [each.to(dtype) for each in grads])
+
+    found = backward(*grads, *inputs.values(), eps=1e-8, needs=ALL)
+    for name, got, exact, eager in zip(NAMES, found, run(torch.float64), run(torch.float16), strict=True):
+        assert got is not None
+        budget(got, exact, eager, factor=3.0, dtype=torch.float16, reduction=64, name=name)
+
+
+def test_towers_of_different_types(launched: dict[str, Recorder]) -> None:
+    """A launch for each tower: the two sides of one launch choose between pointers, which must be of one type."""
     inputs = SMALL.make(device=DEVICE)
     for name in ("vision_prompt", "vision_to_text_weight", "vision_to_text_bias", "vision_gate"):
         inputs[name] = inputs[name].half()
@@ -378,6 +395,7 @@ def test_towers_of_different_types() -> None:
         assert one is not None
         assert one.dtype == dtype
         torch.testing.assert_close(one.double(), other, rtol=2e-2, atol=2e-2)
+    assert [len(each.launches) for each in launched.values()] == [4, 1, 1, 2]
 
 
 def test_an_empty_batch() -> None:
@@ -393,9 +411,10 @@ def test_too_many_prompts_are_refused() -> None:
         forward(*InteractionCase(1, 65, 4, 16, 16).make(device=DEVICE).values(), eps=1e-8)
 
 
-def test_tiles_do_not_change_what_is_computed() -> None:
+@pytest.mark.parametrize("channels", [False, True], ids=["scalar", "channels"])
+def test_tiles_do_not_change_what_is_computed(channels: bool) -> None:
     """Columns that no program takes, or two take, would show."""
-    inputs = InteractionCase(2, 3, 4, 80, 50, channel_gates=True).make(device=DEVICE)
+    inputs = InteractionCase(2, 3, 4, 80, 50, channel_gates=channels).make(device=DEVICE)
     wanted = (*forward(*inputs.values(), eps=1e-8), *gradients(inputs))
     small = {"BLOCK_S": 16, "BLOCK_D": 16, "TEXT_PARTS": 3, "VISION_PARTS": 2, "STAGES": 2, "num_warps": 4}
     product = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
