@@ -1,5 +1,8 @@
 """The Triton kernels of the prompt interaction: in the interpreter without a GPU, in bfloat16 on one."""
 
+# pyright: basic, reportArgumentType=false, reportMissingImports=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false, reportOptionalIterable=false, reportOptionalOperand=false
+
 from __future__ import annotations
 
 import itertools
