@@ -63,6 +63,18 @@ def launch(device):
     scale_kernel[(4,)](x[:, 1:], y, 17, 0.5, BLOCK=64, num_warps=2)
 
 
+def launch_kept():
+    x = torch.empty(64, 64, device="cuda", dtype=torch.bfloat16)
+    kept = scale_kernel[(4,)](x, x, 16, 0.5, BLOCK=64, num_warps=2)
+    kept.run(4, 1, 1, 0, None, None, None, None, None, x, x[1:], 17, 0.5, 64)
+    try:
+        kept.run(4, 1, 1, 0, None, None, None, None, None, x[:, 1:], x, 17, 0.5, 64)
+    except AssertionError as error:
+        assert "launched again for arguments that it was not compiled for" in str(error)
+    else:
+        raise SystemExit("a kernel for aligned pointers was launched with another, and nobody saw it")
+
+
 if __name__ == "__main__":
     target = TARGETS[sys.argv[1]]
     with recorded_launches(target) as builds:
@@ -72,6 +84,7 @@ if __name__ == "__main__":
         greedy_kernel[(1,)](*pair, BLOCK=target.warp_size << 8, num_warps=1)
         tensors = [torch.empty(1 << 20, device="cuda", dtype=torch.float16) for _ in range(3)]
         wide_kernel[(1,)](*tensors, 1 << 10, M=128, K=256, num_warps=8, num_stages=4)
+        launch_kept()
     builds.append(compile_kernel("toys:scale_kernel", {"x": "*fp32", "y": "*fp32", "count": "i32", "factor": "fp32"},
                                  {"BLOCK": 128}, target, aligned=("x",), warps=1))
     print(json.dumps([asdict(build) for build in builds]))
@@ -114,8 +127,13 @@ def test_a_spill_and_too_much_shared_memory_are_problems(toys: list[Build]) -> N
     assert any("bytes of shared memory; a block has" in each for each in wide.problems)
 
 
+def test_a_kernel_that_is_kept_and_launched_again_is_seen(toys: list[Build]) -> None:
+    once, again = toys[6:8]
+    assert once.signature == again.signature == {"x": "*bf16:16", "y": "*bf16:16", "count": "i32", "factor": "fp32"}
+
+
 def test_a_kernel_named_by_hand(toys: list[Build]) -> None:
-    build = toys[6]
+    build = toys[8]
     assert (build.kernel, build.warps, build.constants) == ("scale_kernel", 1, {"BLOCK": 128})
     assert build.signature == {"x": "*fp32:16", "y": "*fp32", "count": "i32", "factor": "fp32"}
 

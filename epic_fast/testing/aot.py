@@ -85,7 +85,8 @@ class Build:
         kernel, module: its name and where it stands.
         target, triton: for which card and by which release.
         registers: a thread's (on AMD: vector registers).
-        spill_bytes: stored to and loaded from local memory because registers ran out (AMD: 4 a spilled register).
+        spill_bytes: stored to and loaded from local memory because registers ran out (AMD: 4 a spilled register, if any
+            went to memory).
         stack_bytes: local memory of a thread, spills included.
         shared: bytes of shared memory of a block.
         warps, stages: as launched.
@@ -187,6 +188,7 @@ def recorded_launches(target: Target) -> Iterator[list[Build]]:
     One process may pretend to have one card only: launchers remember what they asked it.
     """
     from triton import knobs
+    from triton.compiler import CompiledKernel
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
@@ -202,6 +204,26 @@ def recorded_launches(target: Target) -> Iterator[list[Build]]:
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
         builds.append(describe(compiled, target, time.perf_counter() - start))
         return compiled
+
+    def again(compiled: Any) -> Callable[..., None]:
+        """In place of launching a compiled kernel that somebody kept."""
+
+        def launch(*launched: Any) -> None:
+            arguments = launched[-len(compiled.src.fn.arg_names) :]
+            options = {
+                name: value
+                for name in ("num_warps", "num_stages", "num_ctas", "maxnreg")
+                if (value := getattr(compiled.metadata, name, None)) is not None
+            }
+            fresh = run(compiled.src.fn, *arguments, grid=(1,), warmup=True, **options)
+            if fresh is None or fresh.hash != compiled.hash:
+                raise AssertionError(
+                    f"{compiled.name} is launched again for arguments that it was not compiled for:\n"
+                    f"  kept: {_specialisation(compiled)}\n  needed: {fresh and _specialisation(fresh)}"
+                )
+            builds.append(describe(compiled, target))
+
+        return launch
 
     major, minor = target.capability
     properties = SimpleNamespace(
@@ -237,6 +259,7 @@ def recorded_launches(target: Target) -> Iterator[list[Build]]:
             )
         )
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
+        stack.enter_context(mock.patch.object(CompiledKernel, "run", property(again)))
         stack.enter_context(mock.patch.object(driver, "_active", _Driver(target)))
         stack.enter_context(_OnCard())
         yield builds
@@ -273,6 +296,10 @@ def describe(compiled: Any, target: Target, seconds: float = 0.0) -> Build:
     )
 
 
+def _specialisation(compiled: Any) -> str:
+    return f"{compiled.src.signature} {compiled.src.attrs} {compiled.src.constants}"
+
+
 def _readable(value: Any) -> Any:
     return value if isinstance(value, int | float | str | None) else str(value)
 
@@ -305,8 +332,10 @@ def _read_amd(compiled: Any, target: Target) -> tuple[int, int, int]:
     said = {
         name: int(number) for name, number in re.findall(r"\.(\w+):\s+(\d+)$", compiled.asm["amdgcn"], re.MULTILINE)
     }
-    spilled = 4 * (said["vgpr_spill_count"] + said["sgpr_spill_count"])
-    return said["vgpr_count"], spilled, said["private_segment_fixed_size"]
+    stack = said["private_segment_fixed_size"]
+    # Without memory of its own a thread's spills went into other registers: scalars into lanes, vectors into AGPRs.
+    spilled = 4 * (said["vgpr_spill_count"] + said["sgpr_spill_count"]) if stack else 0
+    return said["vgpr_count"], spilled, stack
 
 
 def _output(*command: str) -> str:
