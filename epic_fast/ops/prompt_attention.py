@@ -31,12 +31,9 @@ _FLAGS = "bool prefix, bool causal, float scale"
 
 @functools.cache
 def _launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
-    from epic_fast.kernels.prompt_attention import (  # pyright: ignore[reportMissingImports]
-        triton_backward,
-        triton_forward,
-    )
+    from epic_fast.kernels.prompt_attention import launchers  # pyright: ignore[reportMissingImports]
 
-    return triton_forward.prompt_attention_forward, triton_backward.prompt_attention_backward
+    return launchers.prompt_attention_forward, launchers.prompt_attention_backward
 
 
 def _rows_like(tensor: Tensor, batch: int | None = None) -> Tensor:

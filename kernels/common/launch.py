@@ -1,8 +1,9 @@
 """Launching a kernel again without asking Triton once more what its arguments are.
 
-``kernel[grid](...)`` looks at every argument of every call: its type, its alignment, whether it is 1.  With sixty
-arguments that takes longer than a small kernel runs.  A launcher that already knows all of it from a handful of facts
-keeps the compiled kernel under those facts and hands the arguments straight to it.
+``kernel[grid](...)`` looks at every argument of every call: its type, its alignment, whether it is 1; and for every
+tensor it asks the driver whether the GPU can reach it.  With sixty arguments that takes longer than a small kernel.
+A launcher that already knows all of it from a handful of facts keeps the compiled kernel under those facts and hands
+the arguments straight to it, tensors as addresses.
 """
 
 # pyright: basic
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 
@@ -44,8 +46,13 @@ def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict
         return
     stream = triton.runtime.driver.active.get_current_stream(device)  # pyright: ignore[reportAttributeAccessIssue]
     compiled.run(
-        programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments
+        programs, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *addresses(arguments)
     )  # fmt: skip
+
+
+def addresses(arguments: tuple[Any, ...]) -> list[Any]:
+    """The arguments with the address of each tensor in its place."""
+    return [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
 
 
 def _is_watched() -> bool:
