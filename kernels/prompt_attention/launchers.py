@@ -105,7 +105,7 @@ def prompt_attention_backward(
         and query.shape[3] == 64
         and rows in BACKWARD_ROWS
         and tokens + prompts in BACKWARD_ROWS
-        # With few gradients wanted the portable kernels, which visit only those rows and keys, are as good.
+        # Measured with all gradients wanted; where prompts alone want them, the portable kernels visit only those rows.
         and all(needs[:3])
         and not hopper[1].limits(
             grad_output, grad_prompt_output, *inputs, output, prompt_output, scale=scale, grads=grads
