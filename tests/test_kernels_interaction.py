@@ -15,7 +15,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from epic_fast.kernels.common import launch as launch_module
 from epic_fast.kernels.prompt_interaction import reference, triton_backward, triton_forward
+from epic_fast.kernels.prompt_interaction.tiles import GradientTile, MixTile, ProductTile
 from epic_fast.testing.cases import INTERACTION_MEASURED, InteractionCase
 from epic_fast.testing.numerics import assert_bits_equal, budget, check_operation, poisoned_empty
 
@@ -117,35 +119,34 @@ def test_every_pattern_of_needs_gives_the_same_bits(case: InteractionCase) -> No
 
 
 def test_nothing_needed_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_backward, "mix_backward_kernel", None)
+    monkeypatch.setattr(triton_backward, "launch", None)
     assert gradients(SMALL.make(device=DEVICE), (False,) * 9) == (None,) * 9
 
 
 class Recorder:
-    """Stands in for a kernel: notes the grid and the flags of each launch, then launches."""
+    """The launches of one kernel: how many programs, and the value of every parameter."""
 
-    def __init__(self, kernel: Any) -> None:
-        self.kernel, self.launches = kernel, []
-
-    def __getitem__(self, grid: tuple[int]) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            self.launches.append((grid[0], kwargs))
-            self.kernel[grid](*args, **kwargs)
-
-        return launch
+    def __init__(self) -> None:
+        self.launches: list[tuple[int, dict[str, Any]]] = []
 
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
-    places = {
-        "project_kernel": triton_forward,
-        "mix_kernel": triton_forward,
-        "mix_backward_kernel": triton_backward,
-        "gradients_kernel": triton_backward,
+    kernels = {
+        "project_kernel": triton_forward.project_kernel,
+        "mix_kernel": triton_forward.mix_kernel,
+        "mix_backward_kernel": triton_backward.mix_backward_kernel,
+        "gradients_kernel": triton_backward.gradients_kernel,
     }
-    recorders = {name: Recorder(getattr(module, name)) for name, module in places.items()}
-    for name, module in places.items():
-        monkeypatch.setattr(module, name, recorders[name])
+    recorders = {name: Recorder() for name in kernels}
+
+    def record(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, int], facts: Any) -> None:
+        (name,) = (name for name, each in kernels.items() if each is kernel)
+        recorders[name].launches.append((programs, dict(zip(kernel.arg_names, arguments, strict=True))))
+        launch_module.launch(kernel, programs, arguments, options, facts)
+
+    for module in (triton_forward, triton_backward):
+        monkeypatch.setattr(module, "launch", record)
     return recorders
 
 
@@ -419,12 +420,14 @@ def test_tiles_do_not_change_what_is_computed(channels: bool) -> None:
     """Columns that no program takes, or two take, would show."""
     inputs = InteractionCase(2, 3, 4, 80, 50, channel_gates=channels).make(device=DEVICE)
     wanted = (*forward(*inputs.values(), eps=1e-8), *gradients(inputs))
-    small = {"BLOCK_S": 16, "BLOCK_D": 16, "TEXT_PARTS": 3, "VISION_PARTS": 2, "STAGES": 2, "num_warps": 4}
-    product = {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 16, "num_warps": 4, "num_stages": 2}
-    sums = {"WEIGHT_M": 32, "WEIGHT_N": 16, "WEIGHT_R": 16, "BLOCK_R": 16, "BLOCK_C": 16}
+    small = MixTile(similarity=16, columns=16, text_parts=3, vision_parts=2, warps=4, stages=2)
+    product = ProductTile(rows=16, columns=32, depth=16, warps=4, stages=2)
+    sums = GradientTile(
+        16, 32, 16, 4, 2, weight_rows=32, weight_columns=16, weight_depth=16, sum_rows=16, sum_columns=16
+    )
     found = (
-        *forward(*inputs.values(), eps=1e-8, project_tiles=product, tiles=small),
-        *gradients(inputs, project_tiles=product, mix_tiles=small, tiles={**product, **sums}),
+        *forward(*inputs.values(), eps=1e-8, project_tile=product, tile=small),
+        *gradients(inputs, project_tile=product, mix_tile=small, tile=sums),
     )
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)

@@ -13,17 +13,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from epic_fast.kernels.common.launch import launch
+from epic_fast.kernels.prompt_interaction.tiles import (
+    GradientTile,
+    MixTile,
+    ProductTile,
+    gradient_tile,
+    mix_backward_tile,
+    shared_memory,
+)
 from epic_fast.kernels.prompt_interaction.triton_forward import (
     SCALARS,
     SIZES,
     alignment,
+    facts_of,
     load_gate,
     load_rows,
     on_device_of,
     precision,
     product,
     project_prompts,
-    projection_tiles,
     prompt_block,
     same_types,
     scores,
@@ -463,32 +472,6 @@ def gradients_kernel(
             sum_all(partials, grad_temperature, batch, BLOCK_R)
 
 
-def mix_backward_tiles(dtype: torch.dtype, text: int, vision: int, block_t: int, block_v: int) -> dict[str, int]:
-    """Tiles of the fused kernel for widths and prompt blocks; the parts split a sample's columns over programs."""
-    rows = max(block_t, block_v)
-    block_s, block_d = {16: (64, 128), 32: (64, 128), 64: (32, 32)}[rows]
-    if dtype == torch.float32:
-        block_s, block_d = {16: (32, 64), 32: (16, 32), 64: (16, 32)}[rows]
-    columns = 512 if rows == 16 else 1024
-    return {
-        "BLOCK_S": block_s,
-        "BLOCK_D": block_d,
-        "TEXT_PARTS": -(-text // columns),
-        "VISION_PARTS": -(-vision // columns),
-        "STAGES": 3 if rows < 64 else 1,
-        "num_warps": 8 if rows == 64 or (rows == 32 and dtype == torch.float32) else 4,
-        "num_stages": 3 if rows < 64 else 1,
-    }
-
-
-def gradient_tiles(dtype: torch.dtype) -> dict[str, int]:
-    """Tiles of the products with weights and of the sums over rows."""
-    tiles = projection_tiles(dtype)
-    block_m, block_n, block_k = tiles["BLOCK_M"], tiles["BLOCK_N"], tiles["BLOCK_K"]
-    weight = {"WEIGHT_M": block_m, "WEIGHT_N": block_n, "WEIGHT_R": block_k}
-    return {**tiles, **weight, "BLOCK_R": 128, "BLOCK_C": 32, "num_stages": 3}
-
-
 def prompt_interaction_backward(
     grad_next_text: Tensor | None,
     grad_next_vision: Tensor | None,
@@ -505,9 +488,9 @@ def prompt_interaction_backward(
     eps: float,
     needs: tuple[bool, ...],
     projections: tuple[Tensor, Tensor] | None = None,
-    project_tiles: dict[str, int] | None = None,
-    mix_tiles: dict[str, int] | None = None,
-    tiles: dict[str, int] | None = None,
+    project_tile: ProductTile | None = None,
+    mix_tile: MixTile | None = None,
+    tile: GradientTile | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the nine inputs, in their order; None, neither computed nor allocated, where not needed.
 
@@ -515,7 +498,7 @@ def prompt_interaction_backward(
         grad_next_text, grad_next_vision: in the shapes of the prompts; None is zero.
         needs: nine booleans, in the order of the inputs.
         projections: ``(vision_in_text, text_in_vision)`` from the forward pass; computed again if None.
-        project_tiles, mix_tiles, tiles: tile sizes other than the tables'.
+        project_tile, mix_tile, tile: tile sizes other than the tables'.
     """
     need_text, need_vision, *need_weights, need_text_gate, need_vision_gate, need_temperature = needs
     need_text_weight, need_text_bias, need_vision_weight, need_vision_bias = need_weights
@@ -555,66 +538,67 @@ def prompt_interaction_backward(
                 text_to_vision_bias,
                 vision_to_text_weight,
                 vision_to_text_bias,
-                tiles=project_tiles,
+                tile=project_tile,
             )
         vision_in_text, text_in_vision = projections
         grad_vision_in_text = torch.empty_like(vision_in_text) if need_vision_in_text else vision_in_text
         grad_text_in_vision = torch.empty_like(text_in_vision) if need_text_in_vision else text_in_vision
 
-        if mix_tiles is None:
-            widest = torch.promote_types(text_prompt.dtype, vision_in_text.dtype)
-            widest = torch.promote_types(torch.promote_types(vision_prompt.dtype, text_in_vision.dtype), widest)
-            mix_tiles = mix_backward_tiles(widest, text_width, vision_width, block_t, block_v)
-        mix_tiles = dict(mix_tiles)
+        shared = shared_memory(text_prompt.device)
+        types = (text_prompt.dtype, vision_prompt.dtype, vision_in_text.dtype, text_in_vision.dtype)
+        if mix_tile is None:
+            widest = 4 if torch.float32 in types or len(set(types)) > 1 else 2
+            mix_tile = mix_backward_tile(widest, text_width, vision_width, max(block_t, block_v), text_channels, shared)
+        text_parts, vision_parts = mix_tile.text_parts, mix_tile.vision_parts
         if not (need_text or need_vision_in_text or need_text_gate):
-            mix_tiles["TEXT_PARTS"] = 1 if need_temperature else 0
+            text_parts = 1 if need_temperature else 0
         if not (need_text_in_vision or need_vision_gate):
-            mix_tiles["VISION_PARTS"] = 0
-        text_sums = (text_width if text_channels else mix_tiles["TEXT_PARTS"]) if need_text_gate else 0
-        vision_sums = (vision_width if vision_channels else mix_tiles["VISION_PARTS"]) if need_vision_gate else 0
+            vision_parts = 0
+        text_sums = (text_width if text_channels else text_parts) if need_text_gate else 0
+        vision_sums = (vision_width if vision_channels else vision_parts) if need_vision_gate else 0
         sums = text_sums + vision_sums + need_temperature
-        partials = torch.empty(batch * sums, dtype=torch.float32, device=text_prompt.device) if sums else temperature
+        # What is not needed still stands in the kernels' arguments, as any tensor that is there and aligned.
+        partials = vision_in_text
+        if sums:
+            partials = torch.empty((batch * sums,), dtype=torch.float32, device=text_prompt.device)
         strides = (*text_prompt.stride()[:2], *grad_next_text.stride()[:2], *grad_next_vision.stride()[:2])
-        mix_backward_kernel[(batch * (mix_tiles["TEXT_PARTS"] + mix_tiles["VISION_PARTS"]),)](
-            grad_next_text,
-            grad_next_vision,
-            text_prompt,
-            vision_in_text,
-            text_in_vision,
-            text_gate,
-            vision_gate,
-            temperature,
-            grad_text if need_text else text_prompt,
-            grad_vision_in_text,
-            grad_text_in_vision,
-            partials,
-            eps,
-            batch,
-            text_prompts,
-            vision_prompts,
-            *strides,
-            D_TEXT=text_width,
-            D_VISION=vision_width,
-            TEXT_CHANNELS=text_channels,
-            VISION_CHANNELS=vision_channels,
-            NEED_TEXT=need_text,
-            NEED_VISION_IN_TEXT=need_vision_in_text,
-            NEED_TEXT_IN_VISION=need_text_in_vision,
-            NEED_TEXT_GATE=need_text_gate,
-            NEED_VISION_GATE=need_vision_gate,
-            NEED_TEMPERATURE=need_temperature,
-            TEXT_SUMS=text_sums,
-            VISION_SUMS=vision_sums,
-            ALIGNMENT=alignment(*strides),
-            BLOCK_T=block_t,
-            BLOCK_V=block_v,
-            PRECISION=precision(text_prompt, grad_next_text, grad_next_vision, *projections),
-            **mix_tiles,
+        constants = (
+            text_width,
+            vision_width,
+            text_channels,
+            vision_channels,
+            need_text,
+            need_vision_in_text,
+            need_text_in_vision,
+            need_text_gate,
+            need_vision_gate,
+            need_temperature,
+            text_sums,
+            vision_sums,
+            alignment(*strides),
+            block_t,
+            block_v,
+            mix_tile.similarity,
+            mix_tile.columns,
+            text_parts,
+            vision_parts,
+            mix_tile.stages,
+            precision(*types, grad_next_text.dtype, grad_next_vision.dtype),
+        )
+        sources = (grad_next_text, grad_next_vision, text_prompt, vision_in_text, text_in_vision)
+        scalars = (text_gate, vision_gate, temperature)
+        results = (grad_text if need_text else text_prompt, grad_vision_in_text, grad_text_in_vision, partials)
+        integers = (batch, text_prompts, vision_prompts, *strides)
+        launch(
+            mix_backward_kernel,
+            batch * (text_parts + vision_parts),
+            (*sources, *scalars, *results, float(eps), *integers, *constants),
+            mix_tile.options,
+            facts_of((*sources, *results), scalars, integers, (constants, mix_tile.warps, mix_tile.stages)),
         )
 
-        if tiles is None:
-            tiles = gradient_tiles(torch.promote_types(vision_in_text.dtype, text_in_vision.dtype))
-        # What is not needed still stands in the kernel's arguments, as any tensor of the right type.
+        if tile is None:
+            tile = gradient_tile(torch.promote_types(vision_in_text.dtype, text_in_vision.dtype), shared)
         text_side = (
             grad_text_in_vision,
             text_to_vision_weight,
@@ -649,7 +633,7 @@ def prompt_interaction_backward(
                 (text_sums, vision_sums),
                 last,
                 batch,
-                tiles,
+                tile,
             )
         else:
             none = (False,) * 4
@@ -663,7 +647,7 @@ def prompt_interaction_backward(
                 (text_sums, vision_sums),
                 last,
                 batch,
-                tiles,
+                tile,
             )
             _gradients(
                 vision_side,
@@ -675,7 +659,7 @@ def prompt_interaction_backward(
                 (text_sums, vision_sums),
                 last,
                 batch,
-                tiles,
+                tile,
             )
     return grads
 
@@ -690,7 +674,7 @@ def _gradients(
     gate_sums: tuple[int, int],
     grad_temperature: Tensor,
     batch: int,
-    tiles: dict[str, int],
+    tile: GradientTile,
 ) -> None:
     """Launches what is needed of the products and sums of both sides, if anything is."""
     (_, prompts_0, k_0), (_, prompts_1, k_1) = zero[0].shape, one[0].shape
@@ -703,46 +687,51 @@ def _gradients(
         (needs_1, rows_1, k_1, n_1, channels_1),
     ):
         if needs[0]:
-            programs += -(-rows // tiles["BLOCK_M"]) * -(-n // tiles["BLOCK_N"])
+            programs += -(-rows // tile.rows) * -(-n // tile.columns)
         if needs[1]:
-            programs += -(-k // tiles["WEIGHT_M"]) * -(-n // tiles["WEIGHT_N"])
+            programs += -(-k // tile.weight_rows) * -(-n // tile.weight_columns)
         if needs[2]:
-            programs += -(-k // tiles["BLOCK_C"])
+            programs += -(-k // tile.sum_columns)
         if needs[3]:
-            programs += -(-n // tiles["BLOCK_C"]) if channels else 1
+            programs += -(-n // tile.sum_columns) if channels else 1
     if not programs:
         return
     strides = (*zero[2].stride()[:2], *one[2].stride()[:2], *zero[3].stride()[:2], *one[3].stride()[:2])
     pairs = [each for pair in zip(zero, one, strict=True) for each in pair]
-    gradients_kernel[(programs,)](
-        *pairs[:8],
-        partials,
-        *pairs[8:],
-        grad_temperature,
-        batch,
-        rows_0,
-        rows_1,
-        prompts_0,
-        prompts_1,
-        *strides,
-        K_0=k_0,
-        N_0=n_0,
-        K_1=k_1,
-        N_1=n_1,
-        NEED_PROMPT_0=needs_0[0],
-        NEED_PROMPT_1=needs_1[0],
-        NEED_WEIGHT_0=needs_0[1],
-        NEED_WEIGHT_1=needs_1[1],
-        NEED_BIAS_0=needs_0[2],
-        NEED_BIAS_1=needs_1[2],
-        NEED_GATE_0=needs_0[3],
-        NEED_GATE_1=needs_1[3],
-        NEED_TEMPERATURE=need_temperature,
-        CHANNELS_0=channels_0,
-        CHANNELS_1=channels_1,
-        GATE_SUMS_0=gate_sums[0],
-        GATE_SUMS_1=gate_sums[1],
-        ALIGNMENT=alignment(*strides),
-        PRECISION=precision(zero[1], one[1]),
-        **tiles,
+    constants = (
+        k_0,
+        n_0,
+        k_1,
+        n_1,
+        needs_0[0],
+        needs_1[0],
+        needs_0[1],
+        needs_1[1],
+        needs_0[2],
+        needs_1[2],
+        needs_0[3],
+        needs_1[3],
+        need_temperature,
+        channels_0,
+        channels_1,
+        *gate_sums,
+        alignment(*strides),
+        tile.rows,
+        tile.columns,
+        tile.depth,
+        tile.weight_rows,
+        tile.weight_columns,
+        tile.weight_depth,
+        tile.sum_rows,
+        tile.sum_columns,
+        precision(zero[1].dtype),
+    )
+    tensors, scalars = (*pairs[:8], partials, *pairs[8:14]), (*pairs[14:], grad_temperature)
+    integers = (batch, rows_0, rows_1, prompts_0, prompts_1, *strides)
+    launch(
+        gradients_kernel,
+        programs,
+        (*tensors, *scalars, *integers, *constants),
+        tile.options,
+        facts_of(tensors, scalars, integers, (constants, tile.warps, tile.stages)),
     )

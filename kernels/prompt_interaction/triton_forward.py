@@ -7,12 +7,18 @@ README.md beside this file has the derivation, the floors and what was tried.
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from epic_fast.kernels.common.launch import launch
+from epic_fast.kernels.prompt_interaction.tiles import MixTile, ProductTile, mix_tile, projection_tile, shared_memory
 
 MAX_PROMPTS = 64
 
@@ -308,9 +314,9 @@ def unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def precision(*tensors: Tensor) -> str:
+def precision(*dtypes: torch.dtype) -> str:
     """How float32 is multiplied: as PyTorch's own setting for matrix products says."""
-    if torch.backends.cuda.matmul.fp32_precision == "tf32" and any(each.dtype == torch.float32 for each in tensors):
+    if torch.float32 in dtypes and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
 
@@ -323,6 +329,7 @@ def alignment(*strides: int) -> int:
     return 1 if together % 16 else 16
 
 
+@functools.cache
 def prompt_block(prompts: int) -> int:
     """Rows of a tile that holds all prompts of one side; 16 is the least that a product of tiles takes."""
     if prompts > MAX_PROMPTS:
@@ -330,29 +337,28 @@ def prompt_block(prompts: int) -> int:
     return max(16, triton.next_power_of_2(prompts))
 
 
-def projection_tiles(dtype: torch.dtype) -> dict[str, int]:
-    """Tiles of the products with a weight.  Never by the batch: a row's bits must not depend on its company."""
-    if dtype == torch.float32:
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
+def facts_of(
+    tensors: Sequence[Tensor], scalars: Sequence[Tensor], integers: Sequence[int], constants: Hashable
+) -> Hashable:
+    """What :func:`epic_fast.kernels.common.launch.launch` keeps a compiled kernel under; None where Triton is to look
+    for itself, which is where an address is odd or an integer large.
 
-
-def mix_tiles(dtype: torch.dtype, text: int, vision: int, block_t: int, block_v: int) -> dict[str, int]:
-    """Tiles of the fused kernel for widths and prompt blocks; the parts split a sample's columns over programs."""
-    rows = max(block_t, block_v)
-    block_s, block_d = {16: (128, 256), 32: (128, 128), 64: (64, 64)}[rows]
-    if dtype == torch.float32:
-        block_s, block_d = {16: (64, 64), 32: (32, 32), 64: (16, 32)}[rows]
-    columns = 512 if rows == 16 else 1024
-    return {
-        "BLOCK_S": block_s,
-        "BLOCK_D": block_d,
-        "TEXT_PARTS": -(-text // columns),
-        "VISION_PARTS": -(-vision // columns),
-        "STAGES": 3 if rows < 64 else 2,
-        "num_warps": 4 if rows < 64 else 8,
-        "num_stages": 3 if rows < 64 else 2,
-    }
+    Args:
+        tensors: the pointers whose alignment a kernel is compiled for.
+        scalars: those whose alignment it is not.
+        integers: all that are no constexpr; none of them is specialised but by its width.
+        constants: every constexpr and option.
+    """
+    addresses = 0
+    types = []
+    for tensor in tensors:
+        addresses |= tensor.data_ptr()
+        types.append(tensor.dtype)
+    if addresses % 16 or max(integers) >= 2**31:
+        return None
+    for tensor in scalars:
+        types.append(tensor.dtype)
+    return tuple(types), constants
 
 
 def project_prompts(
@@ -363,7 +369,7 @@ def project_prompts(
     vision_to_text_weight: Tensor,
     vision_to_text_bias: Tensor,
     *,
-    tiles: dict[str, int] | None = None,
+    tile: ProductTile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``vision_in_text`` (B, P_v, D_t) and ``text_in_vision`` (B, P_t, D_v), each in its weight's type.
 
@@ -372,62 +378,60 @@ def project_prompts(
     batch, text_prompts, text_width = text_prompt.shape
     _, vision_prompts, vision_width = vision_prompt.shape
     device = text_prompt.device
-    wide = vision_to_text_weight.dtype
-    vision_in_text = torch.empty((batch, vision_prompts, text_width), dtype=wide, device=device)
-    wide = text_to_vision_weight.dtype
-    text_in_vision = torch.empty((batch, text_prompts, vision_width), dtype=wide, device=device)
+    text_type, vision_type = vision_to_text_weight.dtype, text_to_vision_weight.dtype
+    vision_in_text = torch.empty((batch, vision_prompts, text_width), dtype=text_type, device=device)
+    text_in_vision = torch.empty((batch, text_prompts, vision_width), dtype=vision_type, device=device)
     vision_side = (vision_prompt, vision_to_text_weight, vision_to_text_bias, vision_in_text)
     text_side = (text_prompt, text_to_vision_weight, text_to_vision_bias, text_in_vision)
     if same_types(vision_side, text_side):
-        _project(vision_side, text_side, batch, tiles)
+        _project(vision_side, text_side, tile)
     else:
-        _project(vision_side, vision_side, batch, tiles, once=True)
-        _project(text_side, text_side, batch, tiles, once=True)
+        _project(vision_side, vision_side, tile, once=True)
+        _project(text_side, text_side, tile, once=True)
     return vision_in_text, text_in_vision
 
 
 def same_types(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
-    return all(a.dtype == b.dtype for a, b in zip(one, other, strict=True))
+    return [each.dtype for each in one] == [each.dtype for each in other]
 
 
-def _project(
-    zero: tuple[Tensor, ...], one: tuple[Tensor, ...], batch: int, tiles: dict[str, int] | None, once: bool = False
-) -> None:
-    (_, prompts_0, k_0), (_, prompts_1, k_1) = zero[0].shape, one[0].shape
-    n_0, n_1 = zero[1].shape[0], one[1].shape[0]
-    if tiles is None:
-        tiles = projection_tiles(zero[1].dtype)
+def _project(zero: tuple[Tensor, ...], one: tuple[Tensor, ...], tile: ProductTile | None, once: bool = False) -> None:
+    prompt_0, weight_0, bias_0, projected_0 = zero
+    prompt_1, weight_1, bias_1, projected_1 = one
+    batch, prompts_0, k_0 = prompt_0.shape
+    _, prompts_1, k_1 = prompt_1.shape
+    n_0, n_1 = weight_0.shape[0], weight_1.shape[0]
+    dtype = weight_0.dtype
+    if tile is None:
+        tile = projection_tile(dtype, shared_memory(prompt_0.device))
     rows_0, rows_1 = batch * prompts_0, 0 if once else batch * prompts_1
-    strides = (*zero[0].stride()[:2], *one[0].stride()[:2])
-    block_m, block_n = tiles["BLOCK_M"], tiles["BLOCK_N"]
-    programs = -(-rows_0 // block_m) * -(-n_0 // block_n) + -(-rows_1 // block_m) * -(-n_1 // block_n)
-    project_kernel[(programs,)](
-        zero[0],
-        one[0],
-        zero[1],
-        one[1],
-        zero[2],
-        one[2],
-        zero[3],
-        one[3],
-        rows_0,
-        rows_1,
-        prompts_0,
-        prompts_1,
-        *strides,
-        K_0=k_0,
-        N_0=n_0,
-        K_1=k_1,
-        N_1=n_1,
-        ALIGNMENT=alignment(*strides),
-        PRECISION=precision(zero[1]),
-        **tiles,
+    strides = (*prompt_0.stride()[:2], *prompt_1.stride()[:2])
+    constants = (
+        k_0,
+        n_0,
+        k_1,
+        n_1,
+        alignment(*strides),
+        tile.rows,
+        tile.columns,
+        tile.depth,
+        precision(dtype),
     )
+    tensors = (prompt_0, prompt_1, weight_0, weight_1, bias_0, bias_1, projected_0, projected_1)
+    integers = (rows_0, rows_1, prompts_0, prompts_1, *strides)
+    facts = facts_of(tensors, (), integers, (constants, tile.warps, tile.stages))
+    programs = -(-rows_0 // tile.rows) * -(-n_0 // tile.columns) + -(-rows_1 // tile.rows) * -(-n_1 // tile.columns)
+    launch(project_kernel, programs, (*tensors, *integers, *constants), tile.options, facts)
 
 
-def on_device_of(tensor: Tensor) -> Any:
+_HERE = contextlib.nullcontext()
+
+
+def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)
 
 
 def prompt_interaction_forward(
@@ -445,8 +449,8 @@ def prompt_interaction_forward(
     next_text: Tensor | None = None,
     next_vision: Tensor | None = None,
     save_projections: bool = False,
-    project_tiles: dict[str, int] | None = None,
-    tiles: dict[str, int] | None = None,
+    project_tile: ProductTile | None = None,
+    tile: MixTile | None = None,
 ) -> Any:
     """The next prompts, and with ``save_projections`` also what the backward pass can spare itself to recompute.
 
@@ -456,7 +460,7 @@ def prompt_interaction_forward(
     Args:
         next_text, next_vision: where to write, views with a unit last stride that overlap no input; made if None.
         save_projections: return ``(next_text, next_vision, (vision_in_text, text_in_vision))``.
-        project_tiles, tiles: tile sizes other than the table's.
+        project_tile, tile: tile sizes other than the table's.
     """
     text_prompt, vision_prompt = unit_last_stride(text_prompt), unit_last_stride(vision_prompt)
     text_gate, vision_gate = text_gate.contiguous(), vision_gate.contiguous()
@@ -480,40 +484,42 @@ def prompt_interaction_forward(
             text_to_vision_bias.contiguous(),
             vision_to_text_weight.contiguous(),
             vision_to_text_bias.contiguous(),
-            tiles=project_tiles,
+            tile=project_tile,
         )
         block_t, block_v = prompt_block(text_prompts), prompt_block(vision_prompts)
-        if tiles is None:
-            widest = torch.promote_types(text_prompt.dtype, projections[0].dtype)
-            widest = torch.promote_types(torch.promote_types(vision_prompt.dtype, projections[1].dtype), widest)
-            tiles = mix_tiles(widest, text_width, vision_width, block_t, block_v)
+        types = (text_prompt.dtype, vision_prompt.dtype, projections[0].dtype, projections[1].dtype)
+        if tile is None:
+            widest = 4 if torch.float32 in types or len(set(types)) > 1 else 2
+            tile = mix_tile(widest, text_width, vision_width, max(block_t, block_v), shared_memory(text_prompt.device))
         strides = (
             *text_prompt.stride()[:2],
             *vision_prompt.stride()[:2],
             *next_text.stride()[:2],
             *next_vision.stride()[:2],
         )
-        mix_kernel[(batch * (tiles["TEXT_PARTS"] + tiles["VISION_PARTS"]),)](
-            text_prompt,
-            vision_prompt,
-            *projections,
-            text_gate,
-            vision_gate,
-            temperature,
-            next_text,
-            next_vision,
-            eps,
-            text_prompts,
-            vision_prompts,
-            *strides,
-            D_TEXT=text_width,
-            D_VISION=vision_width,
-            TEXT_CHANNELS=text_gate.dim() == 1,
-            VISION_CHANNELS=vision_gate.dim() == 1,
-            ALIGNMENT=alignment(*strides),
-            BLOCK_T=block_t,
-            BLOCK_V=block_v,
-            PRECISION=precision(text_prompt, vision_prompt, *projections),
-            **tiles,
+        constants = (
+            text_width,
+            vision_width,
+            text_gate.dim() == 1,
+            vision_gate.dim() == 1,
+            alignment(*strides),
+            block_t,
+            block_v,
+            tile.similarity,
+            tile.columns,
+            tile.text_parts,
+            tile.vision_parts,
+            tile.stages,
+            precision(*types),
+        )
+        inputs, scalars = (text_prompt, vision_prompt, *projections), (text_gate, vision_gate, temperature)
+        integers = (text_prompts, vision_prompts, *strides)
+        facts = facts_of((*inputs, next_text, next_vision), scalars, integers, (constants, tile.warps, tile.stages))
+        launch(
+            mix_kernel,
+            batch * (tile.text_parts + tile.vision_parts),
+            (*inputs, *scalars, next_text, next_vision, float(eps), *integers, *constants),
+            tile.options,
+            facts,
         )
     return (next_text, next_vision, projections) if save_projections else (next_text, next_vision)
