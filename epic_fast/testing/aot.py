@@ -393,22 +393,22 @@ def compile_kernel(
 
 
 def launch_attention(case: AttentionCase, dtype: torch.dtype) -> None:
-    """Forward and backward launchers on tensors without memory."""
-    from epic_fast.kernels.prompt_attention.triton_backward import (  # pyright: ignore[reportMissingImports]
-        prompt_attention_backward,
-    )
-    from epic_fast.kernels.prompt_attention.triton_forward import (  # pyright: ignore[reportMissingImports]
-        prompt_attention_forward,
+    """Forward and backward on tensors without memory: the kernels that this card is given, and the portable ones."""
+    from epic_fast.kernels.prompt_attention import (  # pyright: ignore[reportMissingImports]
+        launchers,
+        triton_backward,
+        triton_forward,
     )
 
     inputs = tuple(case.make(dtype, "meta").values())
     lengths = case.options("meta")["lengths"]
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     flags = {"prefix": case.prompt_mask == "prefix", "causal": case.causal, "scale": scale}
-    output, prompt_output, lse = prompt_attention_forward(*inputs, lengths, **flags)
     needs = tuple(each is not None for each in inputs)
-    gradients = (output, prompt_output)
-    prompt_attention_backward(*gradients, *inputs, lengths, output, prompt_output, lse, **flags, needs=needs)
+    for forwards, backwards in ((launchers, launchers), (triton_forward, triton_backward)):
+        output, prompt_output, lse = forwards.prompt_attention_forward(*inputs, lengths, **flags)
+        results = (output, prompt_output, lse)
+        backwards.prompt_attention_backward(output, prompt_output, *inputs, lengths, *results, **flags, needs=needs)
 
 
 def launch_interaction(case: InteractionCase, dtype: torch.dtype) -> None:
