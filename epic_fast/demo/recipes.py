@@ -75,7 +75,9 @@ _MATCH: dict[str, Any] = {
 def recipes(task: str) -> list[Recipe]:
     """The EPICs of a task's table, without their controls; the last one is kept in the run folder."""
     if task == "classify":
-        training = TrainingConfig(epochs=4, batch_size=64, learning_rate=2e-3, head_learning_rate=2e-3, precision="fp32")
+        training = TrainingConfig(
+            epochs=4, batch_size=64, learning_rate=2e-3, head_learning_rate=2e-3, precision="fp32"
+        )
         return [Recipe("EPIC", EpicConfig(**_READS, num_layer_pairs=3, head="mlp"), training)]
     training = TrainingConfig(epochs=15, batch_size=128, head_learning_rate=1e-3, precision="fp32")
     return [
