@@ -433,6 +433,83 @@ def test_tiles_do_not_change_what_is_computed(channels: bool) -> None:
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
+def facts(
+    tensors: list[Tensor],
+    scalars: tuple[Tensor, ...] = (),
+    integers: tuple[int, ...] = (1,),
+    constants: Any = (8, True),
+) -> Any:
+    return triton_forward.facts_of(tensors, scalars, integers, constants)
+
+
+def test_what_triton_compiles_for_makes_other_facts() -> None:
+    one, gate = torch.zeros(4, 16, dtype=torch.float16), torch.zeros(())
+    known = facts([one, one], (gate,))
+    assert known is not None
+    assert facts([torch.ones(9, 48, dtype=torch.float16)] * 2, (torch.zeros(8)[1],), (7, 2**31 - 1)) == known
+    others = [
+        facts([one, one.float()], (gate,)),
+        facts([one.bfloat16(), one], (gate,)),
+        facts([one, one], (gate.half(),)),
+        facts([one, one], (gate,), constants=(16, True)),
+        facts([one, one], (gate,), constants=(8, False)),
+    ]
+    assert known not in others
+    assert len(set(others)) == len(others)
+
+
+def test_what_is_rare_is_left_to_triton() -> None:
+    one = torch.zeros(64, dtype=torch.float16)
+    assert facts([one, one[1:]]) is None
+    assert facts([one], integers=(4, 2**31)) is None
+
+
+def launched_facts(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Tensor], needs: tuple[bool, ...] = ALL) -> list:
+    found = []
+
+    def note(kernel: Any, programs: int, arguments: Any, options: dict[str, int], facts: Any) -> None:
+        found.append((kernel.fn, facts))
+
+    with monkeypatch.context() as patch:
+        for module in (triton_forward, triton_backward):
+            patch.setattr(module, "launch", note)
+        *_, projections = forward(*inputs.values(), eps=1e-8, save_projections=True)
+        gradients(inputs, needs, projections=projections)
+    return found
+
+
+def test_what_changes_a_kernel_changes_the_facts_of_its_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And sizes that change nothing do not: those of the batch and the number of prompts within a block."""
+    case = InteractionCase(2, 3, 4, 32, 48)
+    inputs = case.make(torch.float16)
+    known = launched_facts(monkeypatch, inputs)
+    assert len(known) == 4
+    assert all(facts is not None for _, facts in known)
+    assert launched_facts(monkeypatch, InteractionCase(5, 8, 7, 32, 48).make(torch.float16)) == known
+    changes = {
+        "type": launched_facts(monkeypatch, case.make(torch.float32)),
+        "width": launched_facts(monkeypatch, InteractionCase(2, 3, 4, 64, 48).make(torch.float16)),
+        "strides": launched_facts(monkeypatch, {**inputs, "text_prompt": padded(inputs["text_prompt"], 8)}),
+    }
+    for name, changed in changes.items():
+        assert all(one != other for one, other in zip(known, changed, strict=True)), name
+    blocks = launched_facts(monkeypatch, InteractionCase(2, 3, 17, 32, 48).make(torch.float16))
+    gates = launched_facts(monkeypatch, InteractionCase(2, 3, 4, 32, 48, channel_gates=True).make(torch.float16))
+    frozen = launched_facts(monkeypatch, inputs, tuple(name != "text_gate" for name in NAMES))
+    assert [one == other for one, other in zip(known, blocks, strict=True)] == [True, False, False, True]
+    assert [one == other for one, other in zip(known, gates, strict=True)] == [True, False, False, False]
+    assert [one == other for one, other in zip(known, frozen, strict=True)] == [True, True, False, False]
+    late = torch.zeros(inputs["vision_prompt"].numel() + 1, dtype=torch.float16)[1:].view_as(inputs["vision_prompt"])
+    unaligned = launched_facts(monkeypatch, {**inputs, "vision_prompt": late})
+    assert [facts is None for _, facts in unaligned] == [True, True, False, True]
+
+
+def padded(tensor: Tensor, more: int) -> Tensor:
+    """The same values in rows that lie ``more`` elements further apart."""
+    *sizes, width = tensor.shape
+    return tensor.new_zeros(*sizes, width + more)[..., :width].copy_(tensor)
+
+
 gpu = pytest.mark.gpu
 
 
@@ -532,3 +609,49 @@ def test_on_a_gpu_the_profiler_sees_no_other_kernel(needs: tuple[bool, ...], ker
     # Poisoned allocations fill their tensors: those are no kernels of ours.
     launched = [event.name for event in profile.events() if event.name.endswith("_kernel") and "at::" not in event.name]
     assert len(launched) == kernels, launched
+
+
+def calls_that_differ(
+    dtypes: tuple[torch.dtype, ...],
+) -> Iterator[tuple[InteractionCase, torch.dtype, dict[str, Tensor]]]:
+    """Each differs from the one before in what a kernel is compiled for, or in what none is."""
+    case = InteractionCase(3, 8, 8, 96, 160)
+    for dtype in dtypes:
+        yield case, dtype, {}
+    dtype = dtypes[0]
+    yield InteractionCase(5, 2, 7, 96, 160), dtype, {}
+    yield InteractionCase(3, 8, 8, 160, 96), dtype, {}
+    yield InteractionCase(2, 20, 3, 96, 160), dtype, {}
+    yield InteractionCase(3, 8, 8, 96, 160, channel_gates=True), dtype, {}
+    inputs = case.make(dtype, DEVICE)
+    yield case, dtype, {"vision_prompt": spread(inputs["vision_prompt"])}
+    yield case, dtype, {"vision_prompt": padded(inputs["vision_prompt"], 16)}
+    yield case, dtype, {"text_prompt": padded(inputs["text_prompt"], 8)}
+    weight = inputs["text_to_vision_weight"]
+    late = torch.zeros(weight.numel() + 1, dtype=dtype, device=DEVICE)[1:].view_as(weight).copy_(weight)
+    yield case, dtype, {"text_to_vision_weight": late}
+    scalars = torch.stack([inputs[name].float() for name in NAMES[6:]])
+    yield case, dtype, dict(zip(NAMES[6:], scalars.unbind(), strict=True))
+    yield case, dtype, {"temperature": inputs["temperature"].to(dtype)}
+
+
+@gpu
+def test_on_a_gpu_calls_that_differ_get_their_own_kernel() -> None:
+    """One after the other, twice: the second round takes the kernels that the first one left."""
+    launch_module._compiled.clear()
+    kept = []
+    for _ in range(2):
+        for case, dtype, changed in calls_that_differ((torch.bfloat16, torch.float16, torch.float32)):
+            check(case, dtype, {"keep": True}, **changed)
+        kept.append(len(launch_module._compiled))
+    assert kept[0] == kept[1] > 16
+
+
+@gpu
+def test_on_a_gpu_slots_that_are_not_aligned_get_their_own_kernel() -> None:
+    inputs = InteractionCase(3, 8, 8, 96, 160).make(torch.bfloat16, DEVICE)
+    wanted = forward(*inputs.values(), eps=1e-8)
+    for change in (spread, lambda each: padded(each, 16), lambda each: padded(each, 8), spread):
+        slots = [change(torch.zeros_like(each)) for each in wanted]
+        forward(*inputs.values(), eps=1e-8, next_text=slots[0], next_vision=slots[1])
+        assert_bits_equal([each.contiguous() for each in slots], wanted)
