@@ -47,7 +47,8 @@ def prompt_attention(
         prompt_mask: what prompt rows see of the tokens, ``"full"`` or ``"prefix"``.
         causal: token rows see only tokens up to themselves.
         lengths: ``(B,)`` integers, the valid tokens of each sample, 0 to N.  Rows at or past a length give
-            output 0 and gradient 0, never NaN.
+            output 0 and gradient 0, never NaN.  Best given on the device of the rest: from the CPU they are copied
+            at each call, which waits for a GPU.
         scale: factor on the scores, default ``D ** -0.5``.
         out: tensors to write ``output`` and ``prompt_output`` into, such as two views of one buffer; they are what
             is returned.  They overlap no input.  Without gradients only, as PyTorch's own ``out=``.

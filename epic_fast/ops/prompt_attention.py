@@ -238,7 +238,7 @@ class _PromptAttention(torch.autograd.Function):
         output, found, lse = FORWARD(*inputs, prefix, causal, scale, True)
         prompt_output = None if prompt_query is None else found
         ctx.save_for_backward(*inputs, output, prompt_output, lse)
-        ctx.prefix, ctx.causal, ctx.scale = prefix, causal, scale
+        ctx.flags = prefix, causal, scale
         return output, prompt_output
 
     @staticmethod
@@ -247,9 +247,7 @@ class _PromptAttention(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:6])
         if grad_output is None and grad_prompt_output is None:
             return (None,) * 10
-        gradients = BACKWARD(
-            grad_output, grad_prompt_output, *ctx.saved_tensors, ctx.prefix, ctx.causal, ctx.scale, needs
-        )
+        gradients = BACKWARD(grad_output, grad_prompt_output, *ctx.saved_tensors, *ctx.flags, needs)
         kept = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
         return (*kept, None, None, None, None)
 

@@ -145,8 +145,10 @@ def _triton(
     if out is not None:
         FORWARD_OUT(*inputs, eps, next_text=out[0], next_vision=out[1])
         return out
-    if torch.is_grad_enabled() and any(each.requires_grad for each in inputs):
-        return _PromptInteraction.apply(*inputs, eps)  # pyright: ignore[reportReturnType]
+    if torch.is_grad_enabled():
+        for each in inputs:
+            if each.requires_grad:
+                return _PromptInteraction.apply(*inputs, eps)  # pyright: ignore[reportReturnType]
     return FORWARD(*inputs, eps)
 
 
@@ -171,17 +173,18 @@ def _reference(*args: Tensor, out: tuple[Tensor, Tensor] | None = None, **kwargs
 
 
 def _limits(text_prompt: Tensor, vision_prompt: Tensor, *parameters: Tensor) -> Sequence[str]:
+    tensors = (text_prompt, vision_prompt, *parameters)
     old = library.too_old(text_prompt.get_device()) if text_prompt.is_cuda else ""
     reasons = [old] if old else []
-    for name, each in zip(NAMES, (text_prompt, vision_prompt, *parameters), strict=True):
+    for index, each in enumerate(tensors):
         if each.dtype not in KERNEL_TYPES:
-            reasons.append(f"{name} is {each.dtype}; the kernel takes float32, bfloat16 and float16")
-    for name, each in (("text_prompt", text_prompt), ("vision_prompt", vision_prompt)):
-        _, prompts, width = each.shape
+            reasons.append(f"{NAMES[index]} is {each.dtype}; the kernel takes float32, bfloat16 and float16")
+    for index in range(2):
+        _, prompts, width = tensors[index].shape
         if prompts > MOST_PROMPTS:
-            reasons.append(f"{name} has {prompts} prompts; the kernel takes up to {MOST_PROMPTS}")
+            reasons.append(f"{NAMES[index]} has {prompts} prompts; the kernel takes up to {MOST_PROMPTS}")
         if width == 0:
-            reasons.append(f"{name} has width 0")
+            reasons.append(f"{NAMES[index]} has width 0")
     return reasons
 
 
