@@ -1,9 +1,9 @@
-"""Backward of prompt-concatenated attention for Hopper, in Gluon.
+"""Backward of prompt-concatenated attention for Hopper, in Gluon, for heads that fit shared memory.
 
-Two kernels of the shape of those in ``gluon_forward.py``: dq over tiles of rows (three products: scores, dP, dq), dk
-and dv over tiles of keys (four).  What the tiles meet lies in shared memory: keys and values for dq, queries and
-gradients for dk and dv; *resident* for a whole head, or *streamed* through a ring.  Seven products instead of the five
-that one pass takes, and in return no sum over programs and several programs on a multiprocessor.
+Two kernels of the shape of the resident one in ``gluon_forward.py``: dq over tiles of rows (three products: scores, dP,
+dq), dk and dv over tiles of keys (four).  What the tiles meet lies in shared memory for the whole head: keys and values
+for dq, queries and gradients for dk and dv.  Seven products instead of the five that one pass takes, and in return no
+sum over programs and several programs on a multiprocessor.
 
 With lse to base 2, P = exp2(scale S - lse), dS = P (dP - delta), delta = sum over a row of gradient times output.
 """
@@ -13,7 +13,9 @@ With lse to base 2, P = exp2(scale S - lse), dS = P (dP - delta), delta = sum ov
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +24,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 
-from epic_fast.kernels.prompt_attention import gluon_forward
+from epic_fast.kernels.common.launch import launch
 from epic_fast.kernels.prompt_attention.gluon_forward import (
+    _ITEMSIZE,
     UNIT,
     async_load,
     await_copies,
+    call_limits,
     copy_layout,
+    layout_limits,
     load_rows,
     mma_layout,
     row_layout,
@@ -35,10 +40,11 @@ from epic_fast.kernels.prompt_attention.gluon_forward import (
     row_pointers,
     start_copy,
     tile_limits,
-    units,
     valid_tokens,
 )
-from epic_fast.kernels.prompt_attention.triton_rows import base_2, on_device
+from epic_fast.kernels.prompt_attention.triton_rows import base_2, facts_of, layout_of, on_device
+
+MOST_KEYS = 288  # prompts and tokens of a head whose queries and gradients, or keys and values, fit shared memory
 
 
 @gluon.jit
@@ -241,7 +247,7 @@ NUMBERS = [
 
 
 @gluon.jit(do_not_specialize=[*QUERY_STRIDES, *NUMBERS])
-def _resident_query_kernel(
+def _query_kernel(
     query,  # (B, H, N, D), as are key, value, grad_output, output
     key,
     value,
@@ -486,207 +492,8 @@ def _resident_query_kernel(
         )
 
 
-@gluon.jit(do_not_specialize=[*QUERY_STRIDES, *NUMBERS])
-def _streamed_query_kernel(
-    query,  # (B, H, N, D), as are key, value, grad_output, output
-    key,
-    value,
-    prompt_query,  # (B or 1, H, P, D), as are the other prompts
-    prompt_key,
-    prompt_value,
-    grad_output,
-    grad_prompt_output,
-    output,
-    prompt_output,
-    lse,  # (B, H, R), as is delta
-    delta,
-    d_query,  # (B, H, N, D) or, of prompts, (B, H, P, D)
-    d_prompt_query,
-    lengths,  # (B,)
-    query_batch,  # strides of the dimensions batch, head, row, in units of 8 elements
-    query_head,
-    query_row,
-    key_batch,
-    key_head,
-    key_row,
-    value_batch,
-    value_head,
-    value_row,
-    prompt_query_batch,
-    prompt_query_head,
-    prompt_query_row,
-    prompt_key_batch,
-    prompt_key_head,
-    prompt_key_row,
-    prompt_value_batch,
-    prompt_value_head,
-    prompt_value_row,
-    grad_output_batch,
-    grad_output_head,
-    grad_output_row,
-    grad_prompt_output_batch,
-    grad_prompt_output_head,
-    grad_prompt_output_row,
-    output_batch,
-    output_head,
-    output_row,
-    prompt_output_batch,
-    prompt_output_head,
-    prompt_output_row,
-    d_query_batch,
-    d_query_head,
-    d_query_row,
-    d_prompt_query_batch,
-    d_prompt_query_head,
-    d_prompt_query_row,
-    heads,
-    tokens,
-    prompts,
-    prompt_rows,
-    first,  # this program's tiles cover first..stop
-    stop,
-    first_grad,  # rows first_grad..stop_grad have a gradient
-    stop_grad,
-    scale,  # log2(e) included
-    raw_scale,
-    D: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr,  # a tile's last product runs on beside the next one's first
-    PREFIX: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    HAS_LENGTHS: gl.constexpr,
-    TOKENS: gl.constexpr,  # which gradients are wanted
-    PROMPTS: gl.constexpr,
-    SAVE_DELTA: gl.constexpr,
-):
-    """dq, delta.  One program: one tile of rows of one head.  Grid: (row tiles * B * H,)."""
-    WARPS: gl.constexpr = gl.num_warps()
-    DTYPE: gl.constexpr = key.dtype.element_ty
-    VARIED: gl.constexpr = PREFIX or CAUSAL or HAS_LENGTHS
-    ROWS: gl.constexpr = row_layout(BLOCK_M, D, WARPS)
-    COPY: gl.constexpr = copy_layout(D, WARPS)
-    SCORES: gl.constexpr = mma_layout(BLOCK_N, WARPS)
-    OUTPUT: gl.constexpr = mma_layout(D, WARPS)
-    INPUT: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
-    SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], DTYPE)
-    ROW: gl.constexpr = gl.SliceLayout(1, OUTPUT)
-
-    tiles = gl.cdiv(stop - first, BLOCK_M)
-    program = gl.program_id(0) // tiles
-    first += (gl.program_id(0) % tiles) * BLOCK_M
-    sample = (program // heads).to(gl.int64)
-    head = (program % heads).to(gl.int64)
-    length = valid_tokens(lengths, sample, tokens, HAS_LENGTHS)
-    stop_key = prompts + length
-    live = prompt_rows + length
-    rows = prompt_rows + tokens
-    live_grad = gl.minimum(live, stop_grad)
-    query += (sample * query_batch + head * query_head) * UNIT
-    key += (sample * key_batch + head * key_head) * UNIT
-    value += (sample * value_batch + head * value_head) * UNIT
-    prompt_query += (sample * prompt_query_batch + head * prompt_query_head) * UNIT
-    prompt_key += (sample * prompt_key_batch + head * prompt_key_head) * UNIT
-    prompt_value += (sample * prompt_value_batch + head * prompt_value_head) * UNIT
-    grad_output += (sample * grad_output_batch + head * grad_output_head) * UNIT
-    grad_prompt_output += (sample * grad_prompt_output_batch + head * grad_prompt_output_head) * UNIT
-    output += (sample * output_batch + head * output_head) * UNIT
-    prompt_output += (sample * prompt_output_batch + head * prompt_output_head) * UNIT
-    d_query += (sample * d_query_batch + head * d_query_head) * UNIT
-    d_prompt_query += (sample * d_prompt_query_batch + head * d_prompt_query_head) * UNIT
-    lse += program.to(gl.int64) * rows
-    delta += program.to(gl.int64) * rows
-    raw_query = load_rows(query, prompt_query, query_row, prompt_query_row, first, prompt_rows, live, BLOCK_M, D, ROWS)
-    raw_grad = load_grad_rows(
-        grad_output,
-        grad_prompt_output,
-        grad_output_row,
-        grad_prompt_output_row,
-        first,
-        prompt_rows,
-        first_grad,
-        live_grad,
-        BLOCK_M,
-        D,
-        ROWS,
-    )
-    raw_output = load_rows(
-        output, prompt_output, output_row, prompt_output_row, first, prompt_rows, live, BLOCK_M, D, ROWS
-    )
-    keys = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], SHARED)
-    values = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], SHARED)
-    for j in gl.static_range(STAGES - 1):
-        start_copy(keys.index(j), key, prompt_key, key_row, prompt_key_row, j * BLOCK_N, prompts, stop_key, COPY)
-        start_copy(
-            values.index(j), value, prompt_value, value_row, prompt_value_row, j * BLOCK_N, prompts, stop_key, COPY
-        )
-        async_copy.commit_group()
-    queries = gl.convert_layout(raw_query, INPUT)  # [BLOCK_M, D]
-    grads = gl.convert_layout(raw_grad, INPUT)  # [BLOCK_M, D]
-    inner = gl.convert_layout(gl.sum(raw_grad.to(gl.float32) * raw_output.to(gl.float32), 1), ROW)  # [BLOCK_M]
-    row = first + gl.arange(0, BLOCK_M, ROW)  # [BLOCK_M]
-    limit = row_limits(row, prompt_rows, prompts, length, CAUSAL, PREFIX)  # [BLOCK_M]
-    low, high = tile_limits(first, gl.minimum(first + BLOCK_M, rows), prompt_rows, prompts, length, CAUSAL, PREFIX)
-    statistic = gl.load(lse + row, mask=row < rows, other=float("inf"))  # [BLOCK_M]
-    if SAVE_DELTA:
-        gl.store(delta + row, inner, mask=row < rows)
-    d_queries = warpgroup_mma_init(gl.full([BLOCK_M, D], 0.0, gl.float32, OUTPUT))
-    slot = 0
-    free = STAGES - 2
-    for j in range(0, gl.cdiv(high, BLOCK_N)):
-        await_copies(STAGES - 3)
-        # The step before may still read its slot, so the one before that is refilled.
-        ahead = (j + STAGES - 2) * BLOCK_N
-        if (j > 0) & (ahead < high):
-            start_copy(keys.index(free), key, prompt_key, key_row, prompt_key_row, ahead, prompts, stop_key, COPY)
-            start_copy(
-                values.index(free), value, prompt_value, value_row, prompt_value_row, ahead, prompts, stop_key, COPY
-            )
-        async_copy.commit_group()
-        free = gl.where(free == STAGES - 1, 0, free + 1)
-        d_queries = query_step(
-            queries,
-            grads,
-            keys.index(slot),
-            values.index(slot),
-            d_queries,
-            statistic,
-            inner,
-            limit,
-            stop_key,
-            j * BLOCK_N,
-            first,
-            low,
-            scale,
-            DTYPE,
-            OPERAND,
-            SCORES,
-            VARIED,
-            OVERLAP,
-            None,
-        )
-        slot = gl.where(slot == STAGES - 1, 0, slot + 1)
-    d_queries = warpgroup_mma_wait(0, deps=(d_queries,))
-    async_copy.wait_group(0)
-    store_gradient(
-        d_queries * raw_scale,
-        d_query,
-        d_prompt_query,
-        d_query_row,
-        d_prompt_query_row,
-        first,
-        prompt_rows,
-        rows,
-        TOKENS,
-        PROMPTS,
-        ROWS,
-    )
-
-
 @gluon.jit(do_not_specialize=[*KEY_STRIDES, *NUMBERS])
-def _resident_key_kernel(
+def _key_kernel(
     query,  # (B, H, N, D), as are key, value, grad_output, output
     key,
     value,
@@ -961,228 +768,6 @@ def _resident_key_kernel(
         )
 
 
-@gluon.jit(do_not_specialize=[*KEY_STRIDES, *NUMBERS])
-def _streamed_key_kernel(
-    query,  # (B, H, N, D), as are key, value, grad_output, output
-    key,
-    value,
-    prompt_query,  # (B or 1, H, P, D), as are the other prompts
-    prompt_key,
-    prompt_value,
-    grad_output,
-    grad_prompt_output,
-    lse,  # (B, H, R), as is delta
-    delta,
-    d_key,  # (B, H, N, D) or, of prompts, (B, H, P, D)
-    d_value,
-    d_prompt_key,
-    d_prompt_value,
-    lengths,  # (B,)
-    query_batch,  # strides of the dimensions batch, head, row, in units of 8 elements
-    query_head,
-    query_row,
-    key_batch,
-    key_head,
-    key_row,
-    value_batch,
-    value_head,
-    value_row,
-    prompt_query_batch,
-    prompt_query_head,
-    prompt_query_row,
-    prompt_key_batch,
-    prompt_key_head,
-    prompt_key_row,
-    prompt_value_batch,
-    prompt_value_head,
-    prompt_value_row,
-    grad_output_batch,
-    grad_output_head,
-    grad_output_row,
-    grad_prompt_output_batch,
-    grad_prompt_output_head,
-    grad_prompt_output_row,
-    d_key_batch,
-    d_key_head,
-    d_key_row,
-    d_value_batch,
-    d_value_head,
-    d_value_row,
-    d_prompt_key_batch,
-    d_prompt_key_head,
-    d_prompt_key_row,
-    d_prompt_value_batch,
-    d_prompt_value_head,
-    d_prompt_value_row,
-    heads,
-    tokens,
-    prompts,
-    prompt_rows,
-    first,  # the tiles cover virtual keys first..stop
-    stop,
-    first_grad,  # rows first_grad..stop_grad have a gradient
-    stop_grad,
-    scale,  # log2(e) included
-    raw_scale,
-    D: gl.constexpr,
-    BLOCK_M: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-    OVERLAP: gl.constexpr,  # a tile's last product runs on beside the next one's first
-    PREFIX: gl.constexpr,
-    CAUSAL: gl.constexpr,
-    HAS_LENGTHS: gl.constexpr,
-    KEYS: gl.constexpr,  # which gradients are wanted
-    VALUES: gl.constexpr,
-    PROMPT_KEYS: gl.constexpr,
-    PROMPT_VALUES: gl.constexpr,
-):
-    """dk, dv.  One program: one tile of keys of one head.  Grid: (key tiles * B * H,)."""
-    WARPS: gl.constexpr = gl.num_warps()
-    DTYPE: gl.constexpr = key.dtype.element_ty
-    VARIED: gl.constexpr = PREFIX or CAUSAL or HAS_LENGTHS
-    ROWS: gl.constexpr = row_layout(BLOCK_M, D, WARPS)
-    COPY: gl.constexpr = copy_layout(D, WARPS)
-    SCORES: gl.constexpr = mma_layout(BLOCK_N, WARPS)
-    OUTPUT: gl.constexpr = mma_layout(D, WARPS)
-    INPUT: gl.constexpr = gl.DotOperandLayout(0, SCORES, 2)
-    OPERAND: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
-    SHARED: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], DTYPE)
-    COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
-
-    tiles = gl.cdiv(stop - first, BLOCK_M)
-    program = gl.program_id(0) // tiles
-    first += (gl.program_id(0) % tiles) * BLOCK_M
-    sample = (program // heads).to(gl.int64)
-    head = (program % heads).to(gl.int64)
-    length = valid_tokens(lengths, sample, tokens, HAS_LENGTHS)
-    stop_key = prompts + length
-    live = prompt_rows + length
-    rows = prompt_rows + tokens
-    live_grad = gl.minimum(live, stop_grad)
-    query += (sample * query_batch + head * query_head) * UNIT
-    key += (sample * key_batch + head * key_head) * UNIT
-    value += (sample * value_batch + head * value_head) * UNIT
-    prompt_query += (sample * prompt_query_batch + head * prompt_query_head) * UNIT
-    prompt_key += (sample * prompt_key_batch + head * prompt_key_head) * UNIT
-    prompt_value += (sample * prompt_value_batch + head * prompt_value_head) * UNIT
-    grad_output += (sample * grad_output_batch + head * grad_output_head) * UNIT
-    grad_prompt_output += (sample * grad_prompt_output_batch + head * grad_prompt_output_head) * UNIT
-    d_key += (sample * d_key_batch + head * d_key_head) * UNIT
-    d_value += (sample * d_value_batch + head * d_value_head) * UNIT
-    d_prompt_key += (sample * d_prompt_key_batch + head * d_prompt_key_head) * UNIT
-    d_prompt_value += (sample * d_prompt_value_batch + head * d_prompt_value_head) * UNIT
-    lse += program.to(gl.int64) * rows
-    delta += program.to(gl.int64) * rows
-    raw_key = load_rows(key, prompt_key, key_row, prompt_key_row, first, prompts, stop_key, BLOCK_M, D, ROWS)
-    raw_value = load_rows(value, prompt_value, value_row, prompt_value_row, first, prompts, stop_key, BLOCK_M, D, ROWS)
-    queries = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], SHARED)
-    grads = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], SHARED)
-    # The tiles of rows that see any of these keys: all, but under a causal mask the first, where the prompts are, and
-    # those from the first of these keys on.
-    skipped = 0
-    if CAUSAL:
-        skipped = gl.maximum((prompt_rows + gl.maximum(first - prompts, 0)) // BLOCK_N - 1, 0)
-    count = gl.maximum(gl.cdiv(live, BLOCK_N) - skipped, 0)
-    for j in gl.static_range(STAGES - 1):
-        ahead = gl.where(j == 0, 0, j + skipped) * BLOCK_N
-        start_copy(queries.index(j), query, prompt_query, query_row, prompt_query_row, ahead, prompt_rows, live, COPY)
-        start_grad_copy(
-            grads.index(j),
-            grad_output,
-            grad_prompt_output,
-            grad_output_row,
-            grad_prompt_output_row,
-            ahead,
-            prompt_rows,
-            first_grad,
-            live_grad,
-            COPY,
-        )
-        async_copy.commit_group()
-    keys = gl.convert_layout(raw_key, INPUT)  # [BLOCK_M, D]
-    values = gl.convert_layout(raw_value, INPUT)  # [BLOCK_M, D]
-    d_keys = warpgroup_mma_init(gl.full([BLOCK_M, D], 0.0, gl.float32, OUTPUT))
-    d_values = warpgroup_mma_init(gl.full([BLOCK_M, D], 0.0, gl.float32, OUTPUT))
-    slot = 0
-    free = STAGES - 2
-    for j in range(0, count):
-        start = gl.where(j == 0, 0, j + skipped) * BLOCK_N
-        row = start + gl.arange(0, BLOCK_N, COLUMN)  # [BLOCK_N]
-        statistic = gl.load(lse + row, mask=row < live, other=float("inf"))
-        inner = gl.load(delta + row, mask=row < live, other=0.0)
-        await_copies(STAGES - 3)
-        ahead = (j + STAGES - 2 + skipped) * BLOCK_N
-        if (j > 0) & (ahead < live):
-            start_copy(
-                queries.index(free), query, prompt_query, query_row, prompt_query_row, ahead, prompt_rows, live, COPY
-            )
-            start_grad_copy(
-                grads.index(free),
-                grad_output,
-                grad_prompt_output,
-                grad_output_row,
-                grad_prompt_output_row,
-                ahead,
-                prompt_rows,
-                first_grad,
-                live_grad,
-                COPY,
-            )
-        async_copy.commit_group()
-        free = gl.where(free == STAGES - 1, 0, free + 1)
-        limit = row_limits(row, prompt_rows, prompts, length, CAUSAL, PREFIX)  # [BLOCK_N]
-        low, _ = tile_limits(start, gl.minimum(start + BLOCK_N, rows), prompt_rows, prompts, length, CAUSAL, PREFIX)
-        d_keys, d_values = key_step(
-            keys,
-            values,
-            queries.index(slot),
-            grads.index(slot),
-            d_keys,
-            d_values,
-            statistic,
-            inner,
-            limit,
-            first,
-            low,
-            scale,
-            DTYPE,
-            OPERAND,
-            SCORES,
-            VARIED,
-            OVERLAP,
-        )
-        slot = gl.where(slot == STAGES - 1, 0, slot + 1)
-    d_keys, d_values = warpgroup_mma_wait(0, deps=(d_keys, d_values))
-    async_copy.wait_group(0)
-    store_gradient(
-        d_keys * raw_scale,
-        d_key,
-        d_prompt_key,
-        d_key_row,
-        d_prompt_key_row,
-        first,
-        prompts,
-        prompts + tokens,
-        KEYS,
-        PROMPT_KEYS,
-        ROWS,
-    )
-    store_gradient(
-        d_values,
-        d_value,
-        d_prompt_value,
-        d_value_row,
-        d_prompt_value_row,
-        first,
-        prompts,
-        prompts + tokens,
-        VALUES,
-        PROMPT_VALUES,
-        ROWS,
-    )
-
-
 @gluon.jit(
     do_not_specialize=[
         "grad_output_batch",
@@ -1267,13 +852,12 @@ def _delta_kernel(
 
 @dataclass(frozen=True)
 class HopperTile:
-    """One kernel's tile: ``other`` is its width in shared memory (keys for dq, rows for dk and dv); the rest is as in
-    ``gluon_forward.HopperTile``."""
+    """One kernel's tile: ``full`` tiles of ``other`` and one of ``tail`` (or none) hold all that it meets in shared
+    memory (keys for dq, rows for dk and dv).  ``registers`` caps those of a thread."""
 
     other: int
-    full: int = 0
+    full: int
     tail: int = 0
-    stages: int = 0
     warps: int = 4
     registers: int | None = None
     overlap: bool = True
@@ -1288,8 +872,7 @@ class HopperTile:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        held = (self.full, self.tail) if self.full else (self.stages,)
-        return (self.own, self.other, *held, self.overlap)
+        return (self.own, self.other, self.full, self.tail, self.overlap)
 
     @property
     def options(self) -> dict[str, int | None]:
@@ -1308,16 +891,13 @@ def _resident(count: int) -> tuple[int, int]:
     return max(full + (rest > 32), 1), 32 if full > 0 and 0 < rest <= 32 else 0
 
 
+@functools.cache
 def backward_tiles(rows: int, keys: int, varied: bool) -> HopperBackwardTiles:
     """By the numbers of rows and virtual keys, and whether all rows see the same; never by the batch."""
-    if max(rows, keys) <= 288:
-        full, tail = _resident(keys)
-        query = HopperTile(other=64, full=full, tail=tail, registers=168 if varied else None)
-        full, tail = _resident(rows)
-        return HopperBackwardTiles(query=query, key=HopperTile(other=64, full=full, tail=tail, overlap=not varied))
-    return HopperBackwardTiles(
-        query=HopperTile(other=64, stages=4, warps=8), key=HopperTile(other=64, stages=4, warps=8, overlap=False)
-    )
+    full, tail = _resident(keys)
+    query = HopperTile(other=64, full=full, tail=tail, registers=168 if varied else None)
+    full, tail = _resident(rows)
+    return HopperBackwardTiles(query=query, key=HopperTile(other=64, full=full, tail=tail, overlap=not varied))
 
 
 def limits(
@@ -1335,21 +915,18 @@ def limits(
     scale: float,
     grads: tuple[Tensor | None, ...] | None = None,
 ) -> list[str]:
-    """Why these kernels cannot take a call; an empty list if they can."""
-    reasons = gluon_forward.limits(
-        query,
-        key,
-        value,
-        prompt_query,
-        prompt_key,
-        prompt_value,
-        scale=scale,
-        output=output,
-        prompt_output=prompt_output,
-    )
-    if query.shape[3] != 64:
-        reasons.append(f"head_dim is {query.shape[3]}; wanted 64")
-    return reasons + gluon_forward.layout_limits((grad_output, grad_prompt_output, *(grads or ())))
+    """Why these kernels cannot take a call; an empty list if they can.  As everywhere, last strides are 1."""
+    reasons = call_limits(query, scale)
+    if query.shape[3] == 128:
+        reasons.append("head_dim is 128; wanted 64")
+    keys = query.shape[2] + prompt_key.shape[2]
+    if keys > MOST_KEYS:
+        reasons.append(f"there are {keys} prompts and tokens; wanted {MOST_KEYS} at most")
+    if reasons:
+        return reasons
+    inputs = (query, key, value, prompt_query, prompt_key, prompt_value)
+    tensors = (*inputs, grad_output, grad_prompt_output, output, prompt_output, *(grads or ()))
+    return layout_limits(layout_of(tensors, _ITEMSIZE))
 
 
 def prompt_attention_backward(
@@ -1374,7 +951,11 @@ def prompt_attention_backward(
     | None = None,
     tiles: HopperBackwardTiles | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """As ``triton_backward.prompt_attention_backward``, for calls to which :func:`limits` has no objection."""
+    """As ``triton_backward.prompt_attention_backward``, for calls to which :func:`limits` has no objection.
+
+    ``launchers.py`` sends no call of 128 rows or fewer here: there the portable kernel, one pass over the head, is
+    faster.
+    """
     inputs = (query, key, value, prompt_query, prompt_key, prompt_value)
     batch, heads, tokens, head_dim = query.shape
     prompts = prompt_key.shape[2]
@@ -1402,30 +983,24 @@ def prompt_attention_backward(
                 result.zero_()
         return tuple(results)  # pyright: ignore[reportReturnType]
     if tiles is None:
+        if keys > MOST_KEYS:
+            raise ValueError(f"there are {keys} prompts and tokens; these kernels hold {MOST_KEYS} at most")
         tiles = backward_tiles(rows, keys, causal or prefix or lengths is not None)
     for tile, count in ((tiles.query, keys), (tiles.key, rows)):
-        if tile.full and not tile.held - (tile.tail or tile.other) < count <= tile.held:
+        if not tile.held - (tile.tail or tile.other) < count <= tile.held:
             raise ValueError(f"{tile} holds {tile.held} rows and masks its last tile only; it was given {count}")
 
-    # A pointer that the kernel never follows still has to be one.
-    read = (
-        query,
-        key,
-        value,
-        query if prompt_query is None else prompt_query,
-        prompt_key,
-        prompt_value,
-        query if grad_output is None else grad_output,
-        query if grad_prompt_output is None else grad_prompt_output,
-    )
-    read_strides = [number for tensor in (*inputs, grad_output, grad_prompt_output) for number in units(tensor)]
-    outputs = (output, output if prompt_output is None else prompt_output)
-    output_strides = (*units(output), *units(prompt_output))
-    filled = [query if target is None else target for target in targets]
-    strides = [units(target) for target in targets]
+    read = (*inputs, grad_output, grad_prompt_output)
+    outputs = (output, prompt_output)
+    layout = layout_of((*read, *outputs, *targets), _ITEMSIZE)
+    reasons = layout_limits(layout)
+    if reasons:
+        raise ValueError(f"these kernels cannot take this call: {'; '.join(reasons)}")
+    every = layout.strides
+    read_strides, output_strides, target_strides = every[:24], every[24:30], every[30:]
+    strides = [target_strides[3 * index : 3 * index + 3] for index in range(6)]
     counts = (heads, tokens, prompts, prompt_rows)
     factors = (first_grad, stop_grad, base_2(scale), float(scale))
-    mask = query if lengths is None else lengths
     flags = (prefix and prompt_rows > 0, causal, lengths is not None)
     wanted = [target is not None for target in targets]
     wants_prompt_query = wanted[3] and prompt_rows > 0
@@ -1434,90 +1009,64 @@ def prompt_attention_backward(
 
     with on_device(query):
         delta = torch.empty_like(lse)
+        known = facts_of(layout, (lse, delta, lengths), ())
+
+        def run(kernel: Any, programs: int, pointers: Any, numbers: Any, constants: Any, options: Any) -> None:
+            # A pointer that the kernel never follows still has to be one.
+            filled = (query if each is None else each for each in pointers)
+            facts = None if known is None else (known, constants, *options.values())
+            launch(kernel, programs, (*filled, *numbers, *constants), options, facts)
+
         covered = False
         if wanted[0] or wants_prompt_query:
             first = 0 if wants_prompt_query else prompt_rows
             stop = rows if wanted[0] else prompt_rows
             covered = first <= first_grad and stop >= stop_grad
-            tile = tiles.query
-            kernel, grid = _resident_query_kernel, (batch * heads,)
-            if not tile.full:
-                kernel, grid = _streamed_query_kernel, (-(-(stop - first) // tile.own) * batch * heads,)
-            kernel[grid](
-                *read,
-                *outputs,
-                lse,
-                delta,
-                filled[0],
-                filled[3],
-                mask,
-                *read_strides,
-                *output_strides,
-                *strides[0],
-                *strides[3],
-                *counts,
-                first,
-                stop,
-                *factors,
-                head_dim,
-                *tile.shape,
-                *flags,
-                wanted[0],
-                wants_prompt_query,
-                covered,
-                **tile.options,
+            run(
+                _query_kernel,
+                batch * heads,
+                (*read, *outputs, lse, delta, targets[0], targets[3], lengths),
+                (*read_strides, *output_strides, *strides[0], *strides[3], *counts, first, stop, *factors),
+                (head_dim, *tiles.query.shape, *flags, wanted[0], wants_prompt_query, covered),
+                tiles.query.options,
             )
         if wants_keys or wants_prompt_keys:
             if not covered:
-                _delta_kernel[(-(-rows // 64) * batch * heads,)](
-                    *read[6:],
-                    *outputs,
-                    delta,
-                    mask,
-                    *read_strides[18:],
-                    *output_strides,
-                    heads,
-                    tokens,
-                    prompt_rows,
-                    first_grad,
-                    stop_grad,
-                    head_dim,
-                    64,
-                    lengths is not None,
-                    num_warps=4,
+                run(
+                    _delta_kernel,
+                    -(-rows // 64) * batch * heads,
+                    (*read[6:], *outputs, delta, lengths),
+                    (*read_strides[18:], *output_strides, heads, tokens, prompt_rows, first_grad, stop_grad),
+                    (head_dim, 64, lengths is not None),
+                    {"num_warps": 4},
                 )
             first = 0 if wants_prompt_keys else prompts
             stop = keys if wants_keys else prompts
-            tile = tiles.key
-            kernel, grid = _resident_key_kernel, (batch * heads,)
-            if not tile.full:
-                kernel, grid = _streamed_key_kernel, (-(-(stop - first) // tile.own) * batch * heads,)
-            kernel[grid](
-                *read,
-                lse,
-                delta,
-                filled[1],
-                filled[2],
-                filled[4],
-                filled[5],
-                mask,
-                *read_strides,
-                *strides[1],
-                *strides[2],
-                *strides[4],
-                *strides[5],
-                *counts,
-                first,
-                stop,
-                *factors,
-                head_dim,
-                *tile.shape,
-                *flags,
-                wanted[1],
-                wanted[2],
-                wanted[4] and prompts > 0,
-                wanted[5] and prompts > 0,
-                **tile.options,
+            run(
+                _key_kernel,
+                batch * heads,
+                (*read, lse, delta, targets[1], targets[2], targets[4], targets[5], lengths),
+                (
+                    *read_strides,
+                    *strides[1],
+                    *strides[2],
+                    *strides[4],
+                    *strides[5],
+                    *counts,
+                    first,
+                    stop,
+                    *factors,
+                ),
+                (
+                    head_dim,
+                    *tiles.key.shape,
+                    *flags,
+                    wanted[1],
+                    wanted[2],
+                    wanted[4] and prompts > 0,
+                    wanted[5] and prompts > 0,
+                ),
+                tiles.key.options,
             )
         for result, target in zip(results, targets, strict=True):
             if result is not None and target is not None and result is not target:

@@ -15,7 +15,7 @@ outputs take the same way back.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -25,12 +25,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from epic_fast.kernels.prompt_attention.triton_rows import base_2, on_device
+from epic_fast.kernels.common.launch import launch
+from epic_fast.kernels.prompt_attention.triton_rows import Layout, base_2, facts_of, layout_of, on_device
 
 # Triton 3.9 has other names for these than 3.6.
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier
 UNIT = gl.constexpr(8)  # strides count in units of 8 elements: 16 bytes, the width of one copy
+_ITEMSIZE = 2  # of float16 and bfloat16
 
 
 @gluon.constexpr_function
@@ -214,8 +216,9 @@ def weigh(
 def await_copies(OUTSTANDING: gl.constexpr):
     """All groups of copies but the last OUTSTANDING are there, and wgmma may read them."""
     async_copy.wait_group(OUTSTANDING)
-    fence_async_shared()
+    # At once: between these two the compiler would put a barrier of its own.
     barrier()
+    fence_async_shared()
 
 
 @gluon.jit
@@ -291,8 +294,6 @@ def _resident_kernel(
     BLOCK_N: gl.constexpr,
     FULL: gl.constexpr,  # key tiles of BLOCK_N
     TAIL: gl.constexpr,  # width of the key tile after them, 0 for none
-    PIPELINED: gl.constexpr,  # this tile's scores and the last one's output are multiplied together
-    EARLY: gl.constexpr,  # the next tile's queries are loaded before this one's scores, else after
     PREFIX: gl.constexpr,
     CAUSAL: gl.constexpr,
     HAS_LENGTHS: gl.constexpr,
@@ -354,27 +355,18 @@ def _resident_kernel(
         # Zero, but not for the compiler, which else keeps what it computes of all tiles in registers from pass to pass.
         zero = first >> 30
         queries = gl.convert_layout(upcoming, QUERY)  # [BLOCK_M, D]
-        if EARLY:
-            upcoming = load_rows(
-                query, prompt_query, query_row, prompt_query_row, first + BLOCK_M, prompt_rows, live, BLOCK_M, D, ROWS
-            )
         row = first + gl.arange(0, BLOCK_M, ROW)  # [BLOCK_M]
         limit = row_limits(row, prompt_rows, prompts, length, CAUSAL, PREFIX)  # [BLOCK_M]
         maximum = gl.full([BLOCK_M], float("-inf"), gl.float32, ROW)
         total = gl.full([BLOCK_M], 0.0, gl.float32, ROW)
         accumulator = gl.full([BLOCK_M, D], 0.0, gl.float32, OUTPUT)
-        weights = 0
         for j in gl.static_range(FULL):
             if first == 0:
                 await_copies(GROUPS - 1 - 2 * j)
             scores = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
             scores = warpgroup_mma(queries, keys.index(j + zero).permute((1, 0)), scores, use_acc=False, is_async=True)
-            if PIPELINED and j > 0:
-                accumulator = warpgroup_mma(weights, values.index(j - 1 + zero), accumulator, is_async=True)
-                scores = warpgroup_mma_wait(1, deps=(scores,))
-            else:
-                scores = warpgroup_mma_wait(0, deps=(scores,))
-            if TAIL == 0 and j == FULL - 1 and not EARLY:
+            scores = warpgroup_mma_wait(0, deps=(scores,))
+            if TAIL == 0 and j == FULL - 1:
                 upcoming = load_rows(
                     query,
                     prompt_query,
@@ -390,49 +382,27 @@ def _resident_kernel(
             if VARIED or (TAIL == 0 and j == FULL - 1):
                 scores = hide(scores, limit, stop, j * BLOCK_N, first, VARIED)
             weights, maximum, total, decay = weigh(scores, maximum, total, scale, DTYPE, WEIGHTS, VARIED)
-            if PIPELINED and j > 0:
-                accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
             if j > 0:
                 accumulator = accumulator * decay[:, None]
             if first == 0:
                 await_copies(GROUPS - 2 - 2 * j)
-            if not PIPELINED:
-                accumulator = warpgroup_mma(weights, values.index(j + zero), accumulator, is_async=True)
-                accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
+            accumulator = warpgroup_mma(weights, values.index(j + zero), accumulator, is_async=True)
+            accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
         if TAIL > 0:
             if first == 0:
                 await_copies(1)
             scores = gl.full([BLOCK_M, TAIL], 0.0, gl.float32, SCORES_TAIL)
             scores = warpgroup_mma(queries, tail_keys.index(zero).permute((1, 0)), scores, use_acc=False, is_async=True)
-            if PIPELINED:
-                accumulator = warpgroup_mma(weights, values.index(FULL - 1 + zero), accumulator, is_async=True)
-                scores = warpgroup_mma_wait(1, deps=(scores,))
-            else:
-                scores = warpgroup_mma_wait(0, deps=(scores,))
-            if not EARLY:
-                upcoming = load_rows(
-                    query,
-                    prompt_query,
-                    query_row,
-                    prompt_query_row,
-                    first + BLOCK_M,
-                    prompt_rows,
-                    live,
-                    BLOCK_M,
-                    D,
-                    ROWS,
-                )
+            scores = warpgroup_mma_wait(0, deps=(scores,))
+            upcoming = load_rows(
+                query, prompt_query, query_row, prompt_query_row, first + BLOCK_M, prompt_rows, live, BLOCK_M, D, ROWS
+            )
             scores = hide(scores, limit, stop, last, first, VARIED)
             weights, maximum, total, decay = weigh(scores, maximum, total, scale, DTYPE, WEIGHTS, VARIED)
-            if PIPELINED:
-                accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
             accumulator = accumulator * decay[:, None]
             if first == 0:
                 await_copies(0)
             accumulator = warpgroup_mma(weights, tail_values.index(zero), accumulator, is_async=True)
-            accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
-        elif PIPELINED:
-            accumulator = warpgroup_mma(weights, values.index(FULL - 1 + zero), accumulator, is_async=True)
             accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
         result, statistic = finish_rows(accumulator, maximum, total, limit, scale, DTYPE, VARIED)
         store_rows(result, output, prompt_output, output_row, prompt_output_row, first, prompt_rows, rows, ROWS)
@@ -485,13 +455,17 @@ def _streamed_kernel(
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
-    PIPELINED: gl.constexpr,  # this tile's scores and the last one's output are multiplied together
+    TAIL: gl.constexpr,  # width of the last key tile where that is enough, 0 for never
     PREFIX: gl.constexpr,
     CAUSAL: gl.constexpr,
     HAS_LENGTHS: gl.constexpr,
     SAVE_LSE: gl.constexpr,
 ):
-    """One program: one tile of rows of one head, the last tiles first.  Grid: (row tiles * B * H,)."""
+    """One program: one tile of rows of one head, the last tiles first.  Grid: (row tiles * B * H,).
+
+    A tile's scores and the output of the tile before it are multiplied together.  That is not for speed alone: with
+    one product after the other, ptxas of CUDA 12.8 gives weights the registers of the queries, which it thinks dead.
+    """
     WARPS: gl.constexpr = gl.num_warps()
     DTYPE: gl.constexpr = key.dtype.element_ty
     VARIED: gl.constexpr = PREFIX or CAUSAL or HAS_LENGTHS
@@ -524,7 +498,8 @@ def _streamed_kernel(
     lse += batch_head.to(gl.int64) * rows
 
     low, high = tile_limits(first, gl.minimum(first + BLOCK_M, rows), prompt_rows, prompts, length, CAUSAL, PREFIX)
-    key_tiles = gl.maximum(gl.cdiv(high, BLOCK_N), 1)
+    # A tail, if there is one, comes after these.
+    key_tiles = gl.maximum(gl.cdiv(high - TAIL, BLOCK_N), 1)
     keys = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], SHARED)
     values = gl.allocate_shared_memory(DTYPE, [STAGES, BLOCK_N, D], SHARED)
     for j in gl.static_range(STAGES - 1):
@@ -542,57 +517,51 @@ def _streamed_kernel(
     nothing = gl.full([BLOCK_M, BLOCK_N], 0.0, gl.float32, SCORES)
     slot = 0
     free = STAGES - 1
-    if PIPELINED:
-        await_copies(STAGES - 2)
-        scores = warpgroup_mma(queries, keys.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, deps=(scores,))
-        if low < BLOCK_N:
-            scores = hide(scores, limit, stop, 0, first, VARIED)
+    await_copies(STAGES - 2)
+    scores = warpgroup_mma(queries, keys.index(0).permute((1, 0)), nothing, use_acc=False, is_async=True)
+    scores = warpgroup_mma_wait(0, deps=(scores,))
+    if low < BLOCK_N:
+        scores = hide(scores, limit, stop, 0, first, VARIED)
+    weights, maximum, total, decay = weigh(scores, maximum, total, scale, DTYPE, WEIGHTS, VARIED)
+    for j in range(1, key_tiles):
+        await_copies(STAGES - 3)
+        previous = slot
+        slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+        scores = warpgroup_mma(queries, keys.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
+        accumulator = warpgroup_mma(weights, values.index(previous), accumulator, is_async=True)
+        ahead = (j + STAGES - 2) * BLOCK_N
+        if ahead < high:
+            start_copy(keys.index(free), key, prompt_key, key_row, prompt_key_row, ahead, prompts, stop, COPY)
+            start_copy(values.index(free), value, prompt_value, value_row, prompt_value_row, ahead, prompts, stop, COPY)
+        async_copy.commit_group()
+        free = gl.where(free == STAGES - 1, 0, free + 1)
+        scores = warpgroup_mma_wait(1, deps=(scores,))
+        if (j + 1) * BLOCK_N > low:
+            scores = hide(scores, limit, stop, j * BLOCK_N, first, VARIED)
         weights, maximum, total, decay = weigh(scores, maximum, total, scale, DTYPE, WEIGHTS, VARIED)
-        for j in range(1, key_tiles):
-            await_copies(STAGES - 3)
-            previous = slot
-            slot = gl.where(slot == STAGES - 1, 0, slot + 1)
-            scores = warpgroup_mma(queries, keys.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            accumulator = warpgroup_mma(weights, values.index(previous), accumulator, is_async=True)
-            ahead = (j + STAGES - 2) * BLOCK_N
-            if ahead < high:
-                start_copy(keys.index(free), key, prompt_key, key_row, prompt_key_row, ahead, prompts, stop, COPY)
-                start_copy(
-                    values.index(free), value, prompt_value, value_row, prompt_value_row, ahead, prompts, stop, COPY
-                )
-            async_copy.commit_group()
-            free = gl.where(free == STAGES - 1, 0, free + 1)
-            scores = warpgroup_mma_wait(1, deps=(scores,))
-            if (j + 1) * BLOCK_N > low:
-                scores = hide(scores, limit, stop, j * BLOCK_N, first, VARIED)
-            weights, maximum, total, decay = weigh(scores, maximum, total, scale, DTYPE, WEIGHTS, VARIED)
-            accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
-            accumulator = accumulator * decay[:, None]
-        accumulator = warpgroup_mma(weights, values.index(slot), accumulator, is_async=True)
         accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
-    else:
-        for j in range(0, key_tiles):
-            await_copies(STAGES - 2)
-            ahead = (j + STAGES - 1) * BLOCK_N
-            if ahead < high:
-                start_copy(keys.index(free), key, prompt_key, key_row, prompt_key_row, ahead, prompts, stop, COPY)
-                start_copy(
-                    values.index(free), value, prompt_value, value_row, prompt_value_row, ahead, prompts, stop, COPY
-                )
-            async_copy.commit_group()
-            free = gl.where(free == STAGES - 1, 0, free + 1)
-            scores = warpgroup_mma(queries, keys.index(slot).permute((1, 0)), nothing, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=(scores,))
-            if (j + 1) * BLOCK_N > low:
-                scores = hide(scores, limit, stop, j * BLOCK_N, first, VARIED)
-            weights, maximum, total, decay = weigh(scores, maximum, total, scale, DTYPE, WEIGHTS, VARIED)
-            accumulator = accumulator * decay[:, None]
-            accumulator = warpgroup_mma(weights, values.index(slot), accumulator, is_async=True)
-            accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
+        accumulator = accumulator * decay[:, None]
+    accumulator = warpgroup_mma(weights, values.index(slot), accumulator, is_async=True)
+    if TAIL > 0:  # noqa: SIM102
+        if high > key_tiles * BLOCK_N:
+            SCORES_TAIL: gl.constexpr = mma_layout(TAIL, WARPS)
+            await_copies(0)
             slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+            nothing_tail = gl.full([BLOCK_M, TAIL], 0.0, gl.float32, SCORES_TAIL)
+            tail_keys = keys.index(slot).slice(0, TAIL).permute((1, 0))
+            scores_tail = warpgroup_mma(queries, tail_keys, nothing_tail, use_acc=False, is_async=True)
+            scores_tail, accumulator = warpgroup_mma_wait(0, deps=(scores_tail, accumulator))
+            scores_tail = hide(scores_tail, limit, stop, key_tiles * BLOCK_N, first, VARIED)
+            weights_tail, maximum, total, decay = weigh(scores_tail, maximum, total, scale, DTYPE, WEIGHTS, VARIED)
+            accumulator = accumulator * decay[:, None]
+            tail_values = values.index(slot).slice(0, TAIL)
+            accumulator = warpgroup_mma(weights_tail, tail_values, accumulator, is_async=True)
+    accumulator = warpgroup_mma_wait(0, deps=(accumulator,))
     async_copy.wait_group(0)
     result, statistic = finish_rows(accumulator, maximum, total, limit, scale, DTYPE, VARIED)
+    # The first row still, but not for the compiler, which else keeps the masks of the queries for these stores.
+    first += first >> 30
+    row = first + gl.arange(0, BLOCK_M, ROW)
     store_rows(result, output, prompt_output, output_row, prompt_output_row, first, prompt_rows, rows, ROWS)
     if SAVE_LSE:
         gl.store(lse + row, statistic, mask=row < rows)
@@ -603,7 +572,8 @@ class HopperTile:
     """How one call runs.  ``keys`` is the width of a key tile; *resident* if ``full`` is not 0.
 
     Resident: ``full`` tiles of ``keys`` and one of ``tail`` (or none) hold all keys.  Streamed: ``stages`` tiles in
-    the ring.  ``registers`` caps those of a thread, so that several programs share a multiprocessor.
+    the ring, and the last one is multiplied in a width of ``tail`` where that is enough.  ``registers`` caps those of
+    a thread, so that several programs share a multiprocessor.
     """
 
     keys: int
@@ -612,8 +582,10 @@ class HopperTile:
     stages: int = 0
     warps: int = 4
     registers: int | None = None
-    pipelined: bool = False
-    early: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.full and self.stages < 3:
+            raise ValueError(f"{self}: a ring has 3 tiles at least")
 
     @property
     def rows(self) -> int:
@@ -624,12 +596,13 @@ class HopperTile:
         return self.full * self.keys + self.tail
 
 
-def forward_tile(head_dim: int, keys: int) -> HopperTile:
-    """By the number of virtual keys; never by the batch."""
+@functools.cache
+def forward_tile(head_dim: int, keys: int, causal: bool) -> HopperTile:
+    """By the number of virtual keys and the mask; never by the batch."""
     if head_dim == 128:
         if keys <= 128:
             return HopperTile(keys=64, full=-(-keys // 64))
-        return HopperTile(keys=64, stages=3, warps=8)
+        return HopperTile(keys=64, tail=32, stages=3, warps=8)
     if keys <= 64:
         return HopperTile(keys=64, full=1, registers=128)
     if keys <= 96:
@@ -637,34 +610,38 @@ def forward_tile(head_dim: int, keys: int) -> HopperTile:
     if keys <= 288:
         full, rest = divmod(keys, 128)
         return HopperTile(keys=128, full=full + (rest > 32), tail=32 if 0 < rest <= 32 else 0, registers=168)
-    return HopperTile(keys=64, stages=4, warps=8, registers=128, pipelined=True)
+    if causal:
+        # Smaller tiles of rows: fewer of their products are hidden.
+        return HopperTile(keys=64, tail=32, stages=4, warps=4, registers=168)
+    return HopperTile(keys=64, tail=32, stages=4, warps=8, registers=128)
 
 
-def units(tensor: Tensor | None) -> tuple[int, int, int]:
-    """Strides of (batch, head, row) in units of 8 elements; 0 for a batch of 1, which all samples share."""
-    if tensor is None:
-        return 0, 0, 0
-    batch, head, row, _ = tensor.stride()
-    return 0 if tensor.shape[0] == 1 else batch // 8, head // 8, row // 8
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def layout_limits(tensors: Sequence[Tensor | None]) -> list[str]:
-    """Why these tensors cannot be copied 16 bytes at a time with 32-bit offsets inside a head."""
-    strides = addresses = last = extent = 0
-    for tensor in tensors:
-        if tensor is not None:
-            batch, head, row, column = tensor.stride()
-            strides |= batch | head | row
-            addresses |= tensor.data_ptr()
-            last |= column ^ 1
-            extent = max(extent, (tensor.shape[2] + 512) * abs(row))
+def layout_limits(layout: Layout) -> list[str]:
+    """Why tensors that lie so cannot be copied 16 bytes at a time with 32-bit offsets inside a head."""
     reasons = []
-    if last:
-        reasons.append("the last stride of a tensor is not 1")
-    if strides % 8 or addresses % 16:
+    if layout.align == 1:
         reasons.append("a row of a tensor does not start at a multiple of 16 bytes")
-    if extent >= 2**31:
+    if layout.wide:
         reasons.append("one head of a tensor spans 2**31 elements or more")
+    return reasons
+
+
+def call_limits(query: Tensor, scale: float) -> list[str]:
+    """Why these kernels cannot take a call, as far as that shows without a look at where rows lie."""
+    reasons = []
+    if not is_hopper(query.device):
+        reasons.append("wgmma needs a Hopper GPU (compute capability 9.0)")
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"the dtype is {query.dtype}; wanted bfloat16 or float16")
+    if query.shape[3] not in (64, 128):
+        reasons.append(f"head_dim is {query.shape[3]}; wanted 64 or 128")
+    if not scale > 0:
+        reasons.append(f"scale is {scale}; wanted a positive one")
     return reasons
 
 
@@ -680,18 +657,13 @@ def limits(
     output: Tensor | None = None,
     prompt_output: Tensor | None = None,
 ) -> list[str]:
-    """Why these kernels cannot take a call; an empty list if they can."""
-    reasons = []
-    if query.device.type != "cuda" or torch.cuda.get_device_capability(query.device)[0] != 9:
-        reasons.append("wgmma needs a Hopper GPU (compute capability 9.0)")
-    if query.dtype not in (torch.bfloat16, torch.float16):
-        reasons.append(f"the dtype is {query.dtype}; wanted bfloat16 or float16")
-    if query.shape[3] not in (64, 128):
-        reasons.append(f"head_dim is {query.shape[3]}; wanted 64 or 128")
-    if not scale > 0:
-        reasons.append(f"scale is {scale}; wanted a positive one")
-    tensors = (query, key, value, prompt_query, prompt_key, prompt_value, output, prompt_output)
-    return reasons + layout_limits(tensors)
+    """Why these kernels cannot take a call; an empty list if they can.  As everywhere, last strides are 1."""
+    reasons = call_limits(query, scale)
+    if reasons:
+        return reasons
+    return layout_limits(
+        layout_of((query, key, value, prompt_query, prompt_key, prompt_value, output, prompt_output), _ITEMSIZE)
+    )
 
 
 def prompt_attention_forward(
@@ -727,42 +699,41 @@ def prompt_attention_forward(
         return output, prompt_output, lse
     keys = prompts + tokens
     if tiles is None:
-        tiles = forward_tile(head_dim, keys)
+        tiles = forward_tile(head_dim, keys, causal)
     if tiles.full and not tiles.held - (tiles.tail or tiles.keys) < keys <= tiles.held:
         raise ValueError(f"{tiles} holds {tiles.held} keys and masks its last tile only; it was given {keys}")
+    tensors = (query, key, value, prompt_query, prompt_key, prompt_value, output, prompt_output)
+    layout = layout_of(tensors, _ITEMSIZE)
+    reasons = layout_limits(layout)
+    if reasons:
+        raise ValueError(f"these kernels cannot take this call: {'; '.join(reasons)}")
+    held = (tiles.full, tiles.tail) if tiles.full else (tiles.stages, tiles.tail)
+    constants = (
+        head_dim,
+        tiles.rows,
+        tiles.keys,
+        *held,
+        prefix and prompt_rows > 0,
+        causal,
+        lengths is not None,
+        save_lse,
+    )
     # A pointer that the kernel never follows still has to be one.
     arguments = (
-        query,
-        key,
-        value,
-        query if prompt_query is None else prompt_query,
-        prompt_key,
-        prompt_value,
-        output,
-        output if prompt_output is None else prompt_output,
-        query if lse is None else lse,
-        query if lengths is None else lengths,
-        *units(query),
-        *units(key),
-        *units(value),
-        *units(prompt_query),
-        *units(prompt_key),
-        *units(prompt_value),
-        *units(output),
-        *units(prompt_output),
+        *(query if each is None else each for each in (*tensors, lse, lengths)),
+        *layout.strides,
         heads,
         tokens,
         prompts,
         prompt_rows,
         base_2(scale),
+        *constants,
     )
-    flags = (prefix and prompt_rows > 0, causal, lengths is not None, save_lse)
+    facts = facts_of(layout, (lse, lengths), (constants, tiles.warps, tiles.registers))
     options = {"num_warps": tiles.warps, "maxnreg": tiles.registers}
     with on_device(query):
         if tiles.full:
-            shape = (head_dim, tiles.rows, tiles.keys, tiles.full, tiles.tail, tiles.pipelined, tiles.early)
-            _resident_kernel[(batch * heads,)](*arguments, *shape, *flags, **options)
+            launch(_resident_kernel, batch * heads, arguments, options, facts)
         else:
-            shape = (head_dim, tiles.rows, tiles.keys, tiles.stages, tiles.pipelined)
-            _streamed_kernel[(-(-rows // tiles.rows) * batch * heads,)](*arguments, *shape, *flags, **options)
+            launch(_streamed_kernel, -(-rows // tiles.rows) * batch * heads, arguments, options, facts)
     return output, prompt_output, lse
