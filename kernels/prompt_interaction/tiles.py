@@ -99,14 +99,15 @@ def mix_tile(itemsize: int, text: int, vision: int, block: int, shared: int) -> 
 
 
 @functools.cache
-def mix_backward_tile(itemsize: int, text: int, vision: int, block: int, channels: bool, shared: int) -> MixTile:
-    """``channels``: the text gate is one value a channel, and gated gradients are operands in registers."""
+def mix_backward_tile(dtype: torch.dtype, text: int, vision: int, block: int, channels: bool, shared: int) -> MixTile:
+    """``dtype``: the widest type.  ``channels``: the text gate is one value a channel, which makes gated gradients
+    operands in registers."""
     parts = (-(-text // 1024), -(-vision // 1024))
-    if itemsize == 4:
-        similarity, columns = {16: (32, 64), 32: (16, 32), 64: (16, 32)}[block]
+    if dtype == torch.float32:
+        similarity, columns = {16: (32, 32), 32: (16, 32), 64: (16, 32)}[block]
     elif block == 16:
         similarity, columns = 64 if channels or shared <= _MUCH_SHARED else 128, 128
     else:
-        similarity, columns = {32: (64, 128), 64: (32, 32)}[block]
-    warps = 8 if block == 64 or (block == 32 and itemsize == 4) else 4
+        similarity, columns = {32: (64, 64 if dtype == torch.float16 else 128), 64: (32, 32)}[block]
+    warps = 8 if block == 64 or (block == 32 and dtype == torch.float32) else 4
     return MixTile(similarity, columns, *parts, warps=warps, stages=3 if block < 64 else 1)

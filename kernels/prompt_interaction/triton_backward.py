@@ -4,7 +4,7 @@ README.md beside this file has the derivation, the floors and what was tried.
 """
 
 # pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
-# pyright: reportMissingImports=false, reportOperatorIssue=false, reportOptionalIterable=false
+# pyright: reportMissingImports=false, reportOperatorIssue=false, reportOptionalIterable=false, reportOptionalMemberAccess=false
 
 from __future__ import annotations
 
@@ -547,7 +547,7 @@ def prompt_interaction_backward(
         shared = shared_memory(text_prompt.device)
         types = (text_prompt.dtype, vision_prompt.dtype, vision_in_text.dtype, text_in_vision.dtype)
         if mix_tile is None:
-            widest = 4 if torch.float32 in types or len(set(types)) > 1 else 2
+            widest = torch.float32 if len(set(types)) > 1 else types[0]
             mix_tile = mix_backward_tile(widest, text_width, vision_width, max(block_t, block_v), text_channels, shared)
         text_parts, vision_parts = mix_tile.text_parts, mix_tile.vision_parts
         if not (need_text or need_vision_in_text or need_text_gate):
