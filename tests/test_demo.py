@@ -225,7 +225,10 @@ def test_the_demo_runs_and_its_adapter_loads_again(task, small, tmp_path, capsys
         assert (tmp_path / "run" / name).stat().st_size > 100, name
     assert len(found["reloaded"]) == 3
     assert json.loads((tmp_path / "run" / "table.json").read_text())["rows"] == found["rows"]
-    assert "Test split" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "Test split" in printed
+    if task == "match":
+        assert "MLP on [u, v, u·v, |u−v|], aligned: accuracy" in " ".join(printed.split())
 
 
 def test_the_readme_shows_the_recorded_tables():

@@ -539,7 +539,7 @@ def test_extents_past_32_bits_on_the_gpu(far: str) -> None:
     assert inputs["key"] is not None
     distant.copy_(inputs["key"])
     inputs["key"] = distant
-    assert triton_rows.is_wide((distant,)) == (far == "rows")
+    assert triton_rows.layout_of((distant,), distant.element_size()).wide == (far == "rows")
     assert_bits_equal((*forward(case, inputs), *backward_with_ones(case, inputs)), want)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
@@ -72,20 +73,20 @@ def run(
     result: Result | None = None
     for result in results(task, backbone, frozen, seed, output, cut=cut, console=console):
         rows.append(score(task, result, size))
-        console.print(f"  {result.name}: accuracy {rows[-1]['accuracy']:.3f}  ({result.seconds:.1f} s)")
+        console.print(f"  {escape(result.name)}: accuracy {rows[-1]['accuracy']:.3f}  ({result.seconds:.1f} s)")
     assert result is not None
     groups = list(task.groups)
     table = Table(title=f"Test split, task {name}, seed {seed}", title_justify="left")
     for heading in headings(groups):
         table.add_column(heading, justify="left" if heading == "method" else "right")
     for row in rows:
-        table.add_row(*cells(row, groups))
+        table.add_row(*map(escape, cells(row, groups)))
     console.print(table)
     pictures = draw(task, frozen, result, output)
-    console.print("adapter, log and pictures: " + ", ".join([str(output), *(path.name for path in pictures)]))
+    console.print("adapter, log and pictures: " + ", ".join([escape(str(output)), *(path.name for path in pictures)]))
     again = reload(task, frozen, result, output)
     for pair in again:
-        console.print(f"  fresh process: {pair['text']!r} -> {pair['label']} (as before)")
+        console.print(f"  fresh process: {escape(repr(pair['text']))} -> {escape(pair['label'])} (as before)")
     found = {"task": name, "seed": seed, "cut": None if cut is None else asdict(cut), "rows": rows, "reloaded": again}
     found["seconds"] = time.perf_counter() - started
     atomic_write_json(output / "table.json", found)

@@ -597,7 +597,7 @@ class HopperTile:
 
 
 @functools.cache
-def forward_tile(head_dim: int, keys: int, causal: bool) -> HopperTile:
+def forward_tile(head_dim: int, keys: int, causal: bool, lengths: bool) -> HopperTile:
     """By the number of virtual keys and the mask; never by the batch."""
     if head_dim == 128:
         if keys <= 128:
@@ -613,7 +613,9 @@ def forward_tile(head_dim: int, keys: int, causal: bool) -> HopperTile:
     if causal:
         # Smaller tiles of rows: fewer of their products are hidden.
         return HopperTile(keys=64, tail=32, stages=4, warps=4, registers=168)
-    return HopperTile(keys=64, tail=32, stages=4, warps=8, registers=128)
+    if lengths:
+        return HopperTile(keys=64, tail=32, stages=4, warps=8, registers=128)
+    return HopperTile(keys=64, tail=32, stages=3, warps=4, registers=128)
 
 
 @functools.cache
@@ -699,7 +701,7 @@ def prompt_attention_forward(
         return output, prompt_output, lse
     keys = prompts + tokens
     if tiles is None:
-        tiles = forward_tile(head_dim, keys, causal)
+        tiles = forward_tile(head_dim, keys, causal, lengths is not None)
     if tiles.full and not tiles.held - (tiles.tail or tiles.keys) < keys <= tiles.held:
         raise ValueError(f"{tiles} holds {tiles.held} keys and masks its last tile only; it was given {keys}")
     tensors = (query, key, value, prompt_query, prompt_key, prompt_value, output, prompt_output)

@@ -89,6 +89,9 @@ def gradient_tile(dtype: torch.dtype, shared: int) -> GradientTile:
 def mix_tile(itemsize: int, text: int, vision: int, block: int, shared: int) -> MixTile:
     """For widths, the larger block of prompts and the widest type."""
     parts = (-(-text // 1024), -(-vision // 1024))
+    if itemsize == 2 and block == 16 and shared > _MUCH_SHARED and 512 < max(text, vision) <= 1024:
+        # All of a sample in one go: its loads are waited for once.
+        return MixTile(1024, 1024, *parts, warps=8, stages=1)
     if itemsize == 4:
         similarity, columns = {16: (64, 64), 32: (32, 32), 64: (16, 32)}[block]
     elif block == 16:
