@@ -95,7 +95,7 @@ def _panel(
     for height, group in enumerate(groups):
         kin = [row for row in rows if row["group"] == group]
         if not kin:
-            panel.text(1.06, height, "cannot run", va="center", fontsize=7, color=QUIET)
+            panel.text(1.06, height, "no time", va="center", fontsize=7, color=QUIET)
             continue
         best = min(kin, key=lambda row: row[column])
         factor = best[column] / ours

@@ -116,13 +116,15 @@ def launched_kernels(call: Callable[[], Any]) -> list[dict[str, Any]]:
 def machine(command: str) -> dict[str, Any]:
     """What a row must carry to be believed.
 
-    A copy without its repository says its commit in the variable ``EPIC_FAST_COMMIT``.
+    A copy without its repository says its commit in the variable ``EPIC_FAST_COMMIT``, and vouches for being it.
     """
+    commit = os.environ.get("EPIC_FAST_COMMIT")
     run = {
         "command": command,
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": os.environ.get("EPIC_FAST_COMMIT") or _said("git", "rev-parse", "HEAD"),
-        "modified": bool(_said("git", "status", "--porcelain", "--", "epic_fast", "kernels", "benchmarks")),
+        "commit": commit or _said("git", "rev-parse", "HEAD"),
+        "modified": not commit
+        and bool(_said("git", "status", "--porcelain", "--", "epic_fast", "kernels", "benchmarks")),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _triton_version(),

@@ -251,3 +251,19 @@ def test_the_command_runs_from_the_root_without_installing(operation: str, tmp_p
     assert done.returncode == 0, done.stderr
     rows = run.read(output)
     assert {row["mode"] for row in rows if row["provider"] == "compiled"} == {"forward", "forward+backward"}
+
+
+def test_the_readme_shows_the_recorded_speed() -> None:
+    root = Path(__file__).resolve().parent.parent
+    readme = (root / "README.md").read_text(encoding="utf-8").splitlines()
+    for name, columns in (
+        ("attention", ("graph_ms", "launched_ms", "peak_mib")),
+        ("interaction", ("graph_ms", "launched_ms")),
+    ):
+        rows = run.read(root / f"benchmarks/results/{name}.jsonl")
+        assert all(row["run"]["gpu"] and row["run"]["commit"] and not row["run"]["modified"] for row in rows)
+        assert all(row["passes"] for row in rows if row["kind"] == "gate")
+        printed = {column: run.tables(rows, column).splitlines() for column in columns}
+        shown = [line for line in readme if any(line.startswith(f"| {row['case']}, bfloat16 |") for row in rows)]
+        assert len(shown) >= 4 * len({row["case"] for row in rows}) - 4
+        assert [line for line in shown if not any(line in lines for lines in printed.values())] == []

@@ -268,6 +268,7 @@ def test_a_cuda_graph_captures_it(kind: str, training: bool) -> None:
 
 def profiled(call: Callable[[], Any]) -> tuple[list[str], int]:
     """Names of the kernels that a call launches, and the most memory it adds while it runs."""
+    gc.collect()  # what an earlier call left for the collector must not be given back while this one is watched
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
