@@ -36,6 +36,7 @@ NAN, INF = float("nan"), float("inf")
         ({"prompt_init_std": -0.1}, "EpicConfig.prompt_init_std=-0.1; wanted at least 0.0"),
         ({"head_dropout": 1.0}, "EpicConfig.head_dropout=1.0; wanted at least 0.0 and at most 0.99"),
         ({"label_smoothing": -0.5}, "EpicConfig.label_smoothing=-0.5; wanted at least 0.0 and at most 0.99"),
+        ({"learn_gates": False}, "EpicConfig.gate_init=0 with learn_gates=False keeps the interaction shut"),
         ({"head_hidden_size": 0}, "EpicConfig.head_hidden_size=0; wanted at least 1"),
         ({"prompt_mask": "causal"}, "EpicConfig.prompt_mask='causal'; wanted one of 'full', 'prefix'"),
         ({"prompt_mask": ["full"]}, "EpicConfig.prompt_mask=['full']; wanted one of 'full', 'prefix'"),
@@ -116,6 +117,10 @@ def test_the_default_pairs_are_the_last_six_one_to_one() -> None:
         ({"pos_weight": "balanced", "problem_type": "multi_label_classification"}, "pos_weight='balanced'; wanted 2"),
         ({"pos_weight": [1.0], "problem_type": "multi_label_classification"}, "pos_weight has shape (1,); wanted (2,)"),
         ({"config": {"prompt_length": 3}}, "config is a dict; wanted one of EpicConfig"),
+        (
+            {"config": EpicConfig(label_smoothing=0.1), "problem_type": "multi_label_classification"},
+            "label_smoothing=0.1 with problem_type='multi_label_classification'",
+        ),
         ({"config": EpicConfig(text_head_input="cls")}, "asks for 'cls'; this text tower has pooled, mean, projected"),
         ({"config": EpicConfig(vision_head_input="pooled+eos")}, "EpicConfig.vision_head_input='pooled+eos' asks for"),
     ],

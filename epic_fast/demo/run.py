@@ -34,6 +34,7 @@ from epic_fast.plots import SheetItem, confusion_matrix, contact_sheet, training
 
 SHEET_PICTURES = 24
 RELOADED_PAIRS = 3
+WIDTH_OF_FILES = 120
 
 
 def run(
@@ -52,6 +53,8 @@ def run(
         the table's rows, the pairs that were classified again, and seconds in all.
     """
     console = Console(stderr=plain, highlight=False)
+    if not console.is_terminal:
+        console.width = WIDTH_OF_FILES
     started = time.perf_counter()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     console.print(f"epic_fast demo, task [bold]{name}[/], on {device}")

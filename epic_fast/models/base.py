@@ -61,6 +61,12 @@ class PromptedModel(nn.Module, ABC):
     ):
         super().__init__()
         _check_task(num_labels, problem_type, labels)
+        self.label_smoothing: float = getattr(config, "label_smoothing", 0.0)
+        if self.label_smoothing and problem_type != "single_label_classification":
+            raise ConfigError(
+                f"label_smoothing={self.label_smoothing} with problem_type={problem_type!r}; only the loss of "
+                "single_label_classification has it, wanted 0"
+            )
         self.backbone = backbone
         self.config = config
         self.num_labels = num_labels
@@ -158,8 +164,7 @@ class PromptedModel(nn.Module, ABC):
         """
         self._check_labels(logits, labels)
         if self.problem_type == "single_label_classification":
-            smoothing = getattr(self.config, "label_smoothing", 0.0)
-            return nn.functional.cross_entropy(logits, labels, label_smoothing=smoothing)
+            return nn.functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         if self.problem_type == "multi_label_classification":
             if self._pos_weight_auto:
                 raise ConfigError(

@@ -115,6 +115,11 @@ class EpicConfig(MethodConfig):
             "head",
         ):
             check_choice(self, name)
+        if self.interaction and self.gate_init == 0 and not self.learn_gates:
+            raise ConfigError(
+                "EpicConfig.gate_init=0 with learn_gates=False keeps the interaction shut for good; wanted a gate that "
+                "is open or can open (another gate_init, or learn_gates=True), or interaction=False for the control"
+            )
         if self.layer_pairs is not None:
             if not isinstance(self.layer_pairs, (list, tuple)):
                 raise ConfigError(
