@@ -27,7 +27,7 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A fraction of the training, to see that it works.")] = False,
     full: Annotated[
         bool,
-        typer.Option("--full", help="The whole of --task match without a GPU too: over an hour on two cores."),
+        typer.Option("--full", help="The whole of --task match without a GPU too: hours on two cores."),
     ] = False,
     json: Json = False,
     debug: Debug = False,

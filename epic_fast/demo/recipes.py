@@ -51,7 +51,7 @@ class Cut:
 
 
 QUICK = Cut(epochs=1, views=0, why="--quick")
-# What a task is cut to where there is no GPU, so that it ends within a quarter of an hour on two cores.
+# What a task is cut to where there is no GPU: the whole would take hours on two cores.
 WITHOUT_GPU = {"match": Cut(epochs=4, views=0, why="no GPU; --full trains the whole recipe")}
 
 # Augmented views of each training picture that the frozen towers see beside the picture itself.
