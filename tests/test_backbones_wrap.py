@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,41 @@ def test_a_dual_encoder_can_be_wrapped_again_after_unwrap_or_a_failure() -> None
         assert not any(each.training for each in clip.modules())
         model.unwrap()
         assert marks(clip) == marked
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("kind", ["clip", "pair"])
+def test_two_wraps_of_one_backbone_free_it_together(kind: str, first: int) -> None:
+    models = [unevenly(tiny_clip())] if kind == "clip" else [unevenly(tiny_vit()), unevenly(tiny_bert())]
+    backbone: Any = models[0] if kind == "clip" else tuple(models)
+    marked = [marks(each) for each in models]
+    held = [epic_fast.wrap(backbone, CONFIG) for _ in range(2)]
+    held[first].unwrap()
+    assert not any(each.requires_grad for model in models for each in model.parameters())
+    assert not any(each.training for model in models for each in model.modules())
+    held[1 - first].unwrap()
+    assert [marks(each) for each in models] == marked
+
+
+def test_a_wrap_that_was_dropped_holds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    clip = unevenly(tiny_clip())
+    dropped = epic_fast.wrap(clip, CONFIG)
+    del dropped
+    gc.collect()
+    clip.requires_grad_(True)
+    model = epic_fast.wrap(clip, CONFIG)
+    model.unwrap()
+    assert all(each.requires_grad for each in clip.parameters())
+
+
+def test_a_copy_is_freed_by_itself() -> None:
+    clip = unevenly(tiny_clip())
+    marked = marks(clip)
+    model = epic_fast.wrap(clip, CONFIG)
+    copied = copy.deepcopy(model).unwrap()
+    assert copied is not clip
+    assert marks(copied) == marked
+    assert not any(each.requires_grad for each in clip.parameters())
 
 
 def test_a_failed_wrap_releases_the_backbone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,30 @@ from epic_fast.backbones.towers import TextTower, VisionTower, make_tower
 from epic_fast.errors import ConfigError
 
 logger = logging.getLogger("epic_fast")
+
+
+class _Before(NamedTuple):
+    """How a model was before it was frozen: the names of what had gradients and of what was in training."""
+
+    required_grad: frozenset[str]
+    training: frozenset[str]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Before:
+        return cls(
+            frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad),
+            frozenset(name for name, module in model.named_modules() if module.training),
+        )
+
+    def restore(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in self.required_grad)
+        for name, module in model.named_modules():
+            module.training = name in self.training
+
+
+# Who keeps a model frozen.
+_HOLDERS: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[DualEncoder]] = weakref.WeakKeyDictionary()
 
 
 class DualEncoder(nn.Module):
@@ -78,14 +103,25 @@ class DualEncoder(nn.Module):
     # -- frozen ---------------------------------------------------------------------------------------------
 
     def freeze(self) -> None:
-        """No gradients and ``eval()``, remembering what was before; nothing if it is frozen already."""
+        """No gradients and ``eval()``, remembering what was before; nothing if it is frozen already.
+
+        Several may hold the same models at once; what was before the first of them comes back after the last.
+        """
         if self._frozen:
             return
-        self._required_grad = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        self._was_training = {name for name, module in self.named_modules() if name and module.training}
+        self._before = []
+        for model in self._models():
+            holders = _HOLDERS.setdefault(model, weakref.WeakSet())
+            other = next(iter(holders), None)
+            self._before.append(_Before.of(model) if other is None else other.before(model))
+            holders.add(self)
         self._frozen = True
         self.requires_grad_(False)
         self.train(False)
+
+    def before(self, model: nn.Module) -> _Before:
+        """What one of its models was like before it was frozen."""
+        return next(before for each, before in zip(self._models(), self._before, strict=True) if each is model)
 
     def train(self, mode: bool = True) -> DualEncoder:
         """Frozen towers stay in ``eval()``, whatever the model around them does."""
@@ -99,13 +135,16 @@ class DualEncoder(nn.Module):
     def release(self) -> Any:
         """The backbone as it was given: the same objects, gradients and modes as before."""
         if self._frozen:
-            for name, parameter in self.named_parameters():
-                parameter.requires_grad_(name in self._required_grad)
-            for name, module in self.named_modules():
-                if name:
-                    module.training = name in self._was_training
             self._frozen = False
+            for model, before in zip(self._models(), self._before, strict=True):
+                holders = _HOLDERS.get(model, set())
+                holders.discard(self)
+                if not holders:
+                    before.restore(model)
         return self.original
+
+    def _models(self) -> list[nn.Module]:
+        return [self.model] if self._whole else [self.vision_model, self.text_model]
 
     @property
     def original(self) -> Any:
