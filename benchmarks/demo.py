@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +21,7 @@ import numpy as np
 import torch
 from torch import multiprocessing
 
-import epic_fast
+from benchmarks import timing
 
 SEEDS = (0, 1, 2, 3, 4)
 COMPARED = {
@@ -149,26 +147,9 @@ def machine() -> dict[str, Any]:
     import accelerate
     import transformers
 
-    run = {
-        "command": " ".join(["python -m benchmarks.demo", *(Path(each).name for each in sys.argv[1:])]),
-        "commit": _said("git", "rev-parse", "HEAD"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "accelerate": accelerate.__version__,
-        "epic_fast": epic_fast.__version__,
-    }
-    if torch.cuda.is_available():
-        run["gpu"] = torch.cuda.get_device_name()
-        run["driver"] = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return run
-
-
-def _said(*command: str) -> str | None:
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    command = " ".join(["python -m benchmarks.demo", *(Path(each).name for each in sys.argv[1:])])
+    libraries = {"transformers": transformers.__version__, "accelerate": accelerate.__version__}
+    return {**timing.machine(command), **libraries}
 
 
 def readme(found: dict[str, Any]) -> str:
@@ -211,7 +192,8 @@ def train(arguments: argparse.Namespace) -> None:
         for seed in SEEDS
     ]
     run = machine()
-    run["commit"] = arguments.commit or run["commit"]
+    if arguments.commit:
+        run |= {"commit": arguments.commit, "modified": False}
     multiprocessing.spawn(work, args=(arguments.processes, jobs, arguments.rows, run), nprocs=arguments.processes)
 
 
