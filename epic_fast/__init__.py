@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from epic_fast import functional, hf
     from epic_fast.backbones import load_backbone
     from epic_fast.classifier import Classifier, Prediction
+    from epic_fast.engine import EngineConfig
     from epic_fast.models import EpicConfig, EpicModel, from_pretrained, wrap
     from epic_fast.training import TrainingConfig, fit
 
@@ -30,6 +31,7 @@ _WHERE = {
     "load_backbone": "epic_fast.backbones",
     "Classifier": "epic_fast.classifier",
     "Prediction": "epic_fast.classifier",
+    "EngineConfig": "epic_fast.engine",
     "EpicConfig": "epic_fast.models",
     "EpicModel": "epic_fast.models",
     "from_pretrained": "epic_fast.models",
@@ -40,6 +42,7 @@ _WHERE = {
 
 __all__ = [
     "Classifier",
+    "EngineConfig",
     "EpicConfig",
     "EpicModel",
     "Prediction",

@@ -24,7 +24,7 @@ KNOWS: dict[str, set[str]] = {
     "functional": {"ops"},
     "hf": {"functional"},
     "nn": {"functional"},
-    "engine": {"functional"},
+    "engine": {"functional", "ops"},
     "backbones": {"engine"},
     "models": {"nn", "backbones", "engine", "functional"},
     # Data meets a model only as an argument (`Collator.for_model(model)`), so that readers need no towers.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from epic_fast.backbones import DualEncoder
-from epic_fast.engine import Prefix
+from epic_fast.engine import EngineConfig, Prefix
 from epic_fast.errors import ConfigError
 from epic_fast.models.configuration import MethodConfig
 
@@ -44,6 +44,7 @@ class PromptedModel(nn.Module, ABC):
         labels: K names, or None.
         pos_weight: of the multi-label loss: ``(K,)``, None, or ``"auto"``, which :func:`epic_fast.fit` resolves to
             negatives / positives of the training set.
+        engine: how the frozen towers are executed; None runs the backbone's own modules.
     """
 
     # Trainer asks for this when it resumes from a file that holds the trainable tensors only.
@@ -58,6 +59,7 @@ class PromptedModel(nn.Module, ABC):
         problem_type: str = "single_label_classification",
         labels: Sequence[str] | None = None,
         pos_weight: Tensor | Sequence[float] | str | None = None,
+        engine: EngineConfig | None = None,
     ):
         super().__init__()
         _check_task(num_labels, problem_type, labels)
@@ -69,6 +71,7 @@ class PromptedModel(nn.Module, ABC):
             )
         self.backbone = backbone
         self.config = config
+        self.engine = engine
         self.num_labels = num_labels
         self.problem_type = problem_type
         self.labels = None if labels is None else [str(label) for label in labels]

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from epic_fast.backbones import load_backbone
+from epic_fast.engine import EngineConfig
 from epic_fast.errors import ConfigError
 from epic_fast.models.base import PromptedModel
 from epic_fast.models.configuration import MethodConfig
@@ -27,6 +28,7 @@ def wrap(
     image_processor: Any = None,
     tokenizer: Any = None,
     self_check: bool = True,
+    engine: EngineConfig | None = None,
 ) -> Any:
     """Put a method's prompts into a frozen backbone.
 
@@ -43,6 +45,7 @@ def wrap(
         pos_weight: of the multi-label loss: K numbers, None, or ``"auto"``.
         image_processor, tokenizer: take the place of those beside the backbone's weights.
         self_check: run one small batch to prove that zero prompts give the backbone's own output.
+        engine: how the frozen towers are executed; None runs the backbone's own modules, bit for bit.
 
     Returns:
         The method's model, an ``nn.Module`` with ``forward(pixel_values, input_ids, attention_mask, ...)``.
@@ -62,7 +65,7 @@ def wrap(
             encoder.self_check()
         device = next(encoder.parameters()).device
         task = {"num_labels": num_labels, "problem_type": problem_type, "labels": labels, "pos_weight": pos_weight}
-        return model_class(encoder, config, **task).to(device)
+        return model_class(encoder, config, **task, engine=engine).to(device)
     except Exception:
         encoder.release()
         raise

@@ -1,0 +1,69 @@
+"""How the frozen towers are executed: one dataclass, given to ``wrap(..., engine=...)`` and to the commands."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+from epic_fast.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The parts of the engine, each switched by itself.  All but ``weights`` are exact.
+
+    Attributes:
+        blocks: ``"fused"`` runs the layers that the engine knows as fused frozen blocks, ``"plain"`` runs the
+            backbone's own modules; ``"auto"`` is fused on a GPU and plain on a CPU.
+        save: what a fused block keeps of the MLP for its backward pass: ``"full"`` (the pre-activation),
+            ``"eight_bit"`` (the activation's derivative in 8 bits: a quarter of the memory of float32, half of that of
+            bfloat16) or ``"recompute"`` (nothing: one more product in the backward pass).
+        pooled_rows: in the last layer only rows that the head reads get queries, output projection and MLP.
+        trim_text: texts are cut to the longest of the batch.
+        prefix_cache: None; ``"memory"``; or a folder, for what the layers below the first prompts compute, filled in
+            the first epoch or by ``epic-fast data cache``.
+        weights: ``"frozen"`` (as the backbone has them), or the frozen products in 8 bits: ``"fp8"`` (Hopper and
+            newer), ``"int8"``, ``"8bit"`` (whichever the card has).
+        graphs: capture whole steps as CUDA graphs, one per shape; falls back with a reason.
+    """
+
+    blocks: Literal["auto", "fused", "plain"] = "auto"
+    save: Literal["full", "eight_bit", "recompute"] = "full"
+    pooled_rows: bool = True
+    trim_text: bool = True
+    prefix_cache: str | None = None
+    weights: Literal["frozen", "fp8", "int8", "8bit"] = "frozen"
+    graphs: bool = False
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, choices = getattr(self, field.name), get_args(hints[field.name])
+            if hints[field.name] is bool and not isinstance(value, bool):
+                raise ConfigError(f"EngineConfig.{field.name}={value!r}; wanted true or false")
+            if field.name == "prefix_cache":
+                if value is not None and (not isinstance(value, str) or not value):
+                    raise ConfigError(f"EngineConfig.prefix_cache={value!r}; wanted None, 'memory' or a folder")
+            elif choices and value not in choices:
+                raise ConfigError(f"EngineConfig.{field.name}={value!r}; wanted one of {', '.join(map(repr, choices))}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values of all fields."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> EngineConfig:
+        """The configuration of these fields.
+
+        Raises:
+            ConfigError: a name that is no field, with the nearest that is.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+                raise ConfigError(f"EngineConfig has no field {name!r}; did you mean {near!r}? It has {known}")
+        return cls(**values)
