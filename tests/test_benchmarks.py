@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 # The root is no place to import from for longer than this: the folder `kernels` lies there.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import figures, numerics, registry, run, timing
+from benchmarks import figures, gpu_tests, numerics, registry, run, timing
 
 sys.path.pop()
 ROOT = Path(__file__).resolve().parent.parent
@@ -267,3 +267,26 @@ def test_the_readme_shows_the_recorded_speed() -> None:
         shown = [line for line in readme if any(line.startswith(f"| {row['case']}, bfloat16 |") for row in rows)]
         assert len(shown) >= 4 * len({row["case"] for row in rows}) - 4
         assert [line for line in shown if not any(line in lines for lines in printed.values())] == []
+
+
+def test_the_record_of_gpu_tests_counts_what_pytest_reports(tmp_path: Path) -> None:
+    """A pass, a failure, an error and a skip each land where they belong."""
+    source = tmp_path / "test_four.py"
+    source.write_text(
+        "import pytest\n"
+        "@pytest.fixture\n"
+        "def broken(): raise OSError('no')\n"
+        "def test_good(): pass\n"
+        "def test_bad(): assert False\n"
+        "def test_error(broken): pass\n"
+        "@pytest.mark.skip(reason='another card')\n"
+        "def test_not_here(): pass\n"
+    )
+    report = tmp_path / "report.xml"
+    run = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1"]
+    subprocess.run([*run, f"--junit-xml={report}", str(source)], cwd=tmp_path, check=False, capture_output=True)
+    record = gpu_tests.summarise(report.read_text())
+    assert record["passed"] == 1
+    assert sorted(name.rsplit("::", 1)[1] for name in record["failed"]) == ["test_bad", "test_error"]
+    assert list(record["skipped"].values()) == ["another card"]
+    assert record["files"] == {"test_four.py": {"passed": 1, "failed": 2, "skipped": 1}}
