@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import gelu
 
-from epic_fast.kernels.common import eight_bit as rows
+from epic_fast.kernels.common.eight_bit import quantise_rows  # pyright: ignore[reportMissingImports]
 
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_tanh")
 KEEPS = ("none", "full", "eight_bit")
@@ -51,7 +51,7 @@ def encode_derivative(values: Tensor) -> Tensor:
 
 def decode_derivative(codes: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """The derivative that a code stands for, within 1/404 of the one that was encoded."""
-    return (codes.to(dtype) - DERIVATIVE_ZERO) / DERIVATIVE_STEPS
+    return (codes.to(dtype) - DERIVATIVE_ZERO) * (1 / DERIVATIVE_STEPS)
 
 
 def activation_forward(
@@ -61,7 +61,7 @@ def activation_forward(
     if eight_bit is None:
         output, scale = activation(pre, kind), None
     else:
-        output, scale = rows.quantise_rows(activation(pre.float(), kind), eight_bit)
+        output, scale = quantise_rows(activation(pre.float(), kind), eight_bit)
     kept = {"none": None, "full": pre}[keep] if keep != "eight_bit" else encode_derivative(derivative(pre, kind))
     return output, kept, scale
 

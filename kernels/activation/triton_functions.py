@@ -1,6 +1,6 @@
 """The activations and their derivatives as functions of a tile in float32, for whichever kernel applies them."""
 
-# pyright: basic, reportArgumentType=false
+# pyright: basic, reportArgumentType=false, reportMissingImports=false
 
 from __future__ import annotations
 
@@ -74,4 +74,5 @@ def encode_derivative(slope):
 @triton.jit
 def decode_derivative(code):
     """The derivative in float32 that a uint8 code stands for."""
-    return code.to(tl.float32) * (1.0 / _STEPS) - _ZERO / _STEPS
+    whole = (code.to(tl.int32) | 0x4B000000).to(tl.float32, bitcast=True) - (_TO_INTEGER + _ZERO)
+    return whole * (1.0 / _STEPS)

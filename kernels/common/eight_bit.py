@@ -14,7 +14,7 @@ SMALLEST_SCALE = 2.0**-126
 
 
 def quantise_rows(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """Data (..., D) in ``EIGHT_BIT_TYPES[kind]`` and scale (rows,) float32: a row's largest magnitude becomes the type's.
+    """Data (..., D) in ``EIGHT_BIT_TYPES[kind]``, scale (rows,) float32: a row's largest magnitude becomes the type's.
 
     The scale of a row that holds an infinity or NaN is NaN, so that no product with it passes for a number.
     """

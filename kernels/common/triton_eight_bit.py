@@ -1,6 +1,7 @@
 """Rows in 8 bits inside a kernel that holds whole rows; ``eight_bit.py`` beside this file is the specification."""
 
-# pyright: basic, reportArgumentType=false
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportMissingImports=false
+# pyright: reportOperatorIssue=false
 
 from __future__ import annotations
 

@@ -1,0 +1,112 @@
+"""Residual sum and layer norm, backward: one gradient for both terms of the sum, and none for the weights.
+
+README.md beside this file has the equation.
+"""
+
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportMissingImports=false, reportOptionalMemberAccess=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from epic_fast.kernels.common.launch import launch
+from epic_fast.kernels.common.rows import as_rows, facts_of, on_device_of, row_strides
+from epic_fast.kernels.common.triton_rows import row_offsets
+from epic_fast.kernels.residual_norm.tiles import RowTile, norm_tile
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "inner_rows",
+        "normed_outer",
+        "normed_inner",
+        "residual_outer",
+        "residual_inner",
+        "total_outer",
+        "total_inner",
+    ]
+)
+def backward_kernel(
+    grad_normed,  # (rows, D) by outer and inner strides, unit last stride
+    grad_total,  # (rows, D) or None
+    total,  # (rows, D)
+    weight,  # (D,)
+    mean,  # (rows,) float32
+    rstd,  # (rows,) float32
+    grad,  # (rows, D), contiguous, written
+    rows,
+    inner_rows,
+    normed_outer,
+    normed_inner,
+    residual_outer,
+    residual_inner,
+    total_outer,
+    total_inner,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,  # elements that a stride counts in
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``grad = grad_total + rstd (g - mean(g) - x mean(g x))`` with ``g = grad_normed weight``, x the row, normalised."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)[None, :]
+    column_exists = column < D
+    exists = (row < rows)[:, None] & column_exists
+
+    start = row_offsets(row, inner_rows, normed_outer, normed_inner, UNIT)
+    g = tl.load(grad_normed + start + column, mask=exists, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
+    start = row_offsets(row, inner_rows, total_outer, total_inner, UNIT)
+    x = tl.load(total + start + column, mask=exists, other=0.0).to(tl.float32)
+    if grad_total is not None:
+        start = row_offsets(row, inner_rows, residual_outer, residual_inner, UNIT)
+        residual = tl.load(grad_total + start + column, mask=exists, other=0.0).to(tl.float32)
+    center = tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
+    inverse = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
+    gain = tl.load(weight + column, mask=column_exists, other=0.0).to(tl.float32)  # [1, BLOCK_D]
+
+    # Beyond the last column g is zero, and so are both sums' terms.
+    g *= gain
+    x = (x - center) * inverse
+    along_one = tl.sum(g, axis=1) * (1.0 / D)  # [ROWS]
+    along_x = tl.sum(g * x, axis=1) * (1.0 / D)
+    result = (g - along_one[:, None] - x * along_x[:, None]) * inverse
+    if grad_total is not None:
+        result += residual
+    tl.store(grad + row.to(tl.int64)[:, None] * D + column, result.to(grad.dtype.element_ty), mask=exists)
+
+
+def residual_norm_backward(
+    grad_normed: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    tile: RowTile | None = None,
+) -> Tensor:
+    """Shapes and meanings are those of :func:`epic_fast.ops.residual_norm.residual_norm_backward`; ``tile`` is one
+    other than the table's."""
+    width = total.shape[-1]
+    rows = total.numel() // width
+    grad = torch.empty(total.shape, dtype=total.dtype, device=total.device)
+    if not rows:
+        return grad
+    if tile is None:
+        tile = norm_tile(width)
+    grad_normed, total = as_rows(grad_normed), as_rows(total)
+    if grad_total is not None:
+        grad_total = as_rows(grad_total)
+    inner_rows, strides, unit = row_strides((grad_normed, grad_total, total))
+    constants = (width, unit, tile.rows, tile.block)
+    tensors = (grad_normed, grad_total, total, weight.contiguous(), mean.contiguous(), rstd.contiguous(), grad)
+    integers = (rows, inner_rows, *strides)
+    facts = facts_of(tensors, integers, (constants, tile.warps))
+    with on_device_of(total):
+        launch(backward_kernel, -(-rows // tile.rows), (*tensors, *integers, *constants), tile.options, facts)
+    return grad

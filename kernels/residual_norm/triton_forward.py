@@ -1,0 +1,153 @@
+"""Residual sum and layer norm, forward: a row is read once, held in registers, and written once.
+
+README.md beside this file has the derivation, the floors and what was tried.
+"""
+
+# pyright: basic, reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+# pyright: reportMissingImports=false, reportOptionalMemberAccess=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from epic_fast.kernels.common.eight_bit import EIGHT_BIT_TYPES
+from epic_fast.kernels.common.launch import launch
+from epic_fast.kernels.common.rows import as_rows, facts_of, on_device_of, row_strides
+from epic_fast.kernels.common.triton_eight_bit import quantise, row_scales
+from epic_fast.kernels.common.triton_rows import row_offsets
+from epic_fast.kernels.residual_norm.tiles import RowTile, norm_tile
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "inner_rows",
+        "stream_outer",
+        "stream_inner",
+        "branch_outer",
+        "branch_inner",
+        "total_outer",
+        "total_inner",
+    ]
+)
+def forward_kernel(
+    stream,  # (rows, D) by outer and inner strides, unit last stride
+    branch,  # (rows, D) or None
+    total,  # (rows, D), written; None without branch; the stream itself in place
+    weight,  # (D,)
+    bias,  # (D,)
+    normed,  # (rows, D), contiguous, written
+    mean,  # (rows,) float32, written
+    rstd,  # (rows,) float32, written
+    scale,  # (rows,) float32, written; None unless EIGHT_BIT
+    eps,
+    rows,
+    inner_rows,
+    stream_outer,
+    stream_inner,
+    branch_outer,
+    branch_inner,
+    total_outer,
+    total_inner,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,  # elements that a stride counts in
+    EIGHT_BIT: tl.constexpr,  # None, "fp8" or "int8"
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``total = stream + branch`` and its layer norm, ``ROWS`` rows a program."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK_D)[None, :]
+    column_exists = column < D
+    exists = (row < rows)[:, None] & column_exists
+
+    start = row_offsets(row, inner_rows, stream_outer, stream_inner, UNIT)
+    x = tl.load(stream + start + column, mask=exists, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
+    if branch is not None:
+        start = row_offsets(row, inner_rows, branch_outer, branch_inner, UNIT)
+        x += tl.load(branch + start + column, mask=exists, other=0.0).to(tl.float32)
+        # What is normalised is what is written: backward will read the rounded sum.
+        rounded = x.to(total.dtype.element_ty)
+        x = rounded.to(tl.float32)
+        tl.store(total + row_offsets(row, inner_rows, total_outer, total_inner, UNIT) + column, rounded, mask=exists)
+
+    center = tl.sum(x, axis=1) * (1.0 / D)  # [ROWS]
+    x = tl.where(column_exists, x - center[:, None], 0.0)
+    variance = tl.sum(x * x, axis=1) * (1.0 / D)
+    inverse = tl.div_rn(tl.full(variance.shape, 1.0, tl.float32), tl.sqrt_rn(variance + eps))
+    tl.store(mean + row, center, mask=row < rows)
+    tl.store(rstd + row, inverse, mask=row < rows)
+
+    gain = tl.load(weight + column, mask=column_exists, other=0.0).to(tl.float32)  # [1, BLOCK_D]
+    shift = tl.load(bias + column, mask=column_exists, other=0.0).to(tl.float32)
+    y = x * inverse[:, None] * gain + shift
+    start = row.to(tl.int64)[:, None] * D
+    if EIGHT_BIT is None:
+        tl.store(normed + start + column, y.to(normed.dtype.element_ty), mask=exists)
+    else:
+        step = row_scales(y, EIGHT_BIT)
+        tl.store(normed + start + column, quantise(y, step, EIGHT_BIT), mask=exists)
+        tl.store(scale + row, step, mask=row < rows)
+
+
+def residual_norm_forward(
+    stream: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    normed_dtype: torch.dtype | None = None,
+    in_place: bool = False,
+    eight_bit: str | None = None,
+    tile: RowTile | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Shapes and meanings are those of :func:`epic_fast.ops.residual_norm.residual_norm_forward`.
+
+    Args:
+        in_place: the sum goes into ``stream``, which then needs a unit last stride and rows that a view can list.
+        tile: other than the table's.
+    """
+    shape, width = stream.shape, stream.shape[-1]
+    device = stream.device
+    if normed_dtype is None:
+        normed_dtype = stream.dtype if branch is None else branch.dtype
+    if eight_bit is not None:
+        normed_dtype = EIGHT_BIT_TYPES[eight_bit]
+    rows = stream.numel() // width
+    normed = torch.empty(shape, dtype=normed_dtype, device=device)
+    mean = torch.empty(rows, dtype=torch.float32, device=device)
+    rstd = torch.empty(rows, dtype=torch.float32, device=device)
+    scale = None if eight_bit is None else torch.empty(rows, dtype=torch.float32, device=device)
+    given, read = stream, as_rows(stream)
+    if branch is None:
+        total = written = None
+    elif in_place:
+        if read.data_ptr() != given.data_ptr():
+            raise ValueError(
+                f"residual_norm_forward: in_place=True wants a stream with unit last stride; got shape {tuple(shape)} "
+                f"with strides {given.stride()}; give a view with unit last stride or in_place=False"
+            )
+        total, written = given, read
+    else:
+        total = torch.empty(shape, dtype=stream.dtype, device=device)
+        written = as_rows(total)
+    if not rows:
+        return given if total is None else total, normed, mean, rstd, scale
+    if branch is not None:
+        branch = as_rows(branch)
+    if tile is None:
+        tile = norm_tile(width)
+    inner_rows, strides, unit = row_strides((read, branch, written))
+    constants = (width, unit, eight_bit, tile.rows, tile.block)
+    tensors = (read, branch, written, weight.contiguous(), bias.contiguous(), normed, mean, rstd, scale)
+    integers = (rows, inner_rows, *strides)
+    facts = facts_of(tensors, integers, (constants, tile.warps))
+    with on_device_of(read):
+        launch(
+            forward_kernel, -(-rows // tile.rows), (*tensors, float(eps), *integers, *constants), tile.options, facts
+        )
+    return given if total is None else total, normed, mean, rstd, scale
