@@ -425,6 +425,61 @@ def launch_interaction(case: InteractionCase, dtype: torch.dtype) -> None:
     prompt_interaction_backward(*outputs, *inputs, eps=1e-8, needs=(True,) * len(inputs))
 
 
+@dataclass(frozen=True)
+class RowsCase:
+    """Rows of a frozen layer, ``(batch, rows, width)``; the first half of each sample's rows as a slice as well."""
+
+    batch: int
+    rows: int
+    width: int
+    name: str
+
+
+def launch_norm(case: RowsCase, dtype: torch.dtype) -> None:
+    """Residual sum and layer norm on tensors without memory: whole and sliced, with and without a branch, in 8 bits."""
+    from epic_fast.kernels.residual_norm.triton_backward import (  # pyright: ignore[reportMissingImports]
+        residual_norm_backward,
+    )
+    from epic_fast.kernels.residual_norm.triton_forward import (  # pyright: ignore[reportMissingImports]
+        residual_norm_forward,
+    )
+
+    weight = torch.empty(case.width, dtype=dtype, device="meta")
+    branch = torch.empty(case.batch, case.rows, case.width, dtype=dtype, device="meta")
+    for kind in dict.fromkeys((dtype, torch.float32)):
+        whole = branch.to(kind)
+        for stream, other in ((whole, branch), (whole[:, : case.rows // 2], None), (whole, None)):
+            for eight_bit in _eight_bit_types():
+                total, _, mean, rstd, _ = residual_norm_forward(
+                    stream, other, weight, weight, 1e-5, normed_dtype=dtype, eight_bit=eight_bit
+                )
+            grad = torch.empty(total.shape, dtype=dtype, device="meta")
+            residual_norm_backward(grad, None if other is None else total, total, weight, mean, rstd)
+
+
+def launch_activation(case: RowsCase, dtype: torch.dtype) -> None:
+    """Every activation on tensors without memory, forward and backward, for all that can be kept, and in 8 bits."""
+    from epic_fast.kernels.activation.reference import ACTIVATIONS, KEEPS  # pyright: ignore[reportMissingImports]
+    from epic_fast.kernels.activation.triton_kernels import (  # pyright: ignore[reportMissingImports]
+        activation_backward,
+        activation_forward,
+    )
+
+    pre = torch.empty(case.batch * case.rows, case.width, dtype=dtype, device="meta")
+    for kind in ACTIVATIONS:
+        for keep in KEEPS:
+            for eight_bit in _eight_bit_types():
+                _, kept, _ = activation_forward(pre, kind, keep=keep, eight_bit=eight_bit)
+            if kept is not None:
+                activation_backward(pre, kept, kind, keep)
+
+
+def _eight_bit_types() -> tuple[str | None, ...]:
+    """What this card can write."""
+    fp8 = torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 9)
+    return ("fp8", "int8", None) if fp8 else ("int8", None)
+
+
 def _variants(case: AttentionCase) -> tuple[AttentionCase, ...]:
     """The call as a tower makes it, and with what EPIC's options change; masks matter where the text tower is."""
     case = replace(case, layout="tokens")
@@ -440,12 +495,29 @@ def _variants(case: AttentionCase) -> tuple[AttentionCase, ...]:
     )
 
 
-OPERATIONS: dict[str, tuple[Callable[[Any, torch.dtype], None], tuple[Case, ...]]] = {
+OPERATIONS: dict[str, tuple[Callable[[Any, torch.dtype], None], tuple[Case | RowsCase, ...]]] = {
     "attention": (
         launch_attention,
         (*ATTENTION_MEASURED, *(variant for case in ATTENTION_PRODUCTION for variant in _variants(case))),
     ),
     "interaction": (launch_interaction, (*INTERACTION_MEASURED, *INTERACTION_PRODUCTION)),
+    "norm": (
+        launch_norm,
+        (
+            RowsCase(64, 265, 1024, "vision L/14"),
+            RowsCase(64, 85, 768, "text L/14"),
+            RowsCase(8, 265, 4096, "width 4096"),
+        ),
+    ),
+    "activation": (
+        launch_activation,
+        (
+            RowsCase(64, 265, 4096, "vision L/14"),
+            RowsCase(64, 85, 3072, "text L/14"),
+            RowsCase(8, 265, 768, "width 768"),
+            RowsCase(8, 265, 1024, "width 1024"),
+        ),
+    ),
     "attention-wide": (
         launch_attention,
         tuple(AttentionCase(2, 4, 257, 16, head_dim, name=f"head_dim {head_dim}") for head_dim in (80, 128, 256)),

@@ -52,7 +52,7 @@ def backward_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``grad = grad_total + rstd (g - mean(g) - x mean(g x))`` with ``g = grad_normed weight``, x the row, normalised."""
+    """``grad = grad_total + rstd (g - mean(g) - x mean(g x))``, ``g = grad_normed weight``, x the normalised row."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)[None, :]
     column_exists = column < D
