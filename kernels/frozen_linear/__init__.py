@@ -1,0 +1,1 @@
+"""Products with frozen weights, with what follows them in their epilogue."""

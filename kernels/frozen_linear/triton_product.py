@@ -1,0 +1,385 @@
+"""Products with a frozen weight whose epilogue does what would be another pass over the result.
+
+Forward: scales of eight-bit operands, bias, activation, and what backward needs of it.  Backward: times the derivative
+of the activation below.  Two forms of one computation: operands by pointers (any card) and by tensor descriptors
+(Hopper and newer), there also persistent.  No sum is split: a result's bits depend on its own row and column alone.
+"""
+
+# pyright: basic, reportMissingImports=false, reportArgumentType=false, reportCallIssue=false, reportAttributeAccessIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from epic_fast.kernels.activation.triton_functions import (
+    activate,
+    activate_with_derivative,
+    decode_derivative,
+    derivative,
+    encode_derivative,
+)
+from epic_fast.kernels.common.launch import launch
+from epic_fast.kernels.frozen_linear.tiles import (
+    ProductTile,
+    has_descriptors,
+    processors,
+    product_tile,
+    shared_memory,
+)
+
+
+@triton.jit
+def tile_place(tile, tiles_m, tiles_n, GROUP: tl.constexpr):
+    """Row and column of a tile: GROUP rows of tiles go through all columns before the next ones."""
+    first = tile // (GROUP * tiles_n) * GROUP
+    high = tl.minimum(tiles_m - first, GROUP)
+    rest = tile % (GROUP * tiles_n)
+    return first + rest % high, rest // high
+
+
+@triton.jit
+def finish(
+    total,  # [BLOCK_M, BLOCK_N], float32 or int32
+    left_scale,  # (M,)
+    right_scale,  # (N,)
+    bias,  # (N,)
+    row,  # [BLOCK_M]
+    column,  # [BLOCK_N]
+    rows,
+    columns,
+    SCALED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """The pre-activation of a tile in float32."""
+    total = total.to(tl.float32)
+    if SCALED:
+        scale = tl.load(left_scale + row, row < rows, other=0.0)
+        other = tl.load(right_scale + column, column < columns, other=0.0)
+        total = total * scale[:, None] * other[None, :]
+    if HAS_BIAS:
+        total += tl.load(bias + column, column < columns, other=0.0).to(tl.float32)[None, :]
+    return total
+
+
+@triton.jit
+def derivative_of(kept, ACTIVATION: tl.constexpr, KEEP: tl.constexpr):
+    """``act'`` of what a layer kept, in float32."""
+    if KEEP == "eight_bit":
+        return decode_derivative(kept)
+    else:
+        return derivative(kept.to(tl.float32), ACTIVATION)
+
+
+@triton.jit(do_not_specialize=["rows", "columns"])
+def _product_kernel(
+    left,  # (M, K)
+    right,  # (N, K), or (K, N) unless DEPTH_LAST
+    left_scale,  # (M,) float32
+    right_scale,  # (N,) float32
+    bias,  # (N,)
+    output,  # (M, N)
+    kept,  # (M, N): written, or read with BACKWARD
+    rows,
+    columns,
+    depth,
+    left_row,  # strides of a row
+    right_row,
+    output_row,
+    kept_row,
+    DEPTH_LAST: tl.constexpr,
+    SCALED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,  # None, "quick_gelu", "gelu" or "gelu_tanh"
+    KEEP: tl.constexpr,  # "none", "full" or "eight_bit"
+    BACKWARD: tl.constexpr,  # the output is multiplied by the derivative
+    TOTAL: tl.constexpr,  # the type of sums
+    PRECISION: tl.constexpr,  # of float32 products
+    EVEN: tl.constexpr,  # BLOCK_K divides the depth
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """One program: one tile of the result.  Grid: (tiles,)."""
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    tile_m, tile_n = tile_place(tl.program_id(0), tiles_m, tiles_n, GROUP)
+    row = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    column = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    inner = tl.arange(0, BLOCK_K)  # [BLOCK_K]
+    # Rows and columns past the end read the first ones: what comes of them is stored nowhere.
+    safe_row = tl.where(row < rows, row, 0).to(tl.int64)
+    safe_column = tl.where(column < columns, column, 0)
+    safe_column = tl.max_contiguous(tl.multiple_of(safe_column, BLOCK_N), BLOCK_N)
+    lefts = left + safe_row[:, None] * left_row + inner[None, :]  # [BLOCK_M, BLOCK_K]
+    if DEPTH_LAST:
+        rights = right + safe_column.to(tl.int64)[None, :] * right_row + inner[:, None]  # [BLOCK_K, BLOCK_N]
+        step = BLOCK_K
+    else:
+        rights = right + inner.to(tl.int64)[:, None] * right_row + safe_column[None, :]
+        step = BLOCK_K * right_row
+    total = tl.zeros((BLOCK_M, BLOCK_N), TOTAL)
+    for first in range(0, depth, BLOCK_K):
+        if EVEN:
+            a = tl.load(lefts)
+            b = tl.load(rights)
+        else:
+            a = tl.load(lefts, inner[None, :] < depth - first, other=0.0)
+            b = tl.load(rights, inner[:, None] < depth - first, other=0.0)
+        total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=TOTAL)
+        lefts += BLOCK_K
+        rights += step
+    value = finish(total, left_scale, right_scale, bias, row, column, rows, columns, SCALED, HAS_BIAS)
+    inside = (row < rows)[:, None] & (column < columns)[None, :]
+    outputs = output + row.to(tl.int64)[:, None] * output_row + column[None, :]
+    kepts = kept + row.to(tl.int64)[:, None] * kept_row + column[None, :]
+    if BACKWARD:
+        value *= derivative_of(tl.load(kepts, inside, other=0), ACTIVATION, KEEP)
+        tl.store(outputs, value.to(output.dtype.element_ty), inside)
+    else:
+        if KEEP == "full":
+            tl.store(kepts, value.to(kept.dtype.element_ty), inside)
+        if KEEP == "eight_bit":
+            value, slope = activate_with_derivative(value, ACTIVATION)
+            tl.store(kepts, encode_derivative(slope), inside)
+        elif ACTIVATION is not None:
+            value = activate(value, ACTIVATION)
+        tl.store(outputs, value.to(output.dtype.element_ty), inside)
+
+
+@triton.jit
+def finish_part(
+    total,  # [BLOCK_M, PART]
+    left_scale,
+    right_scale,
+    bias,
+    output,
+    kept,
+    first_row,
+    first_column,
+    rows,
+    columns,
+    SCALED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KEEP: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    """The epilogue of one part of a tile, by descriptors: what lies outside is not written."""
+    row = first_row + tl.arange(0, total.shape[0])
+    column = first_column + tl.arange(0, total.shape[1])
+    value = finish(total, left_scale, right_scale, bias, row, column, rows, columns, SCALED, HAS_BIAS)
+    if BACKWARD:
+        value *= derivative_of(kept.load([first_row, first_column]), ACTIVATION, KEEP)
+    else:
+        if KEEP == "full":
+            kept.store([first_row, first_column], value.to(kept.dtype))
+        if KEEP == "eight_bit":
+            value, slope = activate_with_derivative(value, ACTIVATION)
+            kept.store([first_row, first_column], encode_derivative(slope))
+        elif ACTIVATION is not None:
+            value = activate(value, ACTIVATION)
+    output.store([first_row, first_column], value.to(output.dtype))
+
+
+@triton.jit
+def one_tile(
+    left,
+    right,
+    left_scale,
+    right_scale,
+    bias,
+    output,
+    kept,
+    first_row,
+    first_column,
+    rows,
+    columns,
+    depth,
+    DEPTH_LAST: tl.constexpr,
+    SCALED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KEEP: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    TOTAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    total = tl.zeros((BLOCK_M, BLOCK_N), TOTAL)
+    for first in range(0, depth, BLOCK_K):
+        a = left.load([first_row, first])
+        if DEPTH_LAST:
+            b = right.load([first_column, first]).T
+        else:
+            b = right.load([first, first_column])
+        total = tl.dot(a, b, total, input_precision=PRECISION, out_dtype=TOTAL)
+    if PARTS == 1:
+        finish_part(total, left_scale, right_scale, bias, output, kept, first_row, first_column, rows, columns,
+                    SCALED, HAS_BIAS, ACTIVATION, KEEP, BACKWARD)  # fmt: skip
+    else:
+        tl.static_assert(PARTS == 2, "a tile has one part or two")
+        halves = tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
+        one, two = tl.split(halves)
+        finish_part(one, left_scale, right_scale, bias, output, kept, first_row, first_column, rows, columns,
+                    SCALED, HAS_BIAS, ACTIVATION, KEEP, BACKWARD)  # fmt: skip
+        finish_part(two, left_scale, right_scale, bias, output, kept, first_row, first_column + BLOCK_N // 2, rows,
+                    columns, SCALED, HAS_BIAS, ACTIVATION, KEEP, BACKWARD)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "depth"])
+def _descriptor_kernel(
+    left,  # descriptors; shapes as in _product_kernel
+    right,
+    left_scale,  # pointers
+    right_scale,
+    bias,
+    output,  # descriptors
+    kept,
+    rows,
+    columns,
+    depth,
+    DEPTH_LAST: tl.constexpr,
+    SCALED: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KEEP: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    TOTAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    PERSISTENT: tl.constexpr,
+    SPECIALISED: tl.constexpr,
+):
+    """One program: one tile of the result, or every so manieth.  Grid: (tiles,), or (programs,) if PERSISTENT."""
+    tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
+    if PERSISTENT:
+        for tile in tl.range(
+            tl.program_id(0),
+            tiles_m * tiles_n,
+            tl.num_programs(0),
+            flatten=not SPECIALISED,
+            warp_specialize=SPECIALISED,
+        ):
+            tile_m, tile_n = tile_place(tile, tiles_m, tiles_n, GROUP)
+            one_tile(left, right, left_scale, right_scale, bias, output, kept, tile_m * BLOCK_M, tile_n * BLOCK_N,
+                     rows, columns, depth, DEPTH_LAST, SCALED, HAS_BIAS, ACTIVATION, KEEP, BACKWARD, TOTAL, PRECISION,
+                     BLOCK_M, BLOCK_N, BLOCK_K, PARTS)  # fmt: skip
+    else:
+        tile_m, tile_n = tile_place(tl.program_id(0), tiles_m, tiles_n, GROUP)
+        one_tile(left, right, left_scale, right_scale, bias, output, kept, tile_m * BLOCK_M, tile_n * BLOCK_N,
+                 rows, columns, depth, DEPTH_LAST, SCALED, HAS_BIAS, ACTIVATION, KEEP, BACKWARD, TOTAL, PRECISION,
+                 BLOCK_M, BLOCK_N, BLOCK_K, PARTS)  # fmt: skip
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Launches go to the current device, which has to be the tensor's."""
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(tensor.device)
+
+
+def rows_of(tensor: Tensor) -> Tensor:
+    """The matrix itself if its rows are contiguous, else a copy."""
+    return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+
+
+def describable(*tensors: Tensor | None) -> bool:
+    """Whether tensor descriptors reach these matrices: rows start at multiples of 16 bytes."""
+    return all(
+        each is None or (each.data_ptr() % 16 == 0 and each.stride(0) * each.element_size() % 16 == 0)
+        for each in tensors
+    )
+
+
+def kept_type(keep: str, dtype: torch.dtype) -> torch.dtype:
+    return torch.uint8 if keep == "eight_bit" else dtype
+
+
+def product(
+    left: Tensor,
+    right: Tensor,
+    *,
+    depth_last: bool = True,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    keep: str = "none",
+    kept: Tensor | None = None,
+    scales: tuple[Tensor, Tensor] | None = None,
+    out_dtype: torch.dtype | None = None,
+    tile: ProductTile | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """One product and its epilogue.
+
+    Args:
+        left: ``(M, K)``, unit last stride.
+        right: ``(N, K)`` with ``depth_last``, else ``(K, N)``; the type of ``left``.
+        bias: ``(N,)``, any floating type.
+        activation: None or one of ``kernels/activation``.
+        keep: what to keep of the pre-activation, or what ``kept`` holds.
+        kept: ``(M, N)``: the product is multiplied by ``act'`` of it, and nothing else is returned.
+        scales: ``(M,)`` and ``(N,)`` float32, of operands in eight bits.
+        out_dtype: of the output; the type of ``left`` if not given.
+        tile: another one than the table's.
+
+    Returns:
+        The output ``(M, N)``, and what was kept: ``(M, N)``, uint8 with ``"eight_bit"``; or None.
+    """
+    left, right = rows_of(left), rows_of(right)
+    rows, depth = left.shape
+    columns = right.shape[0 if depth_last else 1]
+    output = torch.empty(rows, columns, dtype=out_dtype or left.dtype, device=left.device)
+    backward = kept is not None
+    made = None
+    if backward:
+        kept = rows_of(kept)
+    elif keep != "none":
+        kept = made = torch.empty(rows, columns, dtype=kept_type(keep, output.dtype), device=left.device)
+    if output.numel() == 0:
+        return output, made
+    operands = (left, right, output, kept)
+    if tile is None:
+        describes = has_descriptors(left.device) and describable(*operands) and depth > 0
+        tile = product_tile(left.element_size(), describes, shared_memory(left.device))
+    total = tl.int32 if left.dtype == torch.int8 else tl.float32
+    precision = "tf32" if left.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    flags = (depth_last, scales is not None, bias is not None, activation, keep, backward, total, precision)
+    tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
+    # A pointer that the kernel never follows still has to be one.
+    vectors = tuple(output if each is None else each for each in (*(scales or (None, None)), bias))
+    sizes = (rows, columns, depth)
+    blocks = (tile.rows, tile.columns, tile.depth)
+    with on_device(left):
+        if tile.descriptors:
+            part = [tile.rows, tile.columns // tile.parts]
+            described = (
+                TensorDescriptor.from_tensor(left, [tile.rows, tile.depth]),
+                TensorDescriptor.from_tensor(
+                    right, [tile.columns, tile.depth] if depth_last else [tile.depth, tile.columns]
+                ),
+            )
+            results = [TensorDescriptor.from_tensor(each, part) for each in (output, output if kept is None else kept)]
+            programs = min(tiles, processors(left.device)) if tile.persistent else tiles
+            arguments = (*described, *vectors, *results, *sizes, *flags, *blocks, tile.parts, tile.group,
+                         tile.persistent, tile.specialised)  # fmt: skip
+            _descriptor_kernel[(programs,)](*arguments, **tile.options)
+        else:
+            strides = (left.stride(0), right.stride(0), output.stride(0), 0 if kept is None else kept.stride(0))
+            even = depth % tile.depth == 0
+            arguments = (left, right, *vectors, output, output if kept is None else kept, *sizes, *strides, *flags,
+                         even, *blocks, tile.group)  # fmt: skip
+            launch(_product_kernel, tiles, arguments, tile.options, None)
+    return output, made
