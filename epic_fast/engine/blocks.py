@@ -1,0 +1,206 @@
+"""Reading a transformer layer: which modules a fused block may take the place of, and their weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Where the parts of a layer are, by the class of the layer.
+_PRE_NORM_MLP = {"up": "mlp.fc1", "down": "mlp.fc2", "activation": "mlp.activation_fn"}
+_CLIP = {
+    "attention": "self_attn",
+    "query": "self_attn.q_proj",
+    "key": "self_attn.k_proj",
+    "value": "self_attn.v_proj",
+    "output": "self_attn.out_proj",
+    "first_norm": "layer_norm1",
+    "second_norm": "layer_norm2",
+    **_PRE_NORM_MLP,
+}
+LAYOUTS: dict[str, dict[str, str]] = {
+    "CLIPEncoderLayer": _CLIP,
+    "SiglipEncoderLayer": _CLIP,
+    "ViTLayer": {
+        "attention": "attention",
+        "query": "attention.q_proj",
+        "key": "attention.k_proj",
+        "value": "attention.v_proj",
+        "output": "attention.o_proj",
+        "first_norm": "layernorm_before",
+        "second_norm": "layernorm_after",
+        **_PRE_NORM_MLP,
+    },
+    "BertLayer": {
+        "attention": "attention.self",
+        "query": "attention.self.query",
+        "key": "attention.self.key",
+        "value": "attention.self.value",
+        "output": "attention.output.dense",
+        "first_norm": "attention.output.LayerNorm",
+        "up": "intermediate.dense",
+        "down": "output.dense",
+        "activation": "intermediate.intermediate_act_fn",
+        "second_norm": "output.LayerNorm",
+    },
+}
+POST_NORM = frozenset({"BertLayer"})
+HEADS = ("num_heads", "num_attention_heads")
+SCALES = ("scale", "scaling")
+WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+LINEARS = ("query", "key", "value", "output", "up", "down")
+NORMS = ("first_norm", "second_norm")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of one layer in the type of its products; the norms keep their own."""
+
+    qkv: Tensor
+    qkv_bias: Tensor | None
+    output: Tensor
+    output_bias: Tensor | None
+    up: Tensor
+    up_bias: Tensor | None
+    down: Tensor
+    down_bias: Tensor | None
+    first_norm: tuple[Tensor, Tensor, float]
+    second_norm: tuple[Tensor, Tensor, float]
+
+
+class LayerParts:
+    """The modules of a layer that a fused block computes with.
+
+    Args:
+        layer: a layer of which :func:`why_not` says None.
+    """
+
+    def __init__(self, layer: nn.Module):
+        layout = LAYOUTS[type(layer).__name__]
+        self.post_norm = type(layer).__name__ in POST_NORM
+        self.parts: dict[str, Any] = {name: layer.get_submodule(path) for name, path in layout.items()}
+        attention = self.parts["attention"]
+        self.heads: int = next(getattr(attention, name) for name in HEADS if hasattr(attention, name))
+        self.scale: float = next(getattr(attention, name) for name in SCALES if hasattr(attention, name))
+        self.activation = activation_kind(self.parts["activation"])
+        self._children = [
+            (parent._modules, name, child)
+            for parent in layer.modules()
+            for name, child in parent.named_children()
+        ]  # fmt: skip
+        self._layer = layer
+        holders = [self.parts[name] for name in (*LINEARS, *NORMS)]
+        self._tensors = [(each._parameters, name) for each in holders for name in ("weight", "bias")]
+        self._cache: dict[torch.dtype, tuple[Any, Weights]] = {}
+
+    def unchanged(self) -> bool:
+        """Whether the layer still is what it was when it was read: no module replaced, hooked or trained."""
+        return (
+            _untouched(self._layer)
+            and all(modules.get(name) is child and _untouched(child) for modules, name, child in self._children)
+            and not any(
+                parameters[name] is not None and parameters[name].requires_grad for parameters, name in self._tensors
+            )
+        )
+
+    def weights(self, dtype: torch.dtype | None = None) -> Weights:
+        """The weights with products in ``dtype`` (None: as they are), made anew when a tensor of the layer changed."""
+        dtype = self.parts["query"].weight.dtype if dtype is None else dtype
+        key = tuple(
+            (each.data_ptr(), each._version, each.dtype, each.device)
+            for each in (parameters[name] for parameters, name in self._tensors)
+            if each is not None
+        )
+        found = self._cache.get(dtype)
+        if found is None or found[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                found = (key, self._read(dtype))
+            self._cache = {kept: each for kept, each in self._cache.items() if each[0] == key} | {dtype: found}
+        return found[1]
+
+    def _read(self, dtype: torch.dtype) -> Weights:
+        def cast(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.detach().to(dtype)
+
+        three = [self.parts[name] for name in ("query", "key", "value")]
+        bias = None
+        if any(each.bias is not None for each in three):
+            bias = cast(torch.cat([each.weight.new_zeros(len(each.weight)) if each.bias is None else each.bias
+                                   for each in three]))  # fmt: skip
+        named: dict[str, Any] = {}
+        for name in ("output", "up", "down"):
+            named[name], named[f"{name}_bias"] = cast(self.parts[name].weight), cast(self.parts[name].bias)
+        for name in NORMS:
+            norm = self.parts[name]
+            named[name] = (norm.weight.detach(), norm.bias.detach(), norm.eps)
+        return Weights(qkv=torch.cat([cast(each.weight) for each in three]), qkv_bias=bias, **named)  # pyright: ignore
+
+
+def _untouched(module: nn.Module) -> bool:
+    return not (
+        module.training
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
+
+
+def activation_kind(module: nn.Module) -> str | None:
+    """``quick_gelu``, ``gelu`` or ``gelu_tanh``; None for another activation."""
+    name = type(module).__name__
+    if name == "QuickGELUActivation":
+        return "quick_gelu"
+    if name in ("GELUTanh", "PytorchGELUTanh", "NewGELUActivation"):
+        return "gelu_tanh"
+    if name == "GELUActivation":
+        return "gelu"
+    if type(module) is nn.GELU:
+        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
+    return None
+
+
+def why_not(layer: nn.Module) -> str | None:
+    """Why no fused block can take this layer's place; None where one can."""
+    name = type(layer).__name__
+    if name not in LAYOUTS or type(layer).__module__.split(".")[0] != "transformers":
+        return f"its layers are {name}; there are fused blocks for {', '.join(LAYOUTS)}"
+    parts: dict[str, nn.Module] = {}
+    for part, path in LAYOUTS[name].items():
+        try:
+            parts[part] = layer.get_submodule(path)
+        except AttributeError:
+            return f"{name} has no {path} in this release of transformers"
+    expected = {part: nn.Linear for part in LINEARS} | {part: nn.LayerNorm for part in NORMS}
+    for part, kind in expected.items():
+        if type(parts[part]) is not kind:
+            return f"{LAYOUTS[name][part]} is a {type(parts[part]).__name__}, wanted an unmodified {kind.__name__}"
+    if activation_kind(parts["activation"]) is None:
+        return f"its activation is {type(parts['activation']).__name__}; wanted QuickGELU or GELU"
+    known = {id(each) for each in parts.values()}
+    for path, module in layer.named_modules():
+        kind = type(module)
+        if module.training:
+            return f"{path or name} is in training mode"
+        if not _untouched(module):
+            return f"{path or name} has hooks or a forward of its own"
+        stranger = id(module) not in known and kind is not nn.Dropout
+        if stranger and (next(module.children(), None) is None or kind.__module__.split(".")[0] != "transformers"):
+            return f"{path} is a {kind.__name__}, which the fused block does not know"
+    if getattr(layer, "is_decoder", False) or getattr(layer, "add_cross_attention", False):
+        return f"{name} is a decoder"
+    attention = parts["attention"]
+    if not any(hasattr(attention, each) for each in HEADS) or not any(hasattr(attention, each) for each in SCALES):
+        return f"{type(attention).__name__} does not say its heads and its scale as it used to"
+    weights = [tensor for part in expected for tensor in (parts[part].weight, parts[part].bias) if tensor is not None]
+    if any(parts[part].weight is None or parts[part].bias is None for part in NORMS):
+        return "a norm has no weight or bias"
+    if any(tensor.requires_grad for tensor in weights):
+        return "its weights are trained"
+    kinds = {(tensor.dtype, tensor.device) for part in LINEARS for tensor in (parts[part].weight,)}
+    if len(kinds) > 1 or next(iter(kinds))[0] not in WEIGHT_TYPES:
+        return f"its weights are {', '.join(sorted(str(kind[0]) for kind in kinds))} or on several devices"
+    return None

@@ -1,0 +1,395 @@
+"""Fused frozen blocks: a transformer layer as one ``autograd.Function`` that knows its weights never change.
+
+Pre-norm (CLIP, SigLIP, ViT), with x the rows of ``[prompts ; tokens]``::
+
+    x' = x + O(attention(QKV(norm_1(x))))        y = x' + W_2 act(W_1 norm_2(x'))
+
+Post-norm (BERT)::
+
+    x' = norm_1(x + O(attention(QKV(x))))        y = norm_2(x' + W_2 act(W_1 x'))
+
+Backward computes the gradient of x alone.  It is given what forward saved: the inputs of the two norms with their
+statistics, QKV, the attention's output and log-sum-exp, and of the MLP what ``save`` says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from epic_fast.engine import raw
+from epic_fast.engine.blocks import LayerParts, Weights
+from epic_fast.engine.rows import RowSelection, row_attention_backward, row_attention_forward
+from epic_fast.ops.packed_attention import packed_attention_backward, packed_attention_forward
+
+KEEP = {"full": "full", "eight_bit": "eight_bit", "recompute": "none"}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the rows of a buffer ``(B, P + N, D)`` are.
+
+    Attributes:
+        prompts: P.
+        lengths: ``(B,)`` valid tokens of each sample; None where all are.
+        prompt_mask: ``"full"`` or ``"prefix"``.
+        causal: whether tokens see no later tokens.
+        rows: the rows that are read of the result; None: all.
+    """
+
+    prompts: int = 0
+    lengths: Tensor | None = None
+    prompt_mask: str = "full"
+    causal: bool = False
+    rows: RowSelection | None = None
+
+
+class FrozenBlock:
+    """One layer, computed from its own weights.
+
+    Args:
+        layer: a layer of which :func:`epic_fast.engine.blocks.why_not` says None.
+    """
+
+    def __init__(self, layer: nn.Module):
+        self.parts = LayerParts(layer)
+
+    def __call__(
+        self, hidden: Tensor, geometry: Geometry, *, prompts: Tensor | None = None, save: str = "full"
+    ) -> Tensor:
+        """The layer on one buffer.
+
+        Args:
+            hidden: ``(B, P + N, D)``, or with ``prompts`` the tokens ``(B, N, D)``.
+            prompts: ``(B, P, D)`` that join the tokens here; P is ``geometry.prompts``.
+            save: what is kept of the MLP for backward: ``"full"``, ``"eight_bit"`` or ``"recompute"``.
+
+        Returns:
+            ``(B, P + N, D)``, or ``(B, R, D)`` where ``geometry.rows`` selects R rows.
+        """
+        if torch.is_grad_enabled() and (hidden.requires_grad or (prompts is not None and prompts.requires_grad)):
+            if prompts is not None and hidden.requires_grad:
+                hidden, prompts = torch.cat([prompts.to(hidden.dtype), hidden], dim=1), None
+            return _Block.apply(hidden, prompts, self.parts, geometry, save)  # pyright: ignore[reportReturnType]
+        if prompts is None:
+            return run_blocks([self], hidden, geometry)
+        return run_blocks([self], pack(hidden, prompts), geometry, owned=True)
+
+
+def pack(tokens: Tensor, prompts: Tensor) -> Tensor:
+    """``[prompts ; tokens]`` in one new buffer."""
+    batch, count, width = tokens.shape
+    length = prompts.shape[1]
+    buffer = tokens.new_empty(batch, length + count, width)
+    buffer[:, :length] = prompts
+    buffer[:, length:] = tokens
+    return buffer
+
+
+def run_blocks(
+    blocks: Sequence[FrozenBlock], hidden: Tensor, geometry: Geometry, *, save: str = "full", owned: bool = False
+) -> Tensor:
+    """Consecutive layers on the same rows; ``geometry.rows`` is about the last of them.
+
+    Without a graph nothing is saved, the residual stream stays in one buffer, and the first norm of each layer is
+    fused with the last sum of the one before.
+
+    Args:
+        hidden: ``(B, S, D)``; overwritten if ``owned`` and no graph is built.
+    """
+    if not blocks:
+        return hidden
+    whole = replace(geometry, rows=None)
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        for block in blocks[:-1]:
+            hidden = block(hidden, whole, save=save)
+        return blocks[-1](hidden, geometry, save=save)
+    with torch.no_grad(), _no_autocast(hidden) as dtype:
+        hidden = hidden.contiguous()
+        normed = None
+        for index, block in enumerate(blocks):
+            following = blocks[index + 1] if index + 1 < len(blocks) else None
+            last = geometry if following is None else whole
+            weights = block.parts.weights(dtype)
+            if block.parts.post_norm:
+                hidden = _post_norm_step(block.parts, weights, hidden, last, owned)
+            else:
+                next_norm = None
+                if following is not None and not following.parts.post_norm:
+                    next_norm = (following.parts.weights(dtype).first_norm, weights.qkv.dtype)
+                hidden, normed = _pre_norm_step(block.parts, weights, hidden, normed, last, next_norm, owned)
+            owned = True
+    return hidden
+
+
+def _pre_norm_step(
+    parts: LayerParts,
+    weights: Weights,
+    stream: Tensor,
+    normed: Tensor | None,
+    geometry: Geometry,
+    next_norm: Any,
+    owned: bool,
+) -> tuple[Tensor, Tensor | None]:
+    dtype = weights.qkv.dtype
+    if normed is None:
+        normed = raw.residual_norm_forward(stream, None, *weights.first_norm, normed_dtype=dtype)[1]
+    attended, _ = _attend(parts, weights, normed, geometry, save=False)
+    del normed
+    branch = raw.linear_forward(attended, weights.output, weights.output_bias)[0]
+    if geometry.rows is not None:
+        stream, owned = geometry.rows.take(stream, geometry.prompts), True
+    stream, normed = raw.residual_norm_forward(
+        stream, branch, *weights.second_norm, normed_dtype=dtype, in_place=owned
+    )[:2]
+    branch = _mlp(parts, weights, normed, "none")[0]
+    if next_norm is None:
+        return stream.add_(branch), None
+    norm, dtype = next_norm
+    return raw.residual_norm_forward(stream, branch, *norm, normed_dtype=dtype, in_place=True)[:2]
+
+
+def _post_norm_step(parts: LayerParts, weights: Weights, stream: Tensor, geometry: Geometry, owned: bool) -> Tensor:
+    dtype = weights.qkv.dtype
+    attended, _ = _attend(parts, weights, stream.to(dtype), geometry, save=False)
+    branch = raw.linear_forward(attended, weights.output, weights.output_bias)[0]
+    if geometry.rows is not None:
+        stream, owned = geometry.rows.take(stream, geometry.prompts), True
+    stream = raw.residual_norm_forward(
+        stream, branch, *weights.first_norm, normed_dtype=stream.dtype, in_place=owned
+    )[1]  # fmt: skip
+    branch = _mlp(parts, weights, stream.to(dtype), "none")[0]
+    return raw.residual_norm_forward(stream, branch, *weights.second_norm, normed_dtype=stream.dtype, in_place=True)[1]
+
+
+def _mlp(parts: LayerParts, weights: Weights, normed: Tensor, keep: str) -> tuple[Tensor, Tensor | None]:
+    hidden, kept = raw.linear_forward(normed, weights.up, weights.up_bias, activation=parts.activation, keep=keep)
+    return raw.linear_forward(hidden, weights.down, weights.down_bias)[0], kept
+
+
+def _mlp_backward(
+    parts: LayerParts, weights: Weights, grad: Tensor, kept: Tensor | None, keep: str, normed: Tensor | None
+) -> Tensor:
+    """The gradient of the MLP's input; ``normed`` is that input, where nothing was kept."""
+    if kept is None:
+        assert normed is not None
+        kept, keep = raw.linear_forward(normed, weights.up, weights.up_bias)[0], "full"
+    grad = raw.linear_backward(grad, weights.down, kept=kept, keep=keep, activation=parts.activation)
+    return raw.linear_backward(grad, weights.up)
+
+
+# -- attention: of all rows, or of those that are read ----------------------------------------------------------------
+
+
+def _attend(
+    parts: LayerParts, weights: Weights, normed: Tensor, geometry: Geometry, *, save: bool
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Attention of the rows that are read ``(B, R, inner)``, and what its backward needs."""
+    batch, rows, _ = normed.shape
+    heads = parts.heads
+    inner = weights.qkv.shape[0] // 3
+    head_dim = inner // heads
+    if geometry.rows is None:
+        qkv = raw.linear_forward(normed, weights.qkv, weights.qkv_bias)[0].view(batch, rows, 3, heads, head_dim)
+        output, lse = packed_attention_forward(qkv, **_options(parts, geometry), save_lse=save)
+        return output.view(batch, rows, inner), (qkv, output, lse) if save and lse is not None else ()
+    bias = weights.qkv_bias
+    key_value = raw.linear_forward(normed, weights.qkv[inner:], None if bias is None else bias[inner:])[0]
+    taken = geometry.rows.take(normed, geometry.prompts)
+    query = raw.linear_forward(taken, weights.qkv[:inner], None if bias is None else bias[:inner])[0]
+    output, probabilities = row_attention_forward(
+        query, key_value.view(batch, rows, 2, inner), heads, parts.scale, _visible(geometry, rows, query.device)
+    )
+    return output, (query, key_value, probabilities) if save else ()
+
+
+def _attend_backward(
+    parts: LayerParts,
+    weights: Weights,
+    grad: Tensor,
+    saved: tuple[Tensor, ...],
+    geometry: Geometry,
+    prompt_rows_only: bool,
+) -> Tensor:
+    """The gradient of the rows that attention read, ``(B, S, D)`` or ``(B, P, D)``."""
+    inner = weights.qkv.shape[0] // 3
+    if geometry.rows is None:
+        qkv, output, lse = saved
+        found = packed_attention_backward(
+            grad.view(output.shape), qkv, output, lse, **_options(parts, geometry), prompt_rows_only=prompt_rows_only
+        )
+        return raw.linear_backward(found.flatten(2), weights.qkv)
+    query, key_value, probabilities = saved
+    batch, rows, _ = key_value.shape
+    grad_query, grad_key_value = row_attention_backward(
+        grad, query, key_value.view(batch, rows, 2, inner), probabilities, parts.heads, parts.scale
+    )
+    grad_key_value = grad_key_value.flatten(2)
+    if prompt_rows_only:
+        grad_key_value = grad_key_value[:, : geometry.prompts].contiguous()
+    found = raw.linear_backward(grad_key_value, weights.qkv[inner:])
+    geometry.rows.add(found, raw.linear_backward(grad_query, weights.qkv[:inner]), geometry.prompts)
+    return found
+
+
+def _options(parts: LayerParts, geometry: Geometry) -> dict[str, Any]:
+    return {
+        "prompts": geometry.prompts,
+        "lengths": geometry.lengths,
+        "prompt_mask": geometry.prompt_mask,
+        "causal": geometry.causal,
+        "scale": parts.scale,
+    }
+
+
+def _visible(geometry: Geometry, rows: int, device: torch.device) -> Tensor | None:
+    assert geometry.rows is not None
+    return geometry.rows.visible(
+        rows, geometry.prompts, geometry.lengths, geometry.prompt_mask == "prefix", geometry.causal, device
+    )
+
+
+# -- the graph --------------------------------------------------------------------------------------------------------
+
+
+class _Block(torch.autograd.Function):
+    """A layer whose input needs a gradient; where prompts join tokens that need none, the prompts' rows alone do."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, prompts: Tensor | None, parts: LayerParts, geometry: Geometry, save: str
+    ) -> Tensor:
+        stream = hidden.contiguous() if prompts is None else pack(hidden, prompts)
+        ctx.parts, ctx.geometry, ctx.keep = parts, geometry, KEEP[save]
+        ctx.prompt_dtype = None if prompts is None else prompts.dtype
+        with _no_autocast(stream) as dtype:
+            ctx.weights = weights = parts.weights(dtype)
+            forward = _post_norm_forward if parts.post_norm else _pre_norm_forward
+            result, saved = forward(parts, weights, stream, geometry, ctx.keep, prompts is not None)
+        ctx.save_for_backward(*saved)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        joined = ctx.prompt_dtype is not None
+        with _no_autocast(grad):
+            backward = _post_norm_backward if ctx.parts.post_norm else _pre_norm_backward
+            found = backward(
+                ctx.parts, ctx.weights, grad.contiguous(), ctx.saved_tensors, ctx.geometry, ctx.keep, joined
+            )
+        if joined:
+            return None, found.to(ctx.prompt_dtype), None, None, None
+        return found, None, None, None, None
+
+
+def _pre_norm_forward(
+    parts: LayerParts, weights: Weights, stream: Tensor, geometry: Geometry, keep: str, prompt_rows_only: bool
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    dtype, prompts = weights.qkv.dtype, geometry.prompts
+    _, normed, mean, rstd = raw.residual_norm_forward(stream, None, *weights.first_norm, normed_dtype=dtype)
+    attended, attention = _attend(parts, weights, normed, geometry, save=True)
+    branch = raw.linear_forward(attended, weights.output, weights.output_bias)[0]
+    read = stream if geometry.rows is None else geometry.rows.take(stream, prompts)
+    # Nobody will ask for the rows of tokens that need no gradient: their buffer may take the sum.
+    saved_stream = stream
+    if prompt_rows_only:
+        saved_stream = stream[:, :prompts].clone()
+        mean, rstd = _first_rows(mean, stream, prompts), _first_rows(rstd, stream, prompts)
+    total, normed, second_mean, second_rstd = raw.residual_norm_forward(
+        read, branch, *weights.second_norm, normed_dtype=dtype,
+        in_place=prompt_rows_only or geometry.rows is not None,
+    )  # fmt: skip
+    branch, kept = _mlp(parts, weights, normed, keep)
+    return total + branch, (saved_stream, mean, rstd, total, second_mean, second_rstd, kept, *attention)
+
+
+def _pre_norm_backward(
+    parts: LayerParts,
+    weights: Weights,
+    grad: Tensor,
+    saved: tuple[Tensor, ...],
+    geometry: Geometry,
+    keep: str,
+    prompt_rows_only: bool,
+) -> Tensor:
+    stream, mean, rstd, total, second_mean, second_rstd, kept, *attention = saved
+    dtype, prompts = weights.qkv.dtype, geometry.prompts
+    normed = None
+    if kept is None:
+        normed = raw.residual_norm_forward(total, None, *weights.second_norm, normed_dtype=dtype)[1]
+    branch = _mlp_backward(parts, weights, grad.to(dtype), kept, keep, normed)
+    grad = raw.residual_norm_backward(branch, grad, total, weights.second_norm[0], second_mean, second_rstd)
+    branch = raw.linear_backward(grad.to(dtype), weights.output)
+    branch = _attend_backward(parts, weights, branch, tuple(attention), geometry, prompt_rows_only)
+    if geometry.rows is None:
+        above = grad[:, :prompts].contiguous() if prompt_rows_only else grad
+        return raw.residual_norm_backward(branch, above, stream, weights.first_norm[0], mean, rstd)
+    found = raw.residual_norm_backward(branch, None, stream, weights.first_norm[0], mean, rstd)
+    return geometry.rows.add(found, grad, prompts)
+
+
+def _post_norm_forward(
+    parts: LayerParts, weights: Weights, stream: Tensor, geometry: Geometry, keep: str, prompt_rows_only: bool
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    dtype = weights.qkv.dtype
+    attended, attention = _attend(parts, weights, stream.to(dtype), geometry, save=True)
+    branch = raw.linear_forward(attended, weights.output, weights.output_bias)[0]
+    read = stream if geometry.rows is None else geometry.rows.take(stream, geometry.prompts)
+    total, normed, mean, rstd = raw.residual_norm_forward(
+        read, branch, *weights.first_norm, normed_dtype=stream.dtype,
+        in_place=prompt_rows_only or geometry.rows is not None,
+    )  # fmt: skip
+    branch, kept = _mlp(parts, weights, normed.to(dtype), keep)
+    second_total, result, second_mean, second_rstd = raw.residual_norm_forward(
+        normed, branch, *weights.second_norm, normed_dtype=stream.dtype, in_place=normed.dtype != dtype or kept is None
+    )
+    return result, (total, mean, rstd, second_total, second_mean, second_rstd, kept, *attention)
+
+
+def _post_norm_backward(
+    parts: LayerParts,
+    weights: Weights,
+    grad: Tensor,
+    saved: tuple[Tensor, ...],
+    geometry: Geometry,
+    keep: str,
+    prompt_rows_only: bool,
+) -> Tensor:
+    total, mean, rstd, second_total, second_mean, second_rstd, kept, *attention = saved
+    dtype, prompts = weights.qkv.dtype, geometry.prompts
+    normed = None
+    if kept is None:
+        normed = raw.residual_norm_forward(total, None, *weights.first_norm, normed_dtype=dtype)[1]
+    grad = raw.residual_norm_backward(grad, None, second_total, weights.second_norm[0], second_mean, second_rstd)
+    branch = _mlp_backward(parts, weights, grad.to(dtype), kept, keep, normed)
+    grad = raw.residual_norm_backward(grad + branch, None, total, weights.first_norm[0], mean, rstd)
+    branch = raw.linear_backward(grad.to(dtype), weights.output)
+    branch = _attend_backward(parts, weights, branch, tuple(attention), geometry, prompt_rows_only)
+    if geometry.rows is not None:
+        return geometry.rows.add(branch.to(grad.dtype), grad, prompts)
+    return branch + (grad[:, :prompts] if prompt_rows_only else grad)
+
+
+def _first_rows(statistics: Tensor, stream: Tensor, prompts: int) -> Tensor:
+    """The statistics ``(B * P,)`` of the prompts' rows."""
+    batch, rows, _ = stream.shape
+    return statistics.view(batch, rows)[:, :prompts].reshape(-1).contiguous()
+
+
+@contextlib.contextmanager
+def _no_autocast(like: Tensor) -> Any:
+    """Autocast switched off, giving the type that it wants for products (None where it was off)."""
+    kind = like.device.type
+    if not torch.is_autocast_enabled(kind):
+        yield None
+        return
+    dtype = torch.get_autocast_dtype(kind)
+    with torch.autocast(kind, enabled=False):
+        yield None if like.dtype == torch.float64 else dtype
