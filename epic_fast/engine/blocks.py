@@ -107,17 +107,17 @@ class LayerParts:
 
     def weights(self, dtype: torch.dtype | None = None) -> Weights:
         """The weights with products in ``dtype`` (None: as they are), made anew when a tensor of the layer changed."""
-        dtype = self.parts["query"].weight.dtype if dtype is None else dtype
+        wanted: torch.dtype = self.parts["query"].weight.dtype if dtype is None else dtype
         key = tuple(
             (each.data_ptr(), each._version, each.dtype, each.device)
             for each in (parameters[name] for parameters, name in self._tensors)
             if each is not None
         )
-        found = self._cache.get(dtype)
+        found = self._cache.get(wanted)
         if found is None or found[0] != key:
             with torch.inference_mode(False), torch.no_grad():
-                found = (key, self._read(dtype))
-            self._cache = {kept: each for kept, each in self._cache.items() if each[0] == key} | {dtype: found}
+                found = (key, self._read(wanted))
+            self._cache = {kept: each for kept, each in self._cache.items() if each[0] == key} | {wanted: found}
         return found[1]
 
     def _read(self, dtype: torch.dtype) -> Weights:
@@ -174,7 +174,7 @@ def why_not(layer: nn.Module) -> str | None:
             parts[part] = layer.get_submodule(path)
         except AttributeError:
             return f"{name} has no {path} in this release of transformers"
-    expected = {part: nn.Linear for part in LINEARS} | {part: nn.LayerNorm for part in NORMS}
+    expected = dict.fromkeys(LINEARS, nn.Linear) | dict.fromkeys(NORMS, nn.LayerNorm)
     for part, kind in expected.items():
         if type(parts[part]) is not kind:
             return f"{LAYOUTS[name][part]} is a {type(parts[part]).__name__}, wanted an unmodified {kind.__name__}"
@@ -195,12 +195,11 @@ def why_not(layer: nn.Module) -> str | None:
     attention = parts["attention"]
     if not any(hasattr(attention, each) for each in HEADS) or not any(hasattr(attention, each) for each in SCALES):
         return f"{type(attention).__name__} does not say its heads and its scale as it used to"
-    weights = [tensor for part in expected for tensor in (parts[part].weight, parts[part].bias) if tensor is not None]
     if any(parts[part].weight is None or parts[part].bias is None for part in NORMS):
         return "a norm has no weight or bias"
-    if any(tensor.requires_grad for tensor in weights):
+    if any(tensor.requires_grad for tensor in layer.parameters()):
         return "its weights are trained"
-    kinds = {(tensor.dtype, tensor.device) for part in LINEARS for tensor in (parts[part].weight,)}
+    kinds = {(tensor.dtype, tensor.device) for tensor in (parts[part].weight for part in LINEARS)}
     if len(kinds) > 1 or next(iter(kinds))[0] not in WEIGHT_TYPES:
         return f"its weights are {', '.join(sorted(str(kind[0]) for kind in kinds))} or on several devices"
     return None

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from epic_fast.engine import raw
 from epic_fast.engine.blocks import LayerParts, Weights
+from epic_fast.engine.products import product, product_backward
 from epic_fast.engine.rows import RowSelection, row_attention_backward, row_attention_forward
 from epic_fast.ops.packed_attention import packed_attention_backward, packed_attention_forward
+from epic_fast.ops.residual_norm import residual_norm_backward, residual_norm_forward
 
 KEEP = {"full": "full", "eight_bit": "eight_bit", "recompute": "none"}
 
@@ -139,38 +140,36 @@ def _pre_norm_step(
 ) -> tuple[Tensor, Tensor | None]:
     dtype = weights.qkv.dtype
     if normed is None:
-        normed = raw.residual_norm_forward(stream, None, *weights.first_norm, normed_dtype=dtype)[1]
+        normed = residual_norm_forward(stream, None, *weights.first_norm, normed_dtype=dtype)[1]
     attended, _ = _attend(parts, weights, normed, geometry, save=False)
     del normed
-    branch = raw.linear_forward(attended, weights.output, weights.output_bias)[0]
+    branch = product(attended, weights.output, weights.output_bias)[0]
     if geometry.rows is not None:
         stream, owned = geometry.rows.take(stream, geometry.prompts), True
-    stream, normed = raw.residual_norm_forward(
-        stream, branch, *weights.second_norm, normed_dtype=dtype, in_place=owned
-    )[:2]
+    stream, normed = residual_norm_forward(stream, branch, *weights.second_norm, normed_dtype=dtype, in_place=owned)[:2]
     branch = _mlp(parts, weights, normed, "none")[0]
     if next_norm is None:
         return stream.add_(branch), None
     norm, dtype = next_norm
-    return raw.residual_norm_forward(stream, branch, *norm, normed_dtype=dtype, in_place=True)[:2]
+    return residual_norm_forward(stream, branch, *norm, normed_dtype=dtype, in_place=True)[:2]
 
 
 def _post_norm_step(parts: LayerParts, weights: Weights, stream: Tensor, geometry: Geometry, owned: bool) -> Tensor:
     dtype = weights.qkv.dtype
     attended, _ = _attend(parts, weights, stream.to(dtype), geometry, save=False)
-    branch = raw.linear_forward(attended, weights.output, weights.output_bias)[0]
+    branch = product(attended, weights.output, weights.output_bias)[0]
     if geometry.rows is not None:
         stream, owned = geometry.rows.take(stream, geometry.prompts), True
-    stream = raw.residual_norm_forward(
+    stream = residual_norm_forward(
         stream, branch, *weights.first_norm, normed_dtype=stream.dtype, in_place=owned
     )[1]  # fmt: skip
     branch = _mlp(parts, weights, stream.to(dtype), "none")[0]
-    return raw.residual_norm_forward(stream, branch, *weights.second_norm, normed_dtype=stream.dtype, in_place=True)[1]
+    return residual_norm_forward(stream, branch, *weights.second_norm, normed_dtype=stream.dtype, in_place=True)[1]
 
 
 def _mlp(parts: LayerParts, weights: Weights, normed: Tensor, keep: str) -> tuple[Tensor, Tensor | None]:
-    hidden, kept = raw.linear_forward(normed, weights.up, weights.up_bias, activation=parts.activation, keep=keep)
-    return raw.linear_forward(hidden, weights.down, weights.down_bias)[0], kept
+    hidden, kept = product(normed, weights.up, weights.up_bias, activation=parts.activation, keep=keep)
+    return product(hidden, weights.down, weights.down_bias)[0], kept
 
 
 def _mlp_backward(
@@ -179,9 +178,9 @@ def _mlp_backward(
     """The gradient of the MLP's input; ``normed`` is that input, where nothing was kept."""
     if kept is None:
         assert normed is not None
-        kept, keep = raw.linear_forward(normed, weights.up, weights.up_bias)[0], "full"
-    grad = raw.linear_backward(grad, weights.down, kept=kept, keep=keep, activation=parts.activation)
-    return raw.linear_backward(grad, weights.up)
+        kept, keep = product(normed, weights.up, weights.up_bias)[0].flatten(0, -2), "full"
+    grad = product_backward(grad, weights.down, kept=kept, keep=keep, activation=parts.activation)
+    return product_backward(grad, weights.up)
 
 
 # -- attention: of all rows, or of those that are read ----------------------------------------------------------------
@@ -196,13 +195,13 @@ def _attend(
     inner = weights.qkv.shape[0] // 3
     head_dim = inner // heads
     if geometry.rows is None:
-        qkv = raw.linear_forward(normed, weights.qkv, weights.qkv_bias)[0].view(batch, rows, 3, heads, head_dim)
+        qkv = product(normed, weights.qkv, weights.qkv_bias)[0].view(batch, rows, 3, heads, head_dim)
         output, lse = packed_attention_forward(qkv, **_options(parts, geometry), save_lse=save)
         return output.view(batch, rows, inner), (qkv, output, lse) if save and lse is not None else ()
     bias = weights.qkv_bias
-    key_value = raw.linear_forward(normed, weights.qkv[inner:], None if bias is None else bias[inner:])[0]
+    key_value = product(normed, weights.qkv[inner:], None if bias is None else bias[inner:])[0]
     taken = geometry.rows.take(normed, geometry.prompts)
-    query = raw.linear_forward(taken, weights.qkv[:inner], None if bias is None else bias[:inner])[0]
+    query = product(taken, weights.qkv[:inner], None if bias is None else bias[:inner])[0]
     output, probabilities = row_attention_forward(
         query, key_value.view(batch, rows, 2, inner), heads, parts.scale, _visible(geometry, rows, query.device)
     )
@@ -224,7 +223,7 @@ def _attend_backward(
         found = packed_attention_backward(
             grad.view(output.shape), qkv, output, lse, **_options(parts, geometry), prompt_rows_only=prompt_rows_only
         )
-        return raw.linear_backward(found.flatten(2), weights.qkv)
+        return product_backward(found.flatten(2), weights.qkv)
     query, key_value, probabilities = saved
     batch, rows, _ = key_value.shape
     grad_query, grad_key_value = row_attention_backward(
@@ -233,8 +232,8 @@ def _attend_backward(
     grad_key_value = grad_key_value.flatten(2)
     if prompt_rows_only:
         grad_key_value = grad_key_value[:, : geometry.prompts].contiguous()
-    found = raw.linear_backward(grad_key_value, weights.qkv[inner:])
-    geometry.rows.add(found, raw.linear_backward(grad_query, weights.qkv[:inner]), geometry.prompts)
+    found = product_backward(grad_key_value, weights.qkv[inner:])
+    geometry.rows.add(found, product_backward(grad_query, weights.qkv[:inner]), geometry.prompts)
     return found
 
 
@@ -293,16 +292,16 @@ def _pre_norm_forward(
     parts: LayerParts, weights: Weights, stream: Tensor, geometry: Geometry, keep: str, prompt_rows_only: bool
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     dtype, prompts = weights.qkv.dtype, geometry.prompts
-    _, normed, mean, rstd = raw.residual_norm_forward(stream, None, *weights.first_norm, normed_dtype=dtype)
+    _, normed, mean, rstd, _ = residual_norm_forward(stream, None, *weights.first_norm, normed_dtype=dtype)
     attended, attention = _attend(parts, weights, normed, geometry, save=True)
-    branch = raw.linear_forward(attended, weights.output, weights.output_bias)[0]
+    branch = product(attended, weights.output, weights.output_bias)[0]
     read = stream if geometry.rows is None else geometry.rows.take(stream, prompts)
     # Nobody will ask for the rows of tokens that need no gradient: their buffer may take the sum.
     saved_stream = stream
     if prompt_rows_only:
         saved_stream = stream[:, :prompts].clone()
         mean, rstd = _first_rows(mean, stream, prompts), _first_rows(rstd, stream, prompts)
-    total, normed, second_mean, second_rstd = raw.residual_norm_forward(
+    total, normed, second_mean, second_rstd, _ = residual_norm_forward(
         read, branch, *weights.second_norm, normed_dtype=dtype,
         in_place=prompt_rows_only or geometry.rows is not None,
     )  # fmt: skip
@@ -323,15 +322,15 @@ def _pre_norm_backward(
     dtype, prompts = weights.qkv.dtype, geometry.prompts
     normed = None
     if kept is None:
-        normed = raw.residual_norm_forward(total, None, *weights.second_norm, normed_dtype=dtype)[1]
+        normed = residual_norm_forward(total, None, *weights.second_norm, normed_dtype=dtype)[1]
     branch = _mlp_backward(parts, weights, grad.to(dtype), kept, keep, normed)
-    grad = raw.residual_norm_backward(branch, grad, total, weights.second_norm[0], second_mean, second_rstd)
-    branch = raw.linear_backward(grad.to(dtype), weights.output)
+    grad = residual_norm_backward(branch, grad, total, weights.second_norm[0], second_mean, second_rstd)
+    branch = product_backward(grad.to(dtype), weights.output)
     branch = _attend_backward(parts, weights, branch, tuple(attention), geometry, prompt_rows_only)
     if geometry.rows is None:
         above = grad[:, :prompts].contiguous() if prompt_rows_only else grad
-        return raw.residual_norm_backward(branch, above, stream, weights.first_norm[0], mean, rstd)
-    found = raw.residual_norm_backward(branch, None, stream, weights.first_norm[0], mean, rstd)
+        return residual_norm_backward(branch, above, stream, weights.first_norm[0], mean, rstd)
+    found = residual_norm_backward(branch, None, stream, weights.first_norm[0], mean, rstd)
     return geometry.rows.add(found, grad, prompts)
 
 
@@ -340,14 +339,14 @@ def _post_norm_forward(
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     dtype = weights.qkv.dtype
     attended, attention = _attend(parts, weights, stream.to(dtype), geometry, save=True)
-    branch = raw.linear_forward(attended, weights.output, weights.output_bias)[0]
+    branch = product(attended, weights.output, weights.output_bias)[0]
     read = stream if geometry.rows is None else geometry.rows.take(stream, geometry.prompts)
-    total, normed, mean, rstd = raw.residual_norm_forward(
+    total, normed, mean, rstd, _ = residual_norm_forward(
         read, branch, *weights.first_norm, normed_dtype=stream.dtype,
         in_place=prompt_rows_only or geometry.rows is not None,
     )  # fmt: skip
     branch, kept = _mlp(parts, weights, normed.to(dtype), keep)
-    second_total, result, second_mean, second_rstd = raw.residual_norm_forward(
+    second_total, result, second_mean, second_rstd, _ = residual_norm_forward(
         normed, branch, *weights.second_norm, normed_dtype=stream.dtype, in_place=normed.dtype != dtype or kept is None
     )
     return result, (total, mean, rstd, second_total, second_mean, second_rstd, kept, *attention)
@@ -366,11 +365,11 @@ def _post_norm_backward(
     dtype, prompts = weights.qkv.dtype, geometry.prompts
     normed = None
     if kept is None:
-        normed = raw.residual_norm_forward(total, None, *weights.first_norm, normed_dtype=dtype)[1]
-    grad = raw.residual_norm_backward(grad, None, second_total, weights.second_norm[0], second_mean, second_rstd)
+        normed = residual_norm_forward(total, None, *weights.first_norm, normed_dtype=dtype)[1]
+    grad = residual_norm_backward(grad, None, second_total, weights.second_norm[0], second_mean, second_rstd)
     branch = _mlp_backward(parts, weights, grad.to(dtype), kept, keep, normed)
-    grad = raw.residual_norm_backward(grad + branch, None, total, weights.first_norm[0], mean, rstd)
-    branch = raw.linear_backward(grad.to(dtype), weights.output)
+    grad = residual_norm_backward(grad + branch, None, total, weights.first_norm[0], mean, rstd)
+    branch = product_backward(grad.to(dtype), weights.output)
     branch = _attend_backward(parts, weights, branch, tuple(attention), geometry, prompt_rows_only)
     if geometry.rows is not None:
         return geometry.rows.add(branch.to(grad.dtype), grad, prompts)

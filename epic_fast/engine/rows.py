@@ -34,7 +34,7 @@ class RowSelection:
         return torch.cat([hidden[:, :prompts], row], dim=1) if self.prompts and prompts else row
 
     def add(self, hidden: Tensor, values: Tensor, prompts: int) -> Tensor:
-        """Adds ``(B, R, D)`` to the selected rows of ``(B, P + N, D)``, in place; of ``(B, P, D)`` to those there are."""
+        """Adds ``(B, R, D)`` in place to the selected rows of ``(B, P + N, D)``, or to those of them in ``(B, P, D)``."""
         read = prompts if self.prompts else 0
         if read:
             hidden[:, :prompts] += values[:, :prompts]

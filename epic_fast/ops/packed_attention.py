@@ -217,7 +217,7 @@ def _triton_backward(*args: Any, prompt_rows_only: bool) -> Tensor:
 def visible_keys(
     rows: int, prompts: int, lengths: Tensor | None, prefix: bool, causal: bool, device: torch.device
 ) -> Tensor:
-    """How many of the first keys each row sees: ``(B or 1, S)`` integers; a row sees a prefix of ``[prompts ; tokens]``.
+    """How many of the first keys each row sees, ``(B or 1, S)``; what it sees is a prefix of ``[prompts ; tokens]``.
 
     Rows at or past a length see themselves and what is before them, so that their softmax is finite: their output
     has to be put to zero.
