@@ -30,7 +30,7 @@ KNOWS: dict[str, set[str]] = {
     # Data meets a model only as an argument (`Collator.for_model(model)`), so that readers need no towers.
     "data": set(),
     "plots": {"data"},
-    "training": {"data", "models", "backbones", "plots"},
+    "training": {"data", "models", "backbones", "engine", "plots"},
 }
 EVERYBODYS = {"errors", "files", "__version__"}
 # What may be imported from outside, where that is a short list.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from epic_fast.data.dataset import Example
+from epic_fast.data.dataset import Example, Row
 from epic_fast.data.labels import MULTI, REGRESSION, SINGLE, check_problem_type
 from epic_fast.errors import ConfigError, DataError
 
@@ -102,7 +104,15 @@ class Collator:
         )
         return {key: encoded[key] for key in TEXT_KEYS if key in encoded}
 
-    def labels(self, examples: Sequence[Example]) -> Tensor | None:
+    def settings(self) -> dict[str, Any]:
+        """All that decides what becomes of a picture and of a text, in JSON's types."""
+        return {
+            "image_processor": _settings_of(self.image_processor),
+            "tokenizer": _tokenizer_settings(self.tokenizer),
+            "max_text_length": self.max_text_length,
+        }
+
+    def labels(self, examples: Sequence[Example | Row]) -> Tensor | None:
         """The labels as a tensor, None where no example has one."""
         bare = [example.name for example in examples if example.label is None]
         if len(bare) == len(examples):
@@ -122,7 +132,7 @@ class Collator:
             self._check_id(example.label, example)
         return self._tensor(values, examples, torch.int64)
 
-    def _multi_hot(self, examples: Sequence[Example]) -> Tensor:
+    def _multi_hot(self, examples: Sequence[Example | Row]) -> Tensor:
         if not self.num_labels:
             raise ConfigError("labels are lists of class ids; Collator needs num_labels, the number of classes")
         labels = torch.zeros(len(examples), self.num_labels)
@@ -134,17 +144,46 @@ class Collator:
                 labels[row, index] = 1.0
         return labels
 
-    def _check_id(self, index: Any, example: Example) -> None:
+    def _check_id(self, index: Any, example: Example | Row) -> None:
         if not isinstance(index, int) or index < 0 or (self.num_labels is not None and index >= self.num_labels):
             known = f"0 to {self.num_labels - 1}" if self.num_labels is not None else "0 or more"
             raise _wrong_label(example, f"a class id, {known}")
 
-    def _tensor(self, values: list[Any], examples: Sequence[Example], dtype: torch.dtype) -> Tensor:
+    def _tensor(self, values: list[Any], examples: Sequence[Example | Row], dtype: torch.dtype) -> Tensor:
         try:
             return torch.tensor(values, dtype=dtype)
         except (TypeError, ValueError) as error:
             odd = next((e for e in examples if not isinstance(e.label, (int, float))), examples[0])
             raise _wrong_label(odd, "a number") from error
+
+
+def _settings_of(processor: Any) -> dict[str, Any]:
+    values = processor.to_dict() if hasattr(processor, "to_dict") else vars(processor)
+    return {"class": type(processor).__name__, **json.loads(json.dumps(values, default=_in_words, sort_keys=True))}
+
+
+def _in_words(value: Any) -> str:
+    """A value that JSON lacks, in words that are the same in every process."""
+    words = repr(value)
+    return type(value).__name__ if " at 0x" in words else words
+
+
+def _tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
+    """What a tokenizer does, its vocabulary and rules as a digest."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        rules = json.loads(backend.to_str())
+        for name in ("truncation", "padding"):  # left there by the last call, and set anew by every call
+            rules.pop(name, None)
+    else:
+        rules = {"vocabulary": tokenizer.get_vocab(), **getattr(tokenizer, "init_kwargs", {})}
+    text = json.dumps(rules, sort_keys=True, default=_in_words)
+    return {
+        "class": type(tokenizer).__name__,
+        "rules": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
+        "special_tokens": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "inputs": list(tokenizer.model_input_names),
+    }
 
 
 def _problem_of(label: Any) -> str:
@@ -153,7 +192,7 @@ def _problem_of(label: Any) -> str:
     return REGRESSION if isinstance(label, float) else SINGLE
 
 
-def _wrong_label(example: Example, wanted: str) -> DataError:
+def _wrong_label(example: Example | Row, wanted: str) -> DataError:
     return DataError(f"{example.name!r} has the label {example.label!r}; wanted {wanted}")
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,6 +85,17 @@ class PairDataset(Dataset[Example]):
         """The texts, in order; no picture is touched."""
         return [row.text for row in self.rows]
 
+    def picture_digests(self) -> list[bytes]:
+        """Digest (16 bytes) of the contents of each picture's file, in order; each file is read once, none decoded.
+
+        Raises:
+            DataError: a file that cannot be read, naming the row.
+        """
+        first = {row.path: row for row in reversed(self.rows)}
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            found = dict(zip(first, pool.map(_file_digest, first.values()), strict=True))
+        return [found[row.path] for row in self.rows]
+
     def names(self) -> list[str]:
         """The pictures as the metadata names them, in order."""
         return [row.name for row in self.rows]
@@ -98,6 +112,13 @@ class PairDataset(Dataset[Example]):
                 raise DataError(f"{row.where}: no label; labels are needed to train and to evaluate, not to predict")
             found.append(row.label)
         return found
+
+
+def _file_digest(row: Row) -> bytes:
+    try:
+        return hashlib.blake2b(row.path.read_bytes(), digest_size=16, person=b"file").digest()
+    except OSError as error:
+        raise DataError(f"{row.where}: the picture {row.name!r} cannot be read: {error}") from error
 
 
 def read_picture(row: Row) -> Image.Image:

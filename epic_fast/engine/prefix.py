@@ -19,9 +19,11 @@ class Prefix:
     text: TowerState
     vision: TowerState
 
-    def to(self, device: torch.device | str) -> Prefix:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Prefix:
         """On another device."""
-        return Prefix(self.text.to(device), self.vision.to(device))
+        return Prefix(
+            self.text.to(device, non_blocking=non_blocking), self.vision.to(device, non_blocking=non_blocking)
+        )
 
 
 class PrefixCache:

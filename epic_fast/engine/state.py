@@ -34,8 +34,11 @@ class TowerState:
         """The same input, further along."""
         return replace(self, hidden=hidden, layer=layer)
 
-    def to(self, device: torch.device | str) -> TowerState:
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TowerState:
         """On another device; the native mask is made anew there."""
-        valid = None if self.valid is None else self.valid.to(device)
-        pool_index = None if self.pool_index is None else self.pool_index.to(device)
-        return TowerState(self.hidden.to(device), self.layer, valid, pool_index)
+        hidden, valid, pool_index = (
+            None if each is None else each.to(device, non_blocking=non_blocking)
+            for each in (self.hidden, self.valid, self.pool_index)
+        )
+        assert hidden is not None
+        return TowerState(hidden, self.layer, valid, pool_index)

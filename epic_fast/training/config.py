@@ -38,6 +38,8 @@ class TrainingConfig:
             a GPU that has it, else fp32.  The trained parameters are float32 in every case.
         seed: of the order of the samples, the dropout and whatever the data set draws.
         num_workers: processes that load data; 0 loads in the training process.  It does not change the result.
+        bucket_by_length: put samples with texts of similar length into a batch, so that less padding is computed.  It
+            changes which samples share a batch, and with it the result; every epoch still has every sample once.
         metric: the validation metric that says which epoch is the best; None takes "accuracy", "f1_micro" or
             "mae" by problem type; "loss" is always there.
         checkpoint_every_steps: write the state to resume from every so many steps too; None: after each epoch.
@@ -62,6 +64,7 @@ class TrainingConfig:
     precision: str = "auto"
     seed: int = 0
     num_workers: int = 0
+    bucket_by_length: bool = False
     metric: str | None = None
     checkpoint_every_steps: int | None = None
     log_every_steps: int = 10
@@ -85,7 +88,7 @@ class TrainingConfig:
         self._whole("log_every_steps", 1)
         self._one_of("precision", PRECISIONS)
         self._one_of("device", DEVICES)
-        for name in ("load_best", "tensorboard"):
+        for name in ("bucket_by_length", "load_best", "tensorboard"):
             if not isinstance(getattr(self, name), bool):
                 self._refuse(name, "true or false")
         if self.metric is not None and not isinstance(self.metric, str):

@@ -8,6 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,22 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from epic_fast.engine.graphs import Backend, backend_for, say_once
 from epic_fast.errors import ConfigError, DataError, EpicFastError
 from epic_fast.files import atomic_write_json, atomic_write_text
-from epic_fast.training.batches import Repeated, collator_for, length_of, loader, ordered_batches, training_batches
+from epic_fast.training.batches import (
+    Repeated,
+    collator_for,
+    length_of,
+    loader,
+    ordered_batches,
+    text_lengths,
+    training_batches,
+)
 from epic_fast.training.callbacks import notify
 from epic_fast.training.checkpoint import check_identity, identity, load_checkpoint, save_checkpoint, tidy
 from epic_fast.training.config import TrainingConfig
+from epic_fast.training.graphs import NO_LABELS, CapturedStep, why_not_captured
 from epic_fast.training.guard import first_non_finite
 from epic_fast.training.launch import launched
 from epic_fast.training.log import RunLog, finite
@@ -29,6 +40,7 @@ from epic_fast.training.metrics import choose_metric, compute_metrics, is_better
 from epic_fast.training.optim import learning_rates, make_optimizer, make_schedule, moments, restore_moments
 from epic_fast.training.pos_weight import resolve_pos_weight
 from epic_fast.training.predict import infer
+from epic_fast.training.prefixes import PrefixFeed
 from epic_fast.training.progress import ProgressLike, Reporter, make_reporter
 from epic_fast.training.seeding import derived_seed, randomness, restore_randomness, seed_everything
 
@@ -163,6 +175,7 @@ class _Run:
         self.pinned = accelerator.device.type == "cuda" and config.num_workers > 0
         self.metric = choose_metric(config.metric, model.problem_type)
         self.collator = collator or collator_for(model, train)
+        self.text_lengths = text_lengths(train, self.collator) if config.bucket_by_length else None
         self.folder = None if output_dir is None else Path(output_dir)
         self.steps_in_epoch = math.ceil(self.train_length / config.batch_size)
         self.total_steps = self.steps_in_epoch * config.epochs
@@ -173,6 +186,8 @@ class _Run:
         self.reporter = Reporter()
         self.callbacks: tuple[Any, ...] = ()
         self._forward: Any = _MISSING
+        self.prefixes: PrefixFeed | None = None
+        self.captured: CapturedStep | None = None
 
     @property
     def checkpoint(self) -> Path:
@@ -184,9 +199,12 @@ class _Run:
         model, config = self.model, self.config
         model.to(self.accelerator.device)
         resolve_pos_weight(model, self.train_data)
+        self._open_prefixes()
         saved = self._find_checkpoint(resume)
         seed_everything(derived_seed(config.seed, "process", self.rank))
-        self.optimizer: Any = make_optimizer(model, config)
+        backend = self._graphs()
+        optimizer = make_optimizer(model, config, fused=backend is not None)
+        self.optimizer: Any = optimizer
         self.parameters = [each for group in self.optimizer.param_groups for each in group["params"]]
         self.schedule = make_schedule(self.optimizer, total=self.total_steps, warmup_ratio=config.warmup_ratio)
         if saved is None and getattr(model, "needs_feature_statistics", False):
@@ -198,6 +216,9 @@ class _Run:
         self.optimizer = self.accelerator.prepare_optimizer(self.optimizer)
         if saved is not None:
             self._restore(*saved)
+        if backend is not None:
+            device, clip = self.accelerator.device, config.max_grad_norm
+            self.captured = CapturedStep(self.ddp, model, optimizer, max_grad_norm=clip, device=device, backend=backend)
         if self.main and self.folder is not None:
             if saved is None:
                 shutil.rmtree(self.checkpoint, ignore_errors=True)
@@ -206,6 +227,17 @@ class _Run:
                 self.folder, resume_step=None if saved is None else self.at.step, tensorboard=config.tensorboard
             )
             self._describe(description)
+
+    def _graphs(self) -> Backend | None:
+        """What captures whole steps, where the engine asks for that and it can be done."""
+        if not getattr(getattr(self.model, "engine", None), "graphs", False):
+            return None
+        backend = backend_for(self.accelerator.device)
+        reason = why_not_captured(self.model, self.accelerator, backend)
+        if reason is not None:
+            say_once("training", reason)
+            return None
+        return backend
 
     def train(self) -> FitResult:
         """The epochs that are left, then the best weights."""
@@ -236,6 +268,8 @@ class _Run:
     def close(self) -> None:
         """Leave the model as it was, but trained."""
         self.reporter.stop()
+        if self.prefixes is not None:
+            self.prefixes.close()
         if self.log is not None:
             self.log.close()
         if self._forward is not _MISSING:
@@ -287,7 +321,13 @@ class _Run:
         self._set_epoch(at.epoch)
         self.model.train()
         batches = training_batches(
-            self.train_length, config.batch_size, seed=config.seed, epoch=at.epoch, rank=self.rank, ranks=self.ranks
+            self.train_length,
+            config.batch_size,
+            seed=config.seed,
+            epoch=at.epoch,
+            rank=self.rank,
+            ranks=self.ranks,
+            text_lengths=self.text_lengths,
         )
         self.reporter.start(f"epoch {at.epoch + 1}/{config.epochs}", len(batches), at.batch)
         clock = time.perf_counter()
@@ -304,16 +344,17 @@ class _Run:
 
     def _step(self, inputs: dict[str, Any], count: int, total: int) -> tuple[float, float]:
         """One optimizer step: the loss over all processes and the gradient's norm before clipping."""
+        if self.captured is not None:
+            return self._captured_step(self.captured, inputs)
         out = self.ddp(**inputs)
         if out.loss is None:
-            raise DataError(
-                "the training samples carry no labels (the model returned no loss); wanted 'labels' in every batch"
-            )
+            raise DataError(NO_LABELS)
         scaler = self.accelerator.scaler
         loss = out.loss
         if self.ranks > 1:  # the gradients are averaged over processes whose shares may differ in size
             loss = loss * (count * self.ranks / total)
-        self.accelerator.backward(loss)
+        with backward_threads(self.accelerator.device, self.ranks):
+            self.accelerator.backward(loss)
         self.accelerator.unscale_gradients()
         norm = torch.nn.utils.get_total_norm([each.grad for each in self.parameters if each.grad is not None])
         shown = self.accelerator.reduce(loss.detach().float(), "mean") if self.ranks > 1 else out.loss.detach().float()
@@ -332,6 +373,18 @@ class _Run:
             self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss_value, norm_value
+
+    def _captured_step(self, step: CapturedStep, inputs: dict[str, Any]) -> tuple[float, float]:
+        self.rates = learning_rates(self.optimizer)
+        loss, norm = step(inputs)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            # The graph has no names for what it computed: the same pass once more, to say where it happened.
+            step.rewind()
+            out = self.ddp(**inputs)
+            self.accelerator.backward(out.loss)
+            raise self._not_finite(inputs, out, loss)
+        self.schedule.step()
+        return loss, norm
 
     def _not_finite(self, inputs: dict[str, Any], out: Any, loss: float) -> EpicFastError:
         at = self.at
@@ -431,7 +484,23 @@ class _Run:
         measured["loss"] = sum(share.loss_sum for share in shares) / self.validation_length
         return measured
 
+    def _open_prefixes(self) -> None:
+        """The prefix cache, where the model's engine has one."""
+        engine = getattr(self.model, "engine", None)
+        if engine is not None and engine.prefix_cache is not None:
+            self.prefixes = PrefixFeed(
+                self.model,
+                [each for each in (self.train_data, self.validation_data) if each is not None],
+                self.collator,
+                precision=self.precision,
+                autocast=self.accelerator.autocast,
+                seed=self.config.seed,
+                num_workers=self.config.num_workers,
+            )
+
     def _loader(self, dataset: Any, batches: Any) -> Any:
+        if self.prefixes is not None:
+            return self.prefixes.batches(dataset, batches)
         return loader(
             dataset,
             self.collator,
@@ -531,6 +600,13 @@ class _Run:
 
 
 _MISSING = object()
+
+
+def backward_threads(device: torch.device, ranks: int) -> AbstractContextManager[Any]:
+    """On one GPU the backward pass runs in the thread that calls it: no hand-over to autograd's own, the same bits."""
+    if device.type == "cuda" and ranks == 1:
+        return torch.autograd.set_multithreading_enabled(False)
+    return nullcontext()
 
 
 def _sentence(row: dict[str, Any], epochs: int) -> str:

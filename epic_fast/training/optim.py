@@ -62,9 +62,9 @@ def optimizer_groups(model: Any, config: TrainingConfig) -> list[dict[str, Any]]
     return groups
 
 
-def make_optimizer(model: Any, config: TrainingConfig) -> AdamW:
-    """AdamW over :func:`optimizer_groups`."""
-    return AdamW(optimizer_groups(model, config))
+def make_optimizer(model: Any, config: TrainingConfig, *, fused: bool = False) -> AdamW:
+    """AdamW over :func:`optimizer_groups`; ``fused`` as a captured step needs it, equal but for roundings."""
+    return AdamW(optimizer_groups(model, config), fused=True if fused else None)
 
 
 def warmup_cosine(step: int, *, warmup: int, total: int) -> float:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epic_fast.engine import graphed
 from epic_fast.errors import ConfigError
 from epic_fast.training.batches import Batch, collator_for, length_of, loader, ordered_batches
 from epic_fast.training.config import PRECISIONS
@@ -94,6 +95,7 @@ def infer(
     found = Inference([], [], [], 0.0)
     was_training = model.training
     model.eval()
+    forward = graphed(model)
     reporter.start(description, len(batches))
     try:
         with torch.no_grad():
@@ -104,7 +106,7 @@ def infer(
                 if with_loss and labels is not None:
                     inputs["labels"] = labels.to(device)
                 with autocast():
-                    out = model(**inputs)
+                    out = forward(**inputs)
                 found.indices.extend(which.indices)
                 found.logits.append(out.logits.float().cpu())
                 if labels is not None:

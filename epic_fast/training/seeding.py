@@ -33,6 +33,12 @@ def seed_host(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
 
 
+def host_randomness() -> tuple[Any, ...]:
+    """Where the generators of the CPU stand: equal as long as nothing is drawn."""
+    _, keys, *rest = np.random.get_state()  # noqa: NPY002  # pyright: ignore
+    return random.getstate(), np.asarray(keys).tobytes(), rest, torch.get_rng_state().numpy().tobytes()
+
+
 @contextmanager
 def host_randomness_kept() -> Iterator[None]:
     """Give the generators of the CPU back as they were, whatever is drawn inside."""
