@@ -240,8 +240,8 @@ class Watch:
 
     def __init__(self, module: nn.Module):
         self.module = weakref.ref(module)
-        self.modules = list(module.modules())
-        self.tensors = [each for part in self.modules for each in (part._parameters, part._buffers) if each]
+        self.parts = [part for part in module.modules() if part is not module]
+        self.tensors = [each for part in (module, *self.parts) for each in (part._parameters, part._buffers) if each]
 
     def state(self) -> Any:
         """Equal as long as graphs stay valid; the values of trained tensors may change in place."""
@@ -255,7 +255,7 @@ class Watch:
         ]
         # `forward` in the instance is how accelerate lets a model autocast itself.
         forward = module.__dict__.get("forward")
-        return memory, [each.training for each in self.modules], id(forward)
+        return memory, module.training, [each.training for each in self.parts], id(forward)
 
 
 def hooked(module: nn.Module) -> str | None:
