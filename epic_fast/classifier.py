@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from epic_fast.data import Collator, Example, load_image
+from epic_fast.engine import graphed
 from epic_fast.errors import ConfigError
 from epic_fast.models import PromptedModel, from_pretrained
 
@@ -76,6 +77,7 @@ class Classifier:
                 raise ConfigError(f"{name}={value}; wanted at least {least}")
         if len(images) != len(texts):
             raise ConfigError(f"{len(images)} images and {len(texts)} texts were given; wanted one text an image")
+        forward = graphed(self.model)
         predictions: list[Prediction] = []
         for start in range(0, len(images), batch_size):
             examples = [
@@ -85,7 +87,7 @@ class Classifier:
                 )
             ]
             batch = {name: tensor.to(self.model.device) for name, tensor in self.collator(examples).items()}
-            logits = self.model(**batch).logits.float().cpu()
+            logits = forward(**batch).logits.float().cpu()
             predictions.extend(self.describe(row, top_k) for row in logits)
         return predictions
 
