@@ -18,6 +18,7 @@ Before it is timed, each provider's logits and gradients at this very batch are 
 - ``p20_ms``, ``p50_ms``, ``p80_ms``: a step by CUDA events, one step launched after the other, at least ten;
 - ``samples_s``: pairs a second at the median;
 - ``peak_mib``: memory that the step adds at its peak to weights and inputs, a graph's own included;
+- ``held_mib``: what the prepared model holds beside the backbone: trainable tensors, joined or 8-bit weights, a prefix;
 - ``flops``: operations that the method needs (``step_cases.useful_flops``), the same whoever computes it; ``share``:
   that a second, of what a bfloat16 product of 8192 x 8192 x 8192 reaches in the same run;
 - ``gate``: errors beside their budgets.
@@ -112,9 +113,12 @@ def measure_case(
     try:
         right = wanted(provider.method)
         with provider.settings():
+            before = _mark(device)
             step = provider.prepare(setting, case)
             row |= {"trainable_dtype": _types(step.model), **step.notes}
             mark = _mark(device)
+            if provider.method == "epic" and device.type == "cuda":
+                row["held_mib"] = (mark - before) / 2**20
             if provider.graphed:
                 step = captured(step, device)
                 row["peak_mib"] = _peak(mark, device)

@@ -116,7 +116,7 @@ class StepProvider:
 
 
 def build_epic(setting: Setting, case: StepCase, engine: EngineConfig | None = None, clip: Any = None) -> PromptedModel:
-    """EPIC on the setting's weights; the trainable tensors are float32, as the library trains them, and always the same."""
+    """EPIC on the setting's weights; its trainable tensors are float32, as the library trains them, and never vary."""
     torch.manual_seed(0)
     clip = setting.clip if clip is None else clip
     model = wrap(clip, setting.epic(case.layout), CLASSES, self_check=False, engine=engine)
