@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -15,6 +16,15 @@ from hypothesis import settings
 if not torch.cuda.is_available():
     # Read when triton is imported: kernels then run in its interpreter, on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def no_plans() -> None:
+    """Launches are planned once for all calls alike: no test is to find the kernels that another one patched."""
+    plan = sys.modules.get("epic_fast.kernels.common.plan")
+    if plan is not None:
+        plan.forget()
+
 
 settings.register_profile("epic_fast", derandomize=True, deadline=None, max_examples=30)
 settings.load_profile("epic_fast")

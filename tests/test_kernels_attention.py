@@ -14,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from epic_fast.kernels.common import plan  # pyright: ignore[reportMissingImports]
 from epic_fast.kernels.prompt_attention import (  # pyright: ignore[reportMissingImports]
     tiles,
     triton_backward,
@@ -353,6 +354,7 @@ def test_what_is_not_needed_is_neither_computed_nor_allocated(name: str, monkeyp
     recorders = [Recorder(getattr(triton_backward, f"_{each}_kernel")) for each in ("query", "key", "one_pass")]
     for each, recorder in zip(("query", "key", "one_pass"), recorders, strict=True):
         monkeypatch.setattr(triton_backward, f"_{each}_kernel", recorder)
+    plan.forget()
     pattern, programs, allocations = NEEDS[name]
     needs = tuple(map(bool, pattern))
     output, prompt_output, lse = forward(case, inputs)
@@ -454,8 +456,8 @@ def test_tf32_only_where_torch_allows_it() -> None:
     try:
         for setting, want in (("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")):
             torch.backends.cuda.matmul.fp32_precision = setting
-            assert triton_rows.precision(torch.float32) == want
-            assert triton_rows.precision(torch.float16) == "ieee"
+            assert plan.precision(torch.float32) == want
+            assert plan.precision(torch.float16) == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 

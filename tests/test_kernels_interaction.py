@@ -16,6 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from epic_fast.kernels.common import launch as launch_module
+from epic_fast.kernels.common import plan
 from epic_fast.kernels.prompt_interaction import reference, triton_backward, triton_forward
 from epic_fast.kernels.prompt_interaction.tiles import GradientTile, MixTile, ProductTile
 from epic_fast.testing.cases import INTERACTION_MEASURED, InteractionCase
@@ -119,7 +120,7 @@ def test_every_pattern_of_needs_gives_the_same_bits(case: InteractionCase) -> No
 
 
 def test_nothing_needed_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_backward, "launch", None)
+    monkeypatch.setattr(plan, "launch", None)
     assert gradients(SMALL.make(device=DEVICE), (False,) * 9) == (None,) * 9
 
 
@@ -145,8 +146,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> dict[str, Recorder]:
         recorders[name].launches.append((programs, dict(zip(kernel.arg_names, arguments, strict=True))))
         launch_module.launch(kernel, programs, arguments, options, facts)
 
-    for module in (triton_forward, triton_backward):
-        monkeypatch.setattr(module, "launch", record)
+    monkeypatch.setattr(plan, "launch", record)
     return recorders
 
 
@@ -439,7 +439,7 @@ def facts(
     integers: tuple[int, ...] = (1,),
     constants: Any = (8, True),
 ) -> Any:
-    return triton_forward.facts_of(tensors, scalars, integers, constants)
+    return launch_module.facts_of(tensors, scalars, integers, constants)
 
 
 def test_what_triton_compiles_for_makes_other_facts() -> None:
@@ -471,8 +471,8 @@ def launched_facts(monkeypatch: pytest.MonkeyPatch, inputs: dict[str, Tensor], n
         found.append((kernel.fn, facts))
 
     with monkeypatch.context() as patch:
-        for module in (triton_forward, triton_backward):
-            patch.setattr(module, "launch", note)
+        plan.forget()
+        patch.setattr(plan, "launch", note)
         *_, projections = forward(*inputs.values(), eps=1e-8, save_projections=True)
         gradients(inputs, needs, projections=projections)
     return found

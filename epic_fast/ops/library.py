@@ -13,11 +13,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from epic_fast.errors import ImplementationError
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 OLDEST_CAPABILITY = (8, 0)
+
+# pyright knows little of what is underneath.
+_C: Any = torch._C
 
 _LIBRARY = torch.library.Library("epic_fast", "FRAGMENT")
 
@@ -33,6 +37,37 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     _LIBRARY.impl(name, functools.partial(_interpreted, name, implementation), "CPU")
     torch.library.register_fake(f"epic_fast::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.epic_fast, name).default
+
+
+_PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
+
+
+def direct(*tensors: Tensor | None) -> bool:
+    """Whether a call may reach its launcher without an operator, which saves PyTorch's way through the dispatcher.
+
+    Nobody else is there to see the operator: no graph is traced or compiled, no profiler and no dispatch mode is on, no
+    ``torch.func`` transform runs; and the tensors are what their memory says: no subclasses, no wrappers, no lazy signs
+    or zeros.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    given = [each for each in tensors if each is not None]
+    return (
+        not _C._len_torch_dispatch_stack()
+        and not _C._are_functorch_transforms_active()
+        and not _C._autograd._profiler_enabled()
+        and _C._get_tracing_state() is None
+        and _PLAIN_TYPES.issuperset(map(type, given))
+        and not any(map(Tensor.is_neg, given))
+        and not any(map(Tensor._is_zerotensor, given))  # pyright: ignore[reportArgumentType]
+        and not any(map(_C._functorch.is_functorch_wrapped_tensor, given))
+    )
+
+
+def applied_directly(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` without its look for ``torch.func``: for calls of which :func:`direct` knows there is none."""
+    above: Any = super(torch.autograd.Function, function)
+    return above.apply
 
 
 def _interpreted(name: str, implementation: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -232,24 +232,43 @@ class _PromptAttention(torch.autograd.Function):
         prefix: bool,
         causal: bool,
         scale: float,
+        direct: bool,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         inputs = query, key, value, prompt_query, prompt_key, prompt_value, lengths
-        output, found, lse = FORWARD(*inputs, prefix, causal, scale, True)
+        if direct:
+            output, found, lse = _launchers()[0](*inputs, prefix=prefix, causal=causal, scale=scale, save_lse=True)
+        else:
+            output, found, lse = FORWARD(*inputs, prefix, causal, scale, True)
         prompt_output = None if prompt_query is None else found
         ctx.save_for_backward(*inputs, output, prompt_output, lse)
         ctx.flags = prefix, causal, scale
         return output, prompt_output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, grad_prompt_output: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[:6])
-        if grad_output is None and grad_prompt_output is None:
-            return (None,) * 10
-        gradients = BACKWARD(grad_output, grad_prompt_output, *ctx.saved_tensors, *ctx.flags, needs)
+        # What once_differentiable does where nobody asks for a second derivative costs as much as a launch.
+        if torch.is_grad_enabled():
+            return _gradients_once(ctx, grad_output, grad_prompt_output)
+        return _gradients(ctx, grad_output, grad_prompt_output)
+
+
+def _gradients(ctx: Any, grad_output: Tensor | None, grad_prompt_output: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_output is None and grad_prompt_output is None:
+        return (None,) * 11
+    needs = ctx.needs_input_grad[:6]
+    tensors = (grad_output, grad_prompt_output, *ctx.saved_tensors)
+    prefix, causal, scale = ctx.flags
+    if library.direct(*tensors):
+        kept = _launchers()[1](*tensors, prefix=prefix, causal=causal, scale=scale, needs=needs)
+    else:
+        gradients = BACKWARD(*tensors, prefix, causal, scale, list(needs))
         kept = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
-        return (*kept, None, None, None, None)
+    return (*kept, None, None, None, None, None)
+
+
+_gradients_once = once_differentiable(_gradients)
+_apply_directly = library.applied_directly(_PromptAttention)
 
 
 def _triton(
@@ -270,22 +289,12 @@ def _triton(
         if lengths.dtype not in LENGTH_TYPES:
             lengths = lengths.to(torch.int32)
         lengths = lengths.contiguous()
-    scale = query.shape[3] ** -0.5 if scale is None else scale
-    arguments = (
-        query,
-        key,
-        value,
-        prompt_query,
-        prompt_key,
-        prompt_value,
-        lengths,
-        prompt_mask == "prefix",
-        causal,
-        scale,
-    )
+    inputs = (query, key, value, prompt_query, prompt_key, prompt_value, lengths)
+    flags = (prompt_mask == "prefix", causal, query.shape[3] ** -0.5 if scale is None else scale)
     if out is not None:
-        FORWARD_OUT(*arguments, output=out[0], prompt_output=out[1])
+        FORWARD_OUT(*inputs, *flags, output=out[0], prompt_output=out[1])
         return out
+    direct = library.direct(*inputs)
     if torch.is_grad_enabled() and (
         query.requires_grad
         or key.requires_grad
@@ -294,8 +303,13 @@ def _triton(
         or prompt_value.requires_grad
         or (prompt_query is not None and prompt_query.requires_grad)
     ):
-        return _PromptAttention.apply(*arguments)  # pyright: ignore[reportReturnType]
-    output, prompt_output, _ = FORWARD(*arguments, False)
+        apply = _apply_directly if direct else _PromptAttention.apply
+        return apply(*inputs, *flags, direct)  # pyright: ignore[reportReturnType]
+    if direct:
+        prefix, causal, scale = flags
+        output, prompt_output, _ = _launchers()[0](*inputs, prefix=prefix, causal=causal, scale=scale, save_lse=False)
+    else:
+        output, prompt_output, _ = FORWARD(*inputs, *flags, False)
     return output, None if prompt_query is None else prompt_output
 
 

@@ -117,19 +117,34 @@ class _PromptInteraction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *inputs, eps, direct = arguments
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*arguments[:INPUTS])
-        ctx.eps = arguments[INPUTS]
-        return FORWARD(*arguments)
+        ctx.save_for_backward(*inputs)
+        ctx.eps = eps
+        return (_forward if direct else FORWARD)(*inputs, eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_next_text: Tensor | None, grad_next_vision: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[:INPUTS])
-        if grad_next_text is None and grad_next_vision is None:
-            return (None,) * (INPUTS + 1)
-        gradients = BACKWARD(grad_next_text, grad_next_vision, *ctx.saved_tensors, ctx.eps, needs)
-        return (*(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), None)
+        # What once_differentiable does where nobody asks for a second derivative costs as much as a launch.
+        if torch.is_grad_enabled():
+            return _gradients_once(ctx, grad_next_text, grad_next_vision)
+        return _gradients(ctx, grad_next_text, grad_next_vision)
+
+
+def _gradients(ctx: Any, grad_next_text: Tensor | None, grad_next_vision: Tensor | None) -> tuple[Tensor | None, ...]:
+    if grad_next_text is None and grad_next_vision is None:
+        return (None,) * (INPUTS + 2)
+    needs = ctx.needs_input_grad[:INPUTS]
+    inputs = ctx.saved_tensors
+    tensors = (grad_next_text, grad_next_vision, *inputs)
+    if library.direct(*tensors) and not _nothing_to_mix(inputs[0], inputs[1]):
+        return (*_launchers()[1](*tensors, eps=ctx.eps, needs=needs), None, None)
+    gradients = BACKWARD(*tensors, ctx.eps, list(needs))
+    return (*(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), None, None)
+
+
+_gradients_once = once_differentiable(_gradients)
+_apply_directly = library.applied_directly(_PromptInteraction)
 
 
 def _triton(
@@ -145,11 +160,13 @@ def _triton(
     if out is not None:
         FORWARD_OUT(*inputs, eps, next_text=out[0], next_vision=out[1])
         return out
+    direct = library.direct(*inputs)
     if torch.is_grad_enabled():
         for each in inputs:
             if each.requires_grad:
-                return _PromptInteraction.apply(*inputs, eps)  # pyright: ignore[reportReturnType]
-    return FORWARD(*inputs, eps)
+                apply = _apply_directly if direct else _PromptInteraction.apply
+                return apply(*inputs, eps, direct)  # pyright: ignore[reportReturnType]
+    return (_forward if direct else FORWARD)(*inputs, eps)
 
 
 def _autocast(text_prompt: Tensor, vision_prompt: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:

@@ -192,7 +192,7 @@ def recorded_launches(target: Target) -> Iterator[list[Build]]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
-    from epic_fast.kernels.common import launch  # pyright: ignore[reportMissingImports]
+    from epic_fast.kernels.common import launch, plan  # pyright: ignore[reportMissingImports]
 
     if knobs.runtime.interpret:
         raise RuntimeError(
@@ -264,6 +264,7 @@ def recorded_launches(target: Target) -> Iterator[list[Build]]:
         stack.enter_context(mock.patch.object(CompiledKernel, "run", property(again)))
         # `again` has to see tensors, not what stands for them.
         stack.enter_context(mock.patch.object(launch, "addresses", tuple))
+        stack.enter_context(mock.patch.object(plan, "DIRECT", False))
         stack.enter_context(mock.patch.object(driver, "_active", _Driver(target)))
         stack.enter_context(_OnCard())
         yield builds

@@ -340,6 +340,10 @@ class Poison:
     allocations: int = 0
 
 
+# Where PyTorch keeps the allocation that its own compiled code calls, and launchers do.
+_GUARDS: Any = torch._C._dynamo.guards  # pyright: ignore[reportAttributeAccessIssue]
+
+
 @contextlib.contextmanager
 def poisoned_empty(package: str = "epic_fast") -> Iterator[Poison]:
     """Fresh memory is NaN (integers: a large number) when code of ``package`` asks for it uninitialised.
@@ -365,6 +369,7 @@ def poisoned_empty(package: str = "epic_fast") -> Iterator[Poison]:
     places = itertools.chain(
         ((torch, name) for name in ("empty", "empty_like", "empty_strided", "empty_permuted")),
         ((torch.Tensor, name) for name in ("new_empty", "new_empty_strided")),
+        ((_GUARDS, name) for name in ("_empty_strided_cuda",) if hasattr(_GUARDS, name)),
     )
     with contextlib.ExitStack() as stack:
         for owner, name in places:

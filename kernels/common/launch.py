@@ -10,7 +10,7 @@ the arguments straight to it, tensors as addresses.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,11 @@ import triton
 from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
+
+# What Triton specialises pointers for: those that are multiples of as many bytes.
+VECTOR_BYTES = 16
+# From here on an integer is passed in 64 bits.
+INT32_EXTENT = 2**31
 
 _compiled: dict[Hashable, Any] = {}
 
@@ -33,7 +38,7 @@ def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict
             None, whether each is a multiple of 16 bytes, whether an integer needs 64 bits, every constexpr, every
             option.  None: ask Triton, which is slower and always right.
     """
-    if facts is None or not arguments[0].is_cuda or _is_watched():
+    if facts is None or not arguments[0].is_cuda or is_watched():
         kernel[(programs,)](*arguments, **options)
         return
     device = torch.cuda.current_device()
@@ -50,12 +55,45 @@ def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict
     )  # fmt: skip
 
 
+def facts_of(
+    tensors: Iterable[Tensor | None], scalars: Iterable[Tensor], integers: Sequence[int], constants: Hashable
+) -> Hashable:
+    """What :func:`launch` keeps a compiled kernel under; None where Triton is to look for itself, which is where an
+    address is odd or an integer large.
+
+    Args:
+        tensors: the pointers whose alignment a kernel is compiled for.
+        scalars: those whose alignment it is not.
+        integers: all that are no constexpr; none of them is specialised but by its width.
+        constants: every constexpr and option.
+    """
+    addresses = 0
+    types: list[torch.dtype | None] = []
+    for tensor in tensors:
+        if tensor is None:
+            types.append(None)
+        else:
+            addresses |= tensor.data_ptr()
+            types.append(tensor.dtype)
+    if addresses % VECTOR_BYTES or max(integers) >= INT32_EXTENT or min(integers) < -INT32_EXTENT:
+        return None
+    for tensor in scalars:
+        types.append(tensor.dtype)
+    return tuple(types), constants
+
+
 def addresses(arguments: tuple[Any, ...]) -> list[Any]:
     """The arguments with the address of each tensor in its place."""
     return [each.data_ptr() if isinstance(each, Tensor) else each for each in arguments]
 
 
-def _is_watched() -> bool:
+def kept(kernel: Any, device: int, facts: Hashable) -> Any:
+    """The compiled kernel that :func:`launch` would take on this device; None if there is none yet."""
+    return None if facts is None else _compiled.get((kernel.fn, device, facts))
+
+
+def is_watched() -> bool:
     """Whether a profiler has hung itself on Triton's launches; it sees those that go through Triton."""
     runtime = knobs.runtime
-    return any(getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))

@@ -24,7 +24,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 
-from epic_fast.kernels.common.launch import launch
+from epic_fast.kernels.common import plan
+from epic_fast.kernels.common.plan import Tape, unit_last_stride
 from epic_fast.kernels.prompt_attention.gluon_forward import (
     _ITEMSIZE,
     UNIT,
@@ -42,7 +43,15 @@ from epic_fast.kernels.prompt_attention.gluon_forward import (
     tile_limits,
     valid_tokens,
 )
-from epic_fast.kernels.prompt_attention.triton_rows import base_2, facts_of, layout_of, on_device
+from epic_fast.kernels.prompt_attention.triton_rows import (
+    NO_GRADS,
+    base_2,
+    begin_gradients,
+    end_gradients,
+    facts_of,
+    layout_of,
+    no_gradients,
+)
 
 MOST_KEYS = 288  # prompts and tokens of a head whose queries and gradients, or keys and values, fit shared memory
 
@@ -956,32 +965,55 @@ def prompt_attention_backward(
     ``launchers.py`` sends no call of 128 rows or fewer here: there the portable kernel, one pass over the head, is
     faster.
     """
+    return plan.run(
+        backward,
+        (
+            grad_output,
+            grad_prompt_output,
+            query,
+            key,
+            value,
+            prompt_query,
+            prompt_key,
+            prompt_value,
+            lengths,
+            output,
+            prompt_output,
+            lse,
+            *(NO_GRADS if grads is None else grads),
+        ),
+        (prefix, causal, float(scale), needs, tiles),
+    )  # pyright: ignore[reportReturnType]
+
+
+def backward(
+    tape: Tape,
+    grad_output: Tensor | None,
+    grad_prompt_output: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_query: Tensor | None,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    lengths: Tensor | None,
+    output: Tensor,
+    prompt_output: Tensor | None,
+    lse: Tensor,
+    *grads_and_options: Any,
+) -> tuple[Tensor | None, ...]:
+    """:func:`prompt_attention_backward` on a tape: the six ``grads``, then the options in their order."""
+    *given, prefix, causal, scale, needs, tiles = grads_and_options
     inputs = (query, key, value, prompt_query, prompt_key, prompt_value)
     batch, heads, tokens, head_dim = query.shape
     prompts = prompt_key.shape[2]
     prompt_rows = 0 if prompt_query is None else prompts
     rows, keys = prompt_rows + tokens, prompts + tokens
 
-    results: list[Tensor | None] = [None] * 6
-    targets: list[Tensor | None] = [None] * 6
-    for index, (source, needed) in enumerate(zip(inputs, needs, strict=True)):
-        if not needed or source is None:
-            continue
-        given = None if grads is None else grads[index]
-        if given is None:
-            given = source.new_empty(source.shape[0], source.shape[2], heads, head_dim).transpose(1, 2)
-        results[index] = targets[index] = given
-        if source.shape[0] != batch:
-            targets[index] = torch.empty(
-                batch, heads, source.shape[2], head_dim, dtype=torch.float32, device=source.device
-            )
-    first_grad = 0 if grad_prompt_output is not None and prompt_rows else prompt_rows
-    stop_grad = rows if grad_output is not None else prompt_rows
-    if stop_grad <= first_grad or batch * heads * head_dim == 0:
-        for result in results:
-            if result is not None:
-                result.zero_()
-        return tuple(results)  # pyright: ignore[reportReturnType]
+    gradients = begin_gradients(tape, inputs, needs, given, grad_output is not None, grad_prompt_output is not None)
+    if no_gradients(tape, gradients, query):
+        return gradients.results
+    targets, first_grad, stop_grad = gradients.targets, gradients.first, gradients.stop
     if tiles is None:
         if keys > MOST_KEYS:
             raise ValueError(f"there are {keys} prompts and tokens; these kernels hold {MOST_KEYS} at most")
@@ -990,7 +1022,7 @@ def prompt_attention_backward(
         if not tile.held - (tile.tail or tile.other) < count <= tile.held:
             raise ValueError(f"{tile} holds {tile.held} rows and masks its last tile only; it was given {count}")
 
-    read = (*inputs, grad_output, grad_prompt_output)
+    read = (*inputs, unit_last_stride(tape, grad_output), unit_last_stride(tape, grad_prompt_output))
     outputs = (output, prompt_output)
     layout = layout_of((*read, *outputs, *targets), _ITEMSIZE)
     reasons = layout_limits(layout)
@@ -1007,68 +1039,65 @@ def prompt_attention_backward(
     wants_keys = wanted[1] or wanted[2]
     wants_prompt_keys = (wanted[4] or wanted[5]) and prompts > 0
 
-    with on_device(query):
-        delta = torch.empty_like(lse)
-        known = facts_of(layout, (lse, delta, lengths), ())
+    delta = tape.scratch(lse.shape, torch.float32)
+    known = facts_of(layout, (lse, delta, lengths), ())
 
-        def run(kernel: Any, programs: int, pointers: Any, numbers: Any, constants: Any, options: Any) -> None:
-            # A pointer that the kernel never follows still has to be one.
-            filled = (query if each is None else each for each in pointers)
-            facts = None if known is None else (known, constants, *options.values())
-            launch(kernel, programs, (*filled, *numbers, *constants), options, facts)
+    def run(kernel: Any, programs: int, pointers: Any, numbers: Any, constants: Any, options: Any) -> None:
+        # A pointer that the kernel never follows still has to be one.
+        filled = (query if each is None else each for each in pointers)
+        facts = None if known is None else (known, constants, *options.values())
+        tape.launch(kernel, programs, (*filled, *numbers, *constants), options, facts)
 
-        covered = False
-        if wanted[0] or wants_prompt_query:
-            first = 0 if wants_prompt_query else prompt_rows
-            stop = rows if wanted[0] else prompt_rows
-            covered = first <= first_grad and stop >= stop_grad
+    covered = False
+    if wanted[0] or wants_prompt_query:
+        first = 0 if wants_prompt_query else prompt_rows
+        stop = rows if wanted[0] else prompt_rows
+        covered = first <= first_grad and stop >= stop_grad
+        run(
+            _query_kernel,
+            batch * heads,
+            (*read, *outputs, lse, delta, targets[0], targets[3], lengths),
+            (*read_strides, *output_strides, *strides[0], *strides[3], *counts, first, stop, *factors),
+            (head_dim, *tiles.query.shape, *flags, wanted[0], wants_prompt_query, covered),
+            tiles.query.options,
+        )
+    if wants_keys or wants_prompt_keys:
+        if not covered:
             run(
-                _query_kernel,
-                batch * heads,
-                (*read, *outputs, lse, delta, targets[0], targets[3], lengths),
-                (*read_strides, *output_strides, *strides[0], *strides[3], *counts, first, stop, *factors),
-                (head_dim, *tiles.query.shape, *flags, wanted[0], wants_prompt_query, covered),
-                tiles.query.options,
+                _delta_kernel,
+                -(-rows // 64) * batch * heads,
+                (*read[6:], *outputs, delta, lengths),
+                (*read_strides[18:], *output_strides, heads, tokens, prompt_rows, first_grad, stop_grad),
+                (head_dim, 64, lengths is not None),
+                {"num_warps": 4},
             )
-        if wants_keys or wants_prompt_keys:
-            if not covered:
-                run(
-                    _delta_kernel,
-                    -(-rows // 64) * batch * heads,
-                    (*read[6:], *outputs, delta, lengths),
-                    (*read_strides[18:], *output_strides, heads, tokens, prompt_rows, first_grad, stop_grad),
-                    (head_dim, 64, lengths is not None),
-                    {"num_warps": 4},
-                )
-            first = 0 if wants_prompt_keys else prompts
-            stop = keys if wants_keys else prompts
-            run(
-                _key_kernel,
-                batch * heads,
-                (*read, lse, delta, targets[1], targets[2], targets[4], targets[5], lengths),
-                (
-                    *read_strides,
-                    *strides[1],
-                    *strides[2],
-                    *strides[4],
-                    *strides[5],
-                    *counts,
-                    first,
-                    stop,
-                    *factors,
-                ),
-                (
-                    head_dim,
-                    *tiles.key.shape,
-                    *flags,
-                    wanted[1],
-                    wanted[2],
-                    wanted[4] and prompts > 0,
-                    wanted[5] and prompts > 0,
-                ),
-                tiles.key.options,
-            )
-        for result, target in zip(results, targets, strict=True):
-            if result is not None and target is not None and result is not target:
-                result.copy_(target.sum(0, keepdim=True))
-    return tuple(results)  # pyright: ignore[reportReturnType]
+        first = 0 if wants_prompt_keys else prompts
+        stop = keys if wants_keys else prompts
+        run(
+            _key_kernel,
+            batch * heads,
+            (*read, lse, delta, targets[1], targets[2], targets[4], targets[5], lengths),
+            (
+                *read_strides,
+                *strides[1],
+                *strides[2],
+                *strides[4],
+                *strides[5],
+                *counts,
+                first,
+                stop,
+                *factors,
+            ),
+            (
+                head_dim,
+                *tiles.key.shape,
+                *flags,
+                wanted[1],
+                wanted[2],
+                wanted[4] and prompts > 0,
+                wanted[5] and prompts > 0,
+            ),
+            tiles.key.options,
+        )
+    end_gradients(tape, gradients)
+    return gradients.results

@@ -25,8 +25,16 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from epic_fast.kernels.common.launch import launch
-from epic_fast.kernels.prompt_attention.triton_rows import Layout, base_2, facts_of, layout_of, on_device
+from epic_fast.kernels.common import plan
+from epic_fast.kernels.common.plan import Tape
+from epic_fast.kernels.prompt_attention.triton_rows import (
+    Layout,
+    base_2,
+    facts_of,
+    forward_memory,
+    is_hopper,
+    layout_of,
+)
 
 # Triton 3.9 has other names for these than 3.6.
 async_load = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -618,11 +626,6 @@ def forward_tile(head_dim: int, keys: int, causal: bool, lengths: bool) -> Hoppe
     return HopperTile(keys=64, tail=32, stages=3, warps=4, registers=128)
 
 
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-
-
 def layout_limits(layout: Layout) -> list[str]:
     """Why tensors that lie so cannot be copied 16 bytes at a time with 32-bit offsets inside a head."""
     reasons = []
@@ -686,17 +689,33 @@ def prompt_attention_forward(
     tiles: HopperTile | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As ``triton_forward.prompt_attention_forward``, for calls to which :func:`limits` has no objection."""
+    tensors = (query, key, value, prompt_query, prompt_key, prompt_value, lengths, output, prompt_output)
+    return plan.run(forward, tensors, (prefix, causal, float(scale), save_lse, tiles))  # pyright: ignore[reportReturnType]
+
+
+def forward(
+    tape: Tape,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_query: Tensor | None,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    lengths: Tensor | None,
+    output: Tensor | None,
+    prompt_output: Tensor | None,
+    prefix: bool,
+    causal: bool,
+    scale: float,
+    save_lse: bool,
+    tiles: HopperTile | None = None,
+) -> tuple[Tensor | None, ...]:
+    """:func:`prompt_attention_forward` on a tape."""
     batch, heads, tokens, head_dim = query.shape
     prompts = prompt_key.shape[2]
     prompt_rows = 0 if prompt_query is None else prompts
     rows = prompt_rows + tokens
-    if output is None:
-        output = query.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
-    if prompt_query is None:
-        prompt_output = None
-    elif prompt_output is None:
-        prompt_output = query.new_empty(batch, prompts, heads, head_dim).transpose(1, 2)
-    lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=query.device) if save_lse else None
+    output, prompt_output, lse = forward_memory(tape, query, prompt_query, output, prompt_output, save_lse)
     if batch * heads * rows == 0:
         return output, prompt_output, lse
     keys = prompts + tokens
@@ -733,9 +752,8 @@ def prompt_attention_forward(
     )
     facts = facts_of(layout, (lse, lengths), (constants, tiles.warps, tiles.registers))
     options = {"num_warps": tiles.warps, "maxnreg": tiles.registers}
-    with on_device(query):
-        if tiles.full:
-            launch(_resident_kernel, batch * heads, arguments, options, facts)
-        else:
-            launch(_streamed_kernel, -(-rows // tiles.rows) * batch * heads, arguments, options, facts)
+    if tiles.full:
+        tape.launch(_resident_kernel, batch * heads, arguments, options, facts)
+    else:
+        tape.launch(_streamed_kernel, -(-rows // tiles.rows) * batch * heads, arguments, options, facts)
     return output, prompt_output, lse

@@ -3,7 +3,7 @@
 The choice depends on the card, the type and the numbers of rows and keys, never on the batch.
 """
 
-# pyright: basic
+# pyright: basic, reportMissingImports=false
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ import torch
 import triton
 from torch import Tensor
 
+from epic_fast.kernels.common import plan
+from epic_fast.kernels.common.plan import Tape, precision, unit_last_stride
 from epic_fast.kernels.prompt_attention import triton_backward, triton_forward
+from epic_fast.kernels.prompt_attention.triton_rows import NO_GRADS, is_hopper
 
 # Gluon is experimental, and each release compiles it differently: these are the ones it was measured with.
 MEASURED_TRITON = ((3, 6),)
@@ -25,10 +28,8 @@ BACKWARD_ROWS = range(129, 289)
 @functools.cache
 def _hopper(device: torch.device) -> tuple[Any, Any] | None:
     """The modules with Hopper's kernels, where this card and this Triton can run them."""
-    if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
-        return None
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version not in MEASURED_TRITON:
+    if version not in MEASURED_TRITON or not is_hopper(device):
         return None
     from epic_fast.kernels.prompt_attention import gluon_backward, gluon_forward
 
@@ -52,25 +53,22 @@ def prompt_attention_forward(
     save_lse: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As :func:`triton_forward.prompt_attention_forward`."""
-    tensors = (query, key, value, prompt_query, prompt_key, prompt_value)
-    forward = triton_forward.prompt_attention_forward
+    tensors = (query, key, value, prompt_query, prompt_key, prompt_value, lengths, output, prompt_output)
+    options = (prefix, causal, float(scale), save_lse, precision(query.dtype))
+    return plan.run(_forward, tensors, options)  # pyright: ignore[reportReturnType]
+
+
+def _forward(tape: Tape, *arguments: Any) -> tuple[Tensor | None, ...]:
+    *inputs, _, output, prompt_output, _, _, scale, _, _ = arguments
+    query = inputs[0]
     hopper = _hopper(query.device)
     if (
         hopper is not None
         and query.shape[3] == 64
-        and not hopper[0].limits(*tensors, scale=scale, output=output, prompt_output=prompt_output)
+        and not hopper[0].limits(*inputs, scale=scale, output=output, prompt_output=prompt_output)
     ):
-        forward = hopper[0].prompt_attention_forward
-    return forward(
-        *tensors,
-        lengths,
-        prefix=prefix,
-        causal=causal,
-        scale=scale,
-        output=output,
-        prompt_output=prompt_output,
-        save_lse=save_lse,
-    )
+        return hopper[0].forward(tape, *arguments[:-1])
+    return triton_forward.forward(tape, *arguments)
 
 
 def prompt_attention_backward(
@@ -95,11 +93,34 @@ def prompt_attention_backward(
     | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """As :func:`triton_backward.prompt_attention_backward`."""
-    inputs = (query, key, value, prompt_query, prompt_key, prompt_value)
-    backward = triton_backward.prompt_attention_backward
-    hopper = _hopper(query.device)
+    return plan.run(
+        _backward,
+        (
+            grad_output,
+            grad_prompt_output,
+            query,
+            key,
+            value,
+            prompt_query,
+            prompt_key,
+            prompt_value,
+            lengths,
+            output,
+            prompt_output,
+            lse,
+            *(NO_GRADS if grads is None else grads),
+        ),
+        (prefix, causal, float(scale), needs, precision(query.dtype)),
+    )  # pyright: ignore[reportReturnType]
+
+
+def _backward(tape: Tape, *arguments: Any) -> tuple[Tensor | None, ...]:
+    *tensors, prefix, causal, scale, needs, precision = arguments
+    tensors[:2] = [unit_last_stride(tape, each) for each in tensors[:2]]
+    query, _, _, prompt_query, prompt_key, _ = tensors[2:8]
     tokens, prompts = query.shape[2], prompt_key.shape[2]
     rows = tokens + (0 if prompt_query is None else prompts)
+    hopper = _hopper(query.device)
     if (
         hopper is not None
         and query.shape[3] == 64
@@ -107,22 +128,7 @@ def prompt_attention_backward(
         and tokens + prompts in BACKWARD_ROWS
         # Measured with all gradients wanted; where prompts alone want them, the portable kernels visit only those rows.
         and all(needs[:3])
-        and not hopper[1].limits(
-            grad_output, grad_prompt_output, *inputs, output, prompt_output, scale=scale, grads=grads
-        )
+        and not hopper[1].limits(*tensors[:8], *tensors[9:11], scale=scale, grads=tensors[12:])
     ):
-        backward = hopper[1].prompt_attention_backward
-    return backward(
-        grad_output,
-        grad_prompt_output,
-        *inputs,
-        lengths,
-        output,
-        prompt_output,
-        lse,
-        prefix=prefix,
-        causal=causal,
-        scale=scale,
-        needs=needs,
-        grads=grads,
-    )
+        return hopper[1].backward(tape, *tensors, prefix, causal, scale, needs, None)
+    return triton_backward.backward(tape, *tensors, prefix, causal, scale, needs, precision, None)

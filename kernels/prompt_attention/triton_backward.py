@@ -10,23 +10,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from epic_fast.kernels.common.launch import launch
+from epic_fast.kernels.common import plan
+from epic_fast.kernels.common.plan import Tape, precision, unit_last_stride
 from epic_fast.kernels.prompt_attention.tiles import BackwardTiles, backward_tiles, shared_memory, size_class
 from epic_fast.kernels.prompt_attention.triton_rows import (
+    NO_GRADS,
     base_2,
+    begin_gradients,
+    end_gradients,
     facts_of,
     head_base,
     layout_of,
     load_rows,
     load_statistic,
-    on_device,
+    no_gradients,
     padded,
-    precision,
     row_limits,
     store_rows,
     tile_limits,
@@ -783,38 +788,58 @@ def prompt_attention_backward(
     rest is None.  ``grads`` may give tensors to write into.  The gradient of a prompt shared by the batch is summed
     over it from float32 shares, one a sample.
     """
+    return plan.run(
+        backward,
+        (
+            grad_output,
+            grad_prompt_output,
+            query,
+            key,
+            value,
+            prompt_query,
+            prompt_key,
+            prompt_value,
+            lengths,
+            output,
+            prompt_output,
+            lse,
+            *(NO_GRADS if grads is None else grads),
+        ),
+        (prefix, causal, float(scale), needs, precision(query.dtype), tiles),
+    )  # pyright: ignore[reportReturnType]
+
+
+def backward(
+    tape: Tape,
+    grad_output: Tensor | None,
+    grad_prompt_output: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_query: Tensor | None,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    lengths: Tensor | None,
+    output: Tensor,
+    prompt_output: Tensor | None,
+    lse: Tensor,
+    *grads_and_options: Any,
+) -> tuple[Tensor | None, ...]:
+    """:func:`prompt_attention_backward` on a tape: the six ``grads``, then the options in their order."""
+    *given, prefix, causal, scale, needs, precision, tiles = grads_and_options
     inputs = (query, key, value, prompt_query, prompt_key, prompt_value)
     batch, heads, tokens, head_dim = query.shape
     prompts = prompt_key.shape[2]
     prompt_rows = 0 if prompt_query is None else prompts
     rows, keys = prompt_rows + tokens, prompts + tokens
 
-    results: list[Tensor | None] = [None] * 6
-    targets: list[Tensor | None] = [None] * 6
-    for index, (source, needed) in enumerate(zip(inputs, needs, strict=True)):
-        if not needed or source is None:
-            continue
-        given = None if grads is None else grads[index]
-        if given is None:
-            given = source.new_empty(source.shape[0], source.shape[2], heads, head_dim).transpose(1, 2)
-        results[index] = targets[index] = given
-        if source.shape[0] != batch:
-            targets[index] = torch.empty(
-                batch, heads, source.shape[2], head_dim, dtype=torch.float32, device=source.device
-            )
-    d_query, d_key, d_value, d_prompt_query, d_prompt_key, d_prompt_value = targets
+    gradients = begin_gradients(tape, inputs, needs, given, grad_output is not None, grad_prompt_output is not None)
+    if no_gradients(tape, gradients, query):
+        return gradients.results
+    d_query, d_key, d_value, d_prompt_query, d_prompt_key, d_prompt_value = gradients.targets
+    first_grad, stop_grad = gradients.first, gradients.stop
 
-    # The rows with a gradient; the others add nothing to any dk or dv.
-    first_grad = 0 if grad_prompt_output is not None and prompt_rows else prompt_rows
-    stop_grad = rows if grad_output is not None else prompt_rows
-    if stop_grad <= first_grad or batch * heads * head_dim == 0:
-        for result in results:
-            if result is not None:
-                result.zero_()
-        return tuple(results)  # pyright: ignore[reportReturnType]
-
-    dtype, device = query.dtype, query.device
-    itemsize = dtype.itemsize
+    itemsize = query.dtype.itemsize
     width = padded(head_dim)
     if tiles is None:
         tiles = backward_tiles(
@@ -823,9 +848,9 @@ def prompt_attention_backward(
             size_class(rows),
             size_class(keys),
             causal or (prefix and prompt_rows > 0),
-            shared_memory(device),
+            shared_memory(query.device),
         )
-    grad_output, grad_prompt_output = _unit_last_stride(grad_output), _unit_last_stride(grad_prompt_output)
+    grad_output, grad_prompt_output = unit_last_stride(tape, grad_output), unit_last_stride(tape, grad_prompt_output)
     read = (*inputs, grad_output, grad_prompt_output, output, prompt_output)
     # The order in which the kernels take what they write: (dq, dq of prompts), then (dk, dv, dk of prompts, dv of ...).
     written = (d_query, d_prompt_query, d_key, d_value, d_prompt_key, d_prompt_value)
@@ -834,104 +859,96 @@ def prompt_attention_backward(
     read_strides = layout.strides[:first_written]
     query_strides = layout.strides[first_written : first_written + 6]
     key_strides = layout.strides[first_written + 6 :]
-    flags = (head_dim, width, causal, prefix, scale < 0, layout.align, layout.wide, precision(dtype))
+    flags = (head_dim, width, causal, prefix, scale < 0, layout.align, layout.wide, precision)
     factors = (base_2(scale), float(scale))
 
     wants_tokens = d_key is not None or d_value is not None
     wants_prompts = prompts > 0 and (d_prompt_key is not None or d_prompt_value is not None)
     wants_query = d_query is not None
     wants_prompt_query = prompt_rows > 0 and d_prompt_query is not None
-    with on_device(query):
-        one_pass = tiles.one_pass
-        if one_pass is not None and rows <= one_pass.rows and wants_query and (wants_tokens or wants_prompts):
-            constants = (one_pass.rows, one_pass.keys, one_pass.stages, *flags)
-            launch(
-                _one_pass_kernel,
-                batch * heads,
+    one_pass = tiles.one_pass
+    if one_pass is not None and rows <= one_pass.rows and wants_query and (wants_tokens or wants_prompts):
+        constants = (one_pass.rows, one_pass.keys, one_pass.stages, *flags)
+        tape.launch(
+            _one_pass_kernel,
+            batch * heads,
+            (
+                *read,
+                lse,
+                *written,
+                lengths,
+                *layout.strides,
+                heads,
+                tokens,
+                prompts,
+                prompt_rows,
+                *factors,
+                *constants,
+            ),
+            one_pass.options,
+            facts_of(layout, (lse, lengths), (constants, one_pass.warps, one_pass.registers)),
+        )
+    else:
+        delta = None
+        if wants_query or wants_prompt_query:
+            first_row = 0 if wants_prompt_query else prompt_rows
+            stop_row = rows if wants_query else prompt_rows
+            tile = tiles.query
+            if (wants_tokens or wants_prompts) and first_row <= first_grad and stop_row >= stop_grad:
+                delta = tape.scratch(lse.shape, torch.float32)
+            constants = (tile.rows, tile.keys, tile.tail_keys, tile.split, tile.stages, *flags)
+            tape.launch(
+                _query_kernel,
+                -(-(stop_row - first_row) // tile.rows) * batch * heads,
                 (
                     *read,
                     lse,
-                    *written,
+                    delta,
+                    *written[:2],
                     lengths,
-                    *layout.strides,
+                    *read_strides,
+                    *query_strides,
                     heads,
                     tokens,
                     prompts,
                     prompt_rows,
+                    first_row,
+                    stop_row,
                     *factors,
                     *constants,
                 ),
-                one_pass.options,
-                facts_of(layout, (lse, lengths), (constants, one_pass.warps, one_pass.registers)),
+                tile.options,
+                facts_of(layout, (lse, delta, lengths), (constants, tile.warps, tile.registers)),
             )
-        else:
-            delta = None
-            if wants_query or wants_prompt_query:
-                first_row = 0 if wants_prompt_query else prompt_rows
-                stop_row = rows if wants_query else prompt_rows
-                tile = tiles.query
-                if (wants_tokens or wants_prompts) and first_row <= first_grad and stop_row >= stop_grad:
-                    delta = torch.empty_like(lse)
-                constants = (tile.rows, tile.keys, tile.tail_keys, tile.split, tile.stages, *flags)
-                launch(
-                    _query_kernel,
-                    -(-(stop_row - first_row) // tile.rows) * batch * heads,
-                    (
-                        *read,
-                        lse,
-                        delta,
-                        *written[:2],
-                        lengths,
-                        *read_strides,
-                        *query_strides,
-                        heads,
-                        tokens,
-                        prompts,
-                        prompt_rows,
-                        first_row,
-                        stop_row,
-                        *factors,
-                        *constants,
-                    ),
-                    tile.options,
-                    facts_of(layout, (lse, delta, lengths), (constants, tile.warps, tile.registers)),
-                )
-            if wants_tokens or wants_prompts:
-                first_key = 0 if wants_prompts else prompts
-                stop_key = keys if wants_tokens else prompts
-                tile = tiles.key
-                constants = (tile.rows, tile.keys, tile.stages, *flags)
-                launch(
-                    _key_kernel,
-                    -(-(stop_key - first_key) // tile.keys) * batch * heads,
-                    (
-                        *read,
-                        lse,
-                        delta,
-                        *written[2:],
-                        lengths,
-                        *read_strides,
-                        *key_strides,
-                        heads,
-                        tokens,
-                        prompts,
-                        prompt_rows,
-                        first_key,
-                        stop_key,
-                        first_grad,
-                        stop_grad,
-                        *factors,
-                        *constants,
-                    ),
-                    tile.options,
-                    facts_of(layout, (lse, delta, lengths), (constants, tile.warps, tile.registers)),
-                )
-        for result, target in zip(results, targets, strict=True):
-            if result is not None and target is not None and result is not target:
-                result.copy_(target.sum(0, keepdim=True))
-    return tuple(results)  # pyright: ignore[reportReturnType]
-
-
-def _unit_last_stride(tensor: Tensor | None) -> Tensor | None:
-    """Autograd may hand over any strides, those of an expanded scalar among them."""
-    return tensor if tensor is None or tensor.stride(3) == 1 else tensor.contiguous()
+        if wants_tokens or wants_prompts:
+            first_key = 0 if wants_prompts else prompts
+            stop_key = keys if wants_tokens else prompts
+            tile = tiles.key
+            constants = (tile.rows, tile.keys, tile.stages, *flags)
+            tape.launch(
+                _key_kernel,
+                -(-(stop_key - first_key) // tile.keys) * batch * heads,
+                (
+                    *read,
+                    lse,
+                    delta,
+                    *written[2:],
+                    lengths,
+                    *read_strides,
+                    *key_strides,
+                    heads,
+                    tokens,
+                    prompts,
+                    prompt_rows,
+                    first_key,
+                    stop_key,
+                    first_grad,
+                    stop_grad,
+                    *factors,
+                    *constants,
+                ),
+                tile.options,
+                facts_of(layout, (lse, delta, lengths), (constants, tile.warps, tile.registers)),
+            )
+    end_gradients(tape, gradients)
+    return gradients.results

@@ -5,22 +5,21 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from epic_fast.kernels.common.launch import launch
+from epic_fast.kernels.common import plan
+from epic_fast.kernels.common.plan import Tape, precision
 from epic_fast.kernels.prompt_attention.tiles import Tile, forward_tile, shared_memory, size_class
 from epic_fast.kernels.prompt_attention.triton_rows import (
     base_2,
     facts_of,
+    forward_memory,
     head_base,
     layout_of,
     load_rows,
-    on_device,
     padded,
-    precision,
     row_limits,
     store_rows,
     tile_limits,
@@ -401,17 +400,35 @@ def prompt_attention_forward(
     ``lse`` (B, H, R), float32: the log-sum-exp of the scaled scores in base 2 over rows ``[prompts ; tokens]``, +inf
     for rows that see nothing.
     """
+    tensors = (query, key, value, prompt_query, prompt_key, prompt_value, lengths, output, prompt_output)
+    options = (prefix, causal, float(scale), save_lse, precision(query.dtype), tiles)
+    return plan.run(forward, tensors, options)  # pyright: ignore[reportReturnType]
+
+
+def forward(
+    tape: Tape,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_query: Tensor | None,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    lengths: Tensor | None,
+    output: Tensor | None,
+    prompt_output: Tensor | None,
+    prefix: bool,
+    causal: bool,
+    scale: float,
+    save_lse: bool,
+    precision: str,
+    tiles: Tile | None = None,
+) -> tuple[Tensor | None, ...]:
+    """:func:`prompt_attention_forward` on a tape."""
     batch, heads, tokens, head_dim = query.shape
     prompts = prompt_key.shape[2]
     prompt_rows = 0 if prompt_query is None else prompts
     rows = prompt_rows + tokens
-    if output is None:
-        output = query.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
-    if prompt_query is None:
-        prompt_output = None
-    elif prompt_output is None:
-        prompt_output = query.new_empty(batch, prompts, heads, head_dim).transpose(1, 2)
-    lse = torch.empty(batch, heads, rows, dtype=torch.float32, device=query.device) if save_lse else None
+    output, prompt_output, lse = forward_memory(tape, query, prompt_query, output, prompt_output, save_lse)
     if batch * heads * rows == 0:
         return output, prompt_output, lse
 
@@ -444,10 +461,9 @@ def prompt_attention_forward(
         scale < 0,
         layout.align,
         layout.wide,
-        precision(dtype),
+        precision,
     )
     arguments = (*tensors, lse, lengths, *layout.strides, heads, tokens, prompts, base_2(scale), *constants)
     facts = facts_of(layout, (lse, lengths), (constants, tiles.warps, tiles.registers))
-    with on_device(query):
-        launch(_forward_kernel, -(-rows // tiles.rows) * batch * heads, arguments, tiles.options, facts)
+    tape.launch(_forward_kernel, -(-rows // tiles.rows) * batch * heads, arguments, tiles.options, facts)
     return output, prompt_output, lse

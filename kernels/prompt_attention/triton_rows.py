@@ -5,13 +5,13 @@ Rows of queries and rows of keys are counted alike: row ``r < prompts`` is a pro
 prompt keys.  A row sees a prefix of the virtual keys, those below its limit; a row past the length has limit 0.
 """
 
-# pyright: basic
+# pyright: basic, reportMissingImports=false
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -19,16 +19,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from epic_fast.kernels.common import launch
+from epic_fast.kernels.common.launch import VECTOR_BYTES
+from epic_fast.kernels.common.plan import Tape
+
 LOG2_E = math.log2(math.e)
 # From this many elements on, an offset inside one (batch, head) is computed in 64 bits.
-INT32_EXTENT = 2**31
-_VECTOR_BYTES = 16
+INT32_EXTENT = launch.INT32_EXTENT
 # A masked tile reaches this many rows beyond the last one, at most.
 _LARGEST_TILE = 512
 _NO_STRIDES = (0, 0, 0)
 # A scale of zero must not turn the -inf of a hidden key into NaN.
 _LEAST_SCALE = 1e-30
-_HERE = nullcontext()
 
 
 @triton.jit
@@ -252,8 +254,8 @@ def layout_of(tensors: Sequence[Tensor | None], itemsize: int) -> Layout:
             farthest = extent
         strides += (0 if batches == 1 else batch, head, row)
         types.append(tensor.dtype)
-    vector = _VECTOR_BYTES // itemsize
-    align = 1 if lowest & (vector - 1) or addresses & (_VECTOR_BYTES - 1) else vector
+    vector = VECTOR_BYTES // itemsize
+    align = 1 if lowest & (vector - 1) or addresses & (VECTOR_BYTES - 1) else vector
     if align > 1:
         strides = [stride // align for stride in strides]
     return Layout(align, farthest >= INT32_EXTENT, strides, tuple(types))
@@ -268,19 +270,15 @@ def facts_of(layout: Layout, others: Sequence[Tensor | None], constants: Hashabl
         others: the remaining pointers of the launch.
         constants: every constexpr and option that neither ``layout`` nor the types of ``others`` decide.
     """
-    addresses = 0
-    types: list[torch.dtype | None] = []
-    for tensor in others:
-        if tensor is None:
-            types.append(None)
-        else:
-            addresses |= tensor.data_ptr()
-            types.append(tensor.dtype)
-    if layout.align == 1 or layout.wide or addresses & (_VECTOR_BYTES - 1):
+    if layout.align == 1 or layout.wide:
         return None
-    if max(layout.strides) >= INT32_EXTENT or min(layout.strides) < -INT32_EXTENT:
-        return None
-    return layout.align, layout.types, tuple(types), constants
+    return launch.facts_of(others, (), layout.strides, (layout.align, layout.types, constants))
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether this is a card with wgmma and the shared memory that Hopper's kernels count on."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def base_2(scale: float) -> float:
@@ -288,15 +286,105 @@ def base_2(scale: float) -> float:
     return max(abs(scale) * LOG2_E, _LEAST_SCALE)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """The ``input_precision`` of products: TF32 where torch's own matrix products may use it."""
-    if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
+def empty_rows(tape: Tape, like: Tensor, batch: int | None = None) -> Tensor:
+    """Memory for ``(batch, heads, rows, head_dim)`` that runs over (batch, rows, heads, head_dim)."""
+    own_batch, heads, rows, width = like.shape
+    if batch is None:
+        batch = own_batch
+    row, sample = max(width, 1) * max(heads, 1), max(width, 1) * max(heads, 1) * max(rows, 1)
+    return tape.empty((batch, heads, rows, width), like.dtype, (sample, max(width, 1), row, 1))
 
 
-def on_device(tensor: Tensor) -> AbstractContextManager[object]:
-    """Where to launch: the tensor's GPU, which costs nothing if it is the current one already."""
-    if tensor.device.type != "cuda" or tensor.device.index == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device(tensor.device)
+def forward_memory(
+    tape: Tape,
+    query: Tensor,
+    prompt_query: Tensor | None,
+    output: Tensor | None,
+    prompt_output: Tensor | None,
+    save_lse: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Where a forward writes output, prompt_output and lse: into what is given, or into memory of its own."""
+    batch, heads, rows, _ = query.shape
+    if output is None:
+        output = empty_rows(tape, query)
+    if prompt_query is None:
+        prompt_output = None
+    else:
+        rows += prompt_query.shape[2]
+        if prompt_output is None:
+            prompt_output = empty_rows(tape, prompt_query, batch)
+    return output, prompt_output, tape.empty((batch, heads, rows), torch.float32) if save_lse else None
+
+
+NO_GRADS: tuple[None, ...] = (None,) * 6
+
+
+class Gradients(NamedTuple):
+    """What every backward begins with.
+
+    Attributes:
+        results: the gradients to return, in the order of the inputs; None where not needed.
+        targets: what kernels write: the results, but float32 shares, one a sample, of prompts that the batch shares.
+        first, stop: the virtual rows of queries with a gradient; the others add nothing to any dk or dv.
+    """
+
+    results: tuple[Tensor | None, ...]
+    targets: tuple[Tensor | None, ...]
+    first: int
+    stop: int
+
+
+def begin_gradients(
+    tape: Tape,
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    given: Sequence[Tensor | None] | None,
+    has_grad: bool,
+    has_prompt_grad: bool,
+) -> Gradients:
+    """Memory for the gradients.
+
+    Args:
+        inputs: query, key, value, prompt_query, prompt_key, prompt_value.
+        given: gradients to write into.
+        has_grad, has_prompt_grad: whether there are gradients of output and prompt_output.
+    """
+    query, prompt_query = inputs[0], inputs[3]
+    assert query is not None
+    batch, heads, tokens, head_dim = query.shape
+    prompt_rows = 0 if prompt_query is None else prompt_query.shape[2]
+    results: list[Tensor | None] = [None] * 6
+    targets: list[Tensor | None] = [None] * 6
+    for index, (source, needed) in enumerate(zip(inputs, needs, strict=True)):
+        if not needed or source is None:
+            continue
+        result = None if given is None else given[index]
+        if result is None:
+            result = empty_rows(tape, source)
+        results[index] = targets[index] = result
+        if source.shape[0] != batch:
+            targets[index] = tape.empty((batch, heads, source.shape[2], head_dim), torch.float32)
+    first = 0 if has_prompt_grad else prompt_rows
+    stop = prompt_rows + tokens if has_grad else prompt_rows
+    return Gradients(tuple(results), tuple(targets), first, stop)
+
+
+def no_gradients(tape: Tape, gradients: Gradients, query: Tensor) -> bool:
+    """Whether there is nothing to launch; all gradients are zero then, and so is what this leaves."""
+    if gradients.stop > gradients.first and query.shape[0] * query.shape[1] * query.shape[3]:
+        return False
+    for result in gradients.results:
+        if result is not None:
+            tape.apply(Tensor.zero_, result)
+    return True
+
+
+def end_gradients(tape: Tape, gradients: Gradients) -> None:
+    """The sums over the batch, of float32 shares in a fixed order."""
+    for result, target in zip(gradients.results, gradients.targets, strict=True):
+        if result is not None and target is not None and result is not target:
+            tape.apply(_sum_shares, result, target)
+
+
+def _sum_shares(result: Tensor, shares: Tensor) -> None:
+    result.copy_(shares.sum(0, keepdim=True))

@@ -13,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from epic_fast.kernels.common.launch import launch
+from epic_fast.kernels.common import plan
+from epic_fast.kernels.common.launch import facts_of
+from epic_fast.kernels.common.plan import Tape, precision, unit_last_stride
 from epic_fast.kernels.prompt_interaction.tiles import (
     GradientTile,
     MixTile,
@@ -26,17 +28,16 @@ from epic_fast.kernels.prompt_interaction.triton_forward import (
     SCALARS,
     SIZES,
     alignment,
-    facts_of,
+    contiguous,
     load_gate,
     load_rows,
-    on_device_of,
-    precision,
+    precision_of,
     product,
-    project_prompts,
+    project,
     prompt_block,
     same_types,
     scores,
-    unit_last_stride,
+    setting_of,
 )
 
 
@@ -500,6 +501,39 @@ def prompt_interaction_backward(
         projections: ``(vision_in_text, text_in_vision)`` from the forward pass; computed again if None.
         project_tile, mix_tile, tile: tile sizes other than the tables'.
     """
+    inputs = (text_prompt, vision_prompt, text_to_vision_weight, text_to_vision_bias, vision_to_text_weight)
+    inputs = (*inputs, vision_to_text_bias, text_gate, vision_gate, temperature)
+    tensors = (grad_next_text, grad_next_vision, *inputs, *((None, None) if projections is None else projections))
+    setting = setting_of(*inputs[:6])
+    for grad in tensors[:2]:
+        if grad is not None and grad.dtype == torch.float32:
+            setting = precision(torch.float32)
+    return plan.run(backward, tensors, (float(eps), needs, setting, project_tile, mix_tile, tile))
+
+
+def backward(
+    tape: Tape,
+    grad_next_text: Tensor | None,
+    grad_next_vision: Tensor | None,
+    text_prompt: Tensor,
+    vision_prompt: Tensor,
+    text_to_vision_weight: Tensor,
+    text_to_vision_bias: Tensor,
+    vision_to_text_weight: Tensor,
+    vision_to_text_bias: Tensor,
+    text_gate: Tensor,
+    vision_gate: Tensor,
+    temperature: Tensor,
+    vision_in_text: Tensor | None,
+    text_in_vision: Tensor | None,
+    eps: float,
+    needs: tuple[bool, ...],
+    setting: str,
+    project_tile: ProductTile | None,
+    mix_tile: MixTile | None,
+    tile: GradientTile | None,
+) -> tuple[Tensor | None, ...]:
+    """:func:`prompt_interaction_backward` on a tape."""
     need_text, need_vision, *need_weights, need_text_gate, need_vision_gate, need_temperature = needs
     need_text_weight, need_text_bias, need_vision_weight, need_vision_bias = need_weights
     if not any(needs):
@@ -509,162 +543,177 @@ def prompt_interaction_backward(
     batch, text_prompts, text_width = text_prompt.shape
     _, vision_prompts, vision_width = vision_prompt.shape
     if not batch:
-        return tuple(torch.zeros_like(each) if need else None for each, need in zip(inputs, needs, strict=True))
+        return tuple(
+            tape.derive(torch.zeros_like, each) if need else None for each, need in zip(inputs, needs, strict=True)
+        )
     grads = tuple(
-        torch.empty(each.shape, dtype=each.dtype, device=each.device) if need else None
-        for each, need in zip(inputs, needs, strict=True)
+        tape.empty(each.shape, each.dtype) if need else None for each, need in zip(inputs, needs, strict=True)
     )
     grad_text, grad_vision, grad_text_weight, grad_text_bias, grad_vision_weight, grad_vision_bias = grads[:6]
 
-    text_prompt, vision_prompt = unit_last_stride(text_prompt), unit_last_stride(vision_prompt)
-    text_to_vision_weight, text_to_vision_bias = text_to_vision_weight.contiguous(), text_to_vision_bias.contiguous()
-    vision_to_text_weight, vision_to_text_bias = vision_to_text_weight.contiguous(), vision_to_text_bias.contiguous()
-    text_gate, vision_gate = text_gate.contiguous(), vision_gate.contiguous()
-    grad_next_text = torch.zeros_like(text_prompt) if grad_next_text is None else unit_last_stride(grad_next_text)
-    grad_next_vision = (
-        torch.zeros_like(vision_prompt) if grad_next_vision is None else unit_last_stride(grad_next_vision)
+    text_prompt, vision_prompt = unit_last_stride(tape, text_prompt), unit_last_stride(tape, vision_prompt)
+    text_to_vision_weight, text_to_vision_bias, vision_to_text_weight, vision_to_text_bias, text_gate, vision_gate = (
+        contiguous(tape, each) for each in inputs[2:8]
     )
+    if grad_next_text is None:
+        grad_next_text = tape.derive(torch.zeros_like, text_prompt)
+    if grad_next_vision is None:
+        grad_next_vision = tape.derive(torch.zeros_like, vision_prompt)
+    grad_next_text, grad_next_vision = unit_last_stride(tape, grad_next_text), unit_last_stride(tape, grad_next_vision)
 
     need_text_in_vision = need_text or need_text_weight or need_text_bias
     need_vision_in_text = need_vision or need_vision_weight or need_vision_bias
     text_channels, vision_channels = text_gate.dim() == 1, vision_gate.dim() == 1
     block_t, block_v = prompt_block(text_prompts), prompt_block(vision_prompts)
-    with on_device_of(text_prompt):
-        if projections is None:
-            projections = project_prompts(
-                text_prompt,
-                vision_prompt,
-                text_to_vision_weight,
-                text_to_vision_bias,
-                vision_to_text_weight,
-                vision_to_text_bias,
-                tile=project_tile,
-            )
-        vision_in_text, text_in_vision = projections
-        grad_vision_in_text = torch.empty_like(vision_in_text) if need_vision_in_text else vision_in_text
-        grad_text_in_vision = torch.empty_like(text_in_vision) if need_text_in_vision else text_in_vision
-
-        shared = shared_memory(text_prompt.device)
-        types = (text_prompt.dtype, vision_prompt.dtype, vision_in_text.dtype, text_in_vision.dtype)
-        if mix_tile is None:
-            widest = torch.float32 if len(set(types)) > 1 else types[0]
-            mix_tile = mix_backward_tile(widest, text_width, vision_width, max(block_t, block_v), text_channels, shared)
-        text_parts, vision_parts = mix_tile.text_parts, mix_tile.vision_parts
-        if not (need_text or need_vision_in_text or need_text_gate):
-            text_parts = 1 if need_temperature else 0
-        if not (need_text_in_vision or need_vision_gate):
-            vision_parts = 0
-        text_sums = (text_width if text_channels else text_parts) if need_text_gate else 0
-        vision_sums = (vision_width if vision_channels else vision_parts) if need_vision_gate else 0
-        sums = text_sums + vision_sums + need_temperature
-        # What is not needed still stands in the kernels' arguments, as any tensor that is there and aligned.
-        partials = vision_in_text
-        if sums:
-            partials = torch.empty((batch * sums,), dtype=torch.float32, device=text_prompt.device)
-        strides = (*text_prompt.stride()[:2], *grad_next_text.stride()[:2], *grad_next_vision.stride()[:2])
-        constants = (
-            text_width,
-            vision_width,
-            text_channels,
-            vision_channels,
-            need_text,
-            need_vision_in_text,
-            need_text_in_vision,
-            need_text_gate,
-            need_vision_gate,
-            need_temperature,
-            text_sums,
-            vision_sums,
-            alignment(*strides),
-            block_t,
-            block_v,
-            mix_tile.similarity,
-            mix_tile.columns,
-            text_parts,
-            vision_parts,
-            mix_tile.stages,
-            precision(*types, grad_next_text.dtype, grad_next_vision.dtype),
-        )
-        sources = (grad_next_text, grad_next_vision, text_prompt, vision_in_text, text_in_vision)
-        scalars = (text_gate, vision_gate, temperature)
-        results = (grad_text if need_text else text_prompt, grad_vision_in_text, grad_text_in_vision, partials)
-        integers = (batch, text_prompts, vision_prompts, *strides)
-        launch(
-            mix_backward_kernel,
-            batch * (text_parts + vision_parts),
-            (*sources, *scalars, *results, float(eps), *integers, *constants),
-            mix_tile.options,
-            facts_of((*sources, *results), scalars, integers, (constants, mix_tile.warps, mix_tile.stages)),
-        )
-
-        if tile is None:
-            tile = gradient_tile(torch.promote_types(vision_in_text.dtype, text_in_vision.dtype), shared)
-        text_side = (
-            grad_text_in_vision,
-            text_to_vision_weight,
+    if vision_in_text is None or text_in_vision is None:
+        vision_in_text, text_in_vision = project(
+            tape,
             text_prompt,
-            grad_text if need_text else text_prompt,
-            grad_text if need_text else text_prompt,
-            grad_text_weight if need_text_weight else text_to_vision_weight,
-            grad_text_bias if need_text_bias else text_to_vision_bias,
-            grads[6] if need_text_gate else text_gate,
-        )
-        vision_side = (
-            grad_vision_in_text,
-            vision_to_text_weight,
             vision_prompt,
-            grad_next_vision,
-            grad_vision if need_vision else vision_prompt,
-            grad_vision_weight if need_vision_weight else vision_to_text_weight,
-            grad_vision_bias if need_vision_bias else vision_to_text_bias,
-            grads[7] if need_vision_gate else vision_gate,
+            text_to_vision_weight,
+            text_to_vision_bias,
+            vision_to_text_weight,
+            vision_to_text_bias,
+            setting,
+            project_tile,
+            False,
         )
-        text_needs = (need_text, need_text_weight, need_text_bias, need_text_gate)
-        vision_needs = (need_vision, need_vision_weight, need_vision_bias, need_vision_gate)
-        last = grads[8] if need_temperature else temperature
-        if same_types(text_side[:6], vision_side[:6]):
-            _gradients(
-                text_side,
-                vision_side,
-                text_needs,
-                vision_needs,
-                need_temperature,
-                partials,
-                (text_sums, vision_sums),
-                last,
-                batch,
-                tile,
-            )
-        else:
-            none = (False,) * 4
-            _gradients(
-                text_side,
-                text_side,
-                text_needs,
-                none,
-                need_temperature,
-                partials,
-                (text_sums, vision_sums),
-                last,
-                batch,
-                tile,
-            )
-            _gradients(
-                vision_side,
-                vision_side,
-                none,
-                vision_needs,
-                False,
-                partials,
-                (text_sums, vision_sums),
-                last,
-                batch,
-                tile,
-            )
+    grad_vision_in_text = (
+        tape.scratch(vision_in_text.shape, vision_in_text.dtype) if need_vision_in_text else vision_in_text
+    )
+    grad_text_in_vision = (
+        tape.scratch(text_in_vision.shape, text_in_vision.dtype) if need_text_in_vision else text_in_vision
+    )
+
+    shared = shared_memory(text_prompt.device)
+    types = (text_prompt.dtype, vision_prompt.dtype, vision_in_text.dtype, text_in_vision.dtype)
+    if mix_tile is None:
+        widest = torch.float32 if len(set(types)) > 1 else types[0]
+        mix_tile = mix_backward_tile(widest, text_width, vision_width, max(block_t, block_v), text_channels, shared)
+    text_parts, vision_parts = mix_tile.text_parts, mix_tile.vision_parts
+    if not (need_text or need_vision_in_text or need_text_gate):
+        text_parts = 1 if need_temperature else 0
+    if not (need_text_in_vision or need_vision_gate):
+        vision_parts = 0
+    text_sums = (text_width if text_channels else text_parts) if need_text_gate else 0
+    vision_sums = (vision_width if vision_channels else vision_parts) if need_vision_gate else 0
+    sums = text_sums + vision_sums + need_temperature
+    # What is not needed still stands in the kernels' arguments, as any tensor that is there and aligned.
+    partials = vision_in_text
+    if sums:
+        partials = tape.scratch((batch * sums,), torch.float32)
+    strides = (*text_prompt.stride()[:2], *grad_next_text.stride()[:2], *grad_next_vision.stride()[:2])
+    constants = (
+        text_width,
+        vision_width,
+        text_channels,
+        vision_channels,
+        need_text,
+        need_vision_in_text,
+        need_text_in_vision,
+        need_text_gate,
+        need_vision_gate,
+        need_temperature,
+        text_sums,
+        vision_sums,
+        alignment(*strides),
+        block_t,
+        block_v,
+        mix_tile.similarity,
+        mix_tile.columns,
+        text_parts,
+        vision_parts,
+        mix_tile.stages,
+        precision_of(setting, *types, grad_next_text.dtype, grad_next_vision.dtype),
+    )
+    sources = (grad_next_text, grad_next_vision, text_prompt, vision_in_text, text_in_vision)
+    scalars = (text_gate, vision_gate, temperature)
+    results = (grad_text if need_text else text_prompt, grad_vision_in_text, grad_text_in_vision, partials)
+    integers = (batch, text_prompts, vision_prompts, *strides)
+    tape.launch(
+        mix_backward_kernel,
+        batch * (text_parts + vision_parts),
+        (*sources, *scalars, *results, eps, *integers, *constants),
+        mix_tile.options,
+        facts_of((*sources, *results), scalars, integers, (constants, mix_tile.warps, mix_tile.stages)),
+    )
+
+    if tile is None:
+        tile = gradient_tile(torch.promote_types(vision_in_text.dtype, text_in_vision.dtype), shared)
+    text_side = (
+        grad_text_in_vision,
+        text_to_vision_weight,
+        text_prompt,
+        grad_text if need_text else text_prompt,
+        grad_text if need_text else text_prompt,
+        grad_text_weight if need_text_weight else text_to_vision_weight,
+        grad_text_bias if need_text_bias else text_to_vision_bias,
+        grads[6] if need_text_gate else text_gate,
+    )
+    vision_side = (
+        grad_vision_in_text,
+        vision_to_text_weight,
+        vision_prompt,
+        grad_next_vision,
+        grad_vision if need_vision else vision_prompt,
+        grad_vision_weight if need_vision_weight else vision_to_text_weight,
+        grad_vision_bias if need_vision_bias else vision_to_text_bias,
+        grads[7] if need_vision_gate else vision_gate,
+    )
+    text_needs = (need_text, need_text_weight, need_text_bias, need_text_gate)
+    vision_needs = (need_vision, need_vision_weight, need_vision_bias, need_vision_gate)
+    last = grads[8] if need_temperature else temperature
+    if same_types(text_side[:6], vision_side[:6]):
+        _gradients(
+            tape,
+            setting,
+            text_side,
+            vision_side,
+            text_needs,
+            vision_needs,
+            need_temperature,
+            partials,
+            (text_sums, vision_sums),
+            last,
+            batch,
+            tile,
+        )
+    else:
+        none = (False,) * 4
+        _gradients(
+            tape,
+            setting,
+            text_side,
+            text_side,
+            text_needs,
+            none,
+            need_temperature,
+            partials,
+            (text_sums, vision_sums),
+            last,
+            batch,
+            tile,
+        )
+        _gradients(
+            tape,
+            setting,
+            vision_side,
+            vision_side,
+            none,
+            vision_needs,
+            False,
+            partials,
+            (text_sums, vision_sums),
+            last,
+            batch,
+            tile,
+        )
     return grads
 
 
 def _gradients(
+    tape: Tape,
+    setting: str,
     zero: tuple[Tensor, ...],
     one: tuple[Tensor, ...],
     needs_0: tuple[bool, ...],
@@ -724,11 +773,11 @@ def _gradients(
         tile.weight_depth,
         tile.sum_rows,
         tile.sum_columns,
-        precision(zero[1].dtype),
+        precision_of(setting, zero[1].dtype),
     )
     tensors, scalars = (*pairs[:8], partials, *pairs[8:14]), (*pairs[14:], grad_temperature)
     integers = (batch, rows_0, rows_1, prompts_0, prompts_1, *strides)
-    launch(
+    tape.launch(
         gradients_kernel,
         programs,
         (*tensors, *scalars, *integers, *constants),

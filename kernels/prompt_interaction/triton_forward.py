@@ -8,9 +8,7 @@ README.md beside this file has the derivation, the floors and what was tried.
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from epic_fast.kernels.common.launch import launch
+from epic_fast.kernels.common import plan
+from epic_fast.kernels.common.launch import facts_of
+from epic_fast.kernels.common.plan import Tape, precision, unit_last_stride
 from epic_fast.kernels.prompt_interaction.tiles import MixTile, ProductTile, mix_tile, projection_tile, shared_memory
 
 MAX_PROMPTS = 64
@@ -311,17 +311,6 @@ def mix_kernel(
             )
 
 
-def unit_last_stride(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def precision(*dtypes: torch.dtype) -> str:
-    """How float32 is multiplied: as PyTorch's own setting for matrix products says."""
-    if torch.float32 in dtypes and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
-    return "ieee"
-
-
 def alignment(*strides: int) -> int:
     """16 if every stride is a multiple of it, else 1: two variants of a kernel, whatever the sizes."""
     together = 0
@@ -338,30 +327,6 @@ def prompt_block(prompts: int) -> int:
     return max(16, triton.next_power_of_2(prompts))
 
 
-def facts_of(
-    tensors: Sequence[Tensor], scalars: Sequence[Tensor], integers: Sequence[int], constants: Hashable
-) -> Hashable:
-    """What :func:`epic_fast.kernels.common.launch.launch` keeps a compiled kernel under; None where Triton is to look
-    for itself, which is where an address is odd or an integer large.
-
-    Args:
-        tensors: the pointers whose alignment a kernel is compiled for.
-        scalars: those whose alignment it is not.
-        integers: all that are no constexpr; none of them is specialised but by its width.
-        constants: every constexpr and option.
-    """
-    addresses = 0
-    types = []
-    for tensor in tensors:
-        addresses |= tensor.data_ptr()
-        types.append(tensor.dtype)
-    if addresses % 16 or max(integers) >= 2**31:
-        return None
-    for tensor in scalars:
-        types.append(tensor.dtype)
-    return tuple(types), constants
-
-
 def project_prompts(
     text_prompt: Tensor,
     vision_prompt: Tensor,
@@ -376,27 +341,72 @@ def project_prompts(
 
     Prompts have a unit last stride, weights and biases are contiguous.  One launch; two where types differ.
     """
+    tensors = (
+        text_prompt,
+        vision_prompt,
+        text_to_vision_weight,
+        text_to_vision_bias,
+        vision_to_text_weight,
+        vision_to_text_bias,
+    )
+    options = (setting_of(*tensors), tile, True)
+    return plan.run(project, tensors, options)  # pyright: ignore[reportReturnType]
+
+
+def setting_of(text_prompt: Tensor, vision_prompt: Tensor, *parameters: Tensor) -> str:
+    """How this call multiplies float32, if it does."""
+    return precision(text_prompt.dtype, vision_prompt.dtype, parameters[0].dtype, parameters[2].dtype)
+
+
+def precision_of(setting: str, *dtypes: torch.dtype) -> str:
+    return setting if torch.float32 in dtypes else "ieee"
+
+
+def project(
+    tape: Tape,
+    text_prompt: Tensor,
+    vision_prompt: Tensor,
+    text_to_vision_weight: Tensor,
+    text_to_vision_bias: Tensor,
+    vision_to_text_weight: Tensor,
+    vision_to_text_bias: Tensor,
+    setting: str,
+    tile: ProductTile | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """:func:`project_prompts` on a tape; what it returns is scratch unless told to ``keep`` it."""
     batch, text_prompts, text_width = text_prompt.shape
     _, vision_prompts, vision_width = vision_prompt.shape
-    device = text_prompt.device
     text_type, vision_type = vision_to_text_weight.dtype, text_to_vision_weight.dtype
-    vision_in_text = torch.empty((batch, vision_prompts, text_width), dtype=text_type, device=device)
-    text_in_vision = torch.empty((batch, text_prompts, vision_width), dtype=vision_type, device=device)
+    allocate = tape.empty if keep else tape.scratch
+    vision_in_text = allocate((batch, vision_prompts, text_width), text_type)
+    text_in_vision = allocate((batch, text_prompts, vision_width), vision_type)
     vision_side = (vision_prompt, vision_to_text_weight, vision_to_text_bias, vision_in_text)
     text_side = (text_prompt, text_to_vision_weight, text_to_vision_bias, text_in_vision)
     if same_types(vision_side, text_side):
-        _project(vision_side, text_side, tile)
+        _project(tape, vision_side, text_side, setting, tile)
     else:
-        _project(vision_side, vision_side, tile, once=True)
-        _project(text_side, text_side, tile, once=True)
+        _project(tape, vision_side, vision_side, setting, tile, once=True)
+        _project(tape, text_side, text_side, setting, tile, once=True)
     return vision_in_text, text_in_vision
+
+
+def contiguous(tape: Tape, tensor: Tensor) -> Tensor:
+    return tensor if tensor.is_contiguous() else tape.derive(Tensor.contiguous, tensor)
 
 
 def same_types(one: tuple[Tensor, ...], other: tuple[Tensor, ...]) -> bool:
     return [each.dtype for each in one] == [each.dtype for each in other]
 
 
-def _project(zero: tuple[Tensor, ...], one: tuple[Tensor, ...], tile: ProductTile | None, once: bool = False) -> None:
+def _project(
+    tape: Tape,
+    zero: tuple[Tensor, ...],
+    one: tuple[Tensor, ...],
+    setting: str,
+    tile: ProductTile | None,
+    once: bool = False,
+) -> None:
     prompt_0, weight_0, bias_0, projected_0 = zero
     prompt_1, weight_1, bias_1, projected_1 = one
     batch, prompts_0, k_0 = prompt_0.shape
@@ -416,23 +426,13 @@ def _project(zero: tuple[Tensor, ...], one: tuple[Tensor, ...], tile: ProductTil
         tile.rows,
         tile.columns,
         tile.depth,
-        precision(dtype),
+        precision_of(setting, dtype),
     )
     tensors = (prompt_0, prompt_1, weight_0, weight_1, bias_0, bias_1, projected_0, projected_1)
     integers = (rows_0, rows_1, prompts_0, prompts_1, *strides)
     facts = facts_of(tensors, (), integers, (constants, tile.warps, tile.stages))
     programs = -(-rows_0 // tile.rows) * -(-n_0 // tile.columns) + -(-rows_1 // tile.rows) * -(-n_1 // tile.columns)
-    launch(project_kernel, programs, (*tensors, *integers, *constants), tile.options, facts)
-
-
-_HERE = contextlib.nullcontext()
-
-
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device(tensor.device)
+    tape.launch(project_kernel, programs, (*tensors, *integers, *constants), tile.options, facts)
 
 
 def prompt_interaction_forward(
@@ -463,64 +463,104 @@ def prompt_interaction_forward(
         save_projections: return ``(next_text, next_vision, (vision_in_text, text_in_vision))``.
         project_tile, tile: tile sizes other than the table's.
     """
-    text_prompt, vision_prompt = unit_last_stride(text_prompt), unit_last_stride(vision_prompt)
-    text_gate, vision_gate = text_gate.contiguous(), vision_gate.contiguous()
+    parameters = (text_to_vision_weight, text_to_vision_bias, vision_to_text_weight, vision_to_text_bias)
+    results = plan.run(
+        forward,
+        (text_prompt, vision_prompt, *parameters, text_gate, vision_gate, temperature, next_text, next_vision),
+        (
+            float(eps),
+            save_projections,
+            setting_of(text_prompt, vision_prompt, *parameters),
+            project_tile,
+            tile,
+        ),
+    )
+    return (*results[:2], results[2:]) if save_projections else results
+
+
+def forward(
+    tape: Tape,
+    text_prompt: Tensor,
+    vision_prompt: Tensor,
+    text_to_vision_weight: Tensor,
+    text_to_vision_bias: Tensor,
+    vision_to_text_weight: Tensor,
+    vision_to_text_bias: Tensor,
+    text_gate: Tensor,
+    vision_gate: Tensor,
+    temperature: Tensor,
+    next_text: Tensor | None,
+    next_vision: Tensor | None,
+    eps: float,
+    save_projections: bool,
+    setting: str,
+    project_tile: ProductTile | None,
+    tile: MixTile | None,
+) -> tuple[Tensor | None, ...]:
+    """:func:`prompt_interaction_forward` on a tape; projections, if asked for, come after the results."""
+    text_prompt, vision_prompt = unit_last_stride(tape, text_prompt), unit_last_stride(tape, vision_prompt)
+    text_gate, vision_gate = contiguous(tape, text_gate), contiguous(tape, vision_gate)
     batch, text_prompts, text_width = text_prompt.shape
     _, vision_prompts, vision_width = vision_prompt.shape
     if next_text is None:
-        next_text = torch.empty(text_prompt.shape, dtype=text_prompt.dtype, device=text_prompt.device)
+        next_text = tape.empty(text_prompt.shape, text_prompt.dtype)
     if next_vision is None:
-        next_vision = torch.empty(vision_prompt.shape, dtype=vision_prompt.dtype, device=text_prompt.device)
+        next_vision = tape.empty(vision_prompt.shape, vision_prompt.dtype)
     if not batch:
-        projections = (
-            text_prompt.new_empty((0, vision_prompts, text_width), dtype=vision_to_text_weight.dtype),
-            text_prompt.new_empty((0, text_prompts, vision_width), dtype=text_to_vision_weight.dtype),
+        if not save_projections:
+            return next_text, next_vision
+        return (
+            next_text,
+            next_vision,
+            tape.empty((0, vision_prompts, text_width), vision_to_text_weight.dtype),
+            tape.empty((0, text_prompts, vision_width), text_to_vision_weight.dtype),
         )
-        return (next_text, next_vision, projections) if save_projections else (next_text, next_vision)
-    with on_device_of(text_prompt):
-        projections = project_prompts(
-            text_prompt,
-            vision_prompt,
-            text_to_vision_weight.contiguous(),
-            text_to_vision_bias.contiguous(),
-            vision_to_text_weight.contiguous(),
-            vision_to_text_bias.contiguous(),
-            tile=project_tile,
-        )
-        block_t, block_v = prompt_block(text_prompts), prompt_block(vision_prompts)
-        types = (text_prompt.dtype, vision_prompt.dtype, projections[0].dtype, projections[1].dtype)
-        if tile is None:
-            widest = 4 if torch.float32 in types or len(set(types)) > 1 else 2
-            tile = mix_tile(widest, text_width, vision_width, max(block_t, block_v), shared_memory(text_prompt.device))
-        strides = (
-            *text_prompt.stride()[:2],
-            *vision_prompt.stride()[:2],
-            *next_text.stride()[:2],
-            *next_vision.stride()[:2],
-        )
-        constants = (
-            text_width,
-            vision_width,
-            text_gate.dim() == 1,
-            vision_gate.dim() == 1,
-            alignment(*strides),
-            block_t,
-            block_v,
-            tile.similarity,
-            tile.columns,
-            tile.text_parts,
-            tile.vision_parts,
-            tile.stages,
-            precision(*types),
-        )
-        inputs, scalars = (text_prompt, vision_prompt, *projections), (text_gate, vision_gate, temperature)
-        integers = (text_prompts, vision_prompts, *strides)
-        facts = facts_of((*inputs, next_text, next_vision), scalars, integers, (constants, tile.warps, tile.stages))
-        launch(
-            mix_kernel,
-            batch * (tile.text_parts + tile.vision_parts),
-            (*inputs, *scalars, next_text, next_vision, float(eps), *integers, *constants),
-            tile.options,
-            facts,
-        )
-    return (next_text, next_vision, projections) if save_projections else (next_text, next_vision)
+    projections = project(
+        tape,
+        text_prompt,
+        vision_prompt,
+        contiguous(tape, text_to_vision_weight),
+        contiguous(tape, text_to_vision_bias),
+        contiguous(tape, vision_to_text_weight),
+        contiguous(tape, vision_to_text_bias),
+        setting,
+        project_tile,
+        save_projections,
+    )
+    block_t, block_v = prompt_block(text_prompts), prompt_block(vision_prompts)
+    types = (text_prompt.dtype, vision_prompt.dtype, projections[0].dtype, projections[1].dtype)
+    if tile is None:
+        widest = 4 if torch.float32 in types or len(set(types)) > 1 else 2
+        tile = mix_tile(widest, text_width, vision_width, max(block_t, block_v), shared_memory(text_prompt.device))
+    strides = (
+        *text_prompt.stride()[:2],
+        *vision_prompt.stride()[:2],
+        *next_text.stride()[:2],
+        *next_vision.stride()[:2],
+    )
+    constants = (
+        text_width,
+        vision_width,
+        text_gate.dim() == 1,
+        vision_gate.dim() == 1,
+        alignment(*strides),
+        block_t,
+        block_v,
+        tile.similarity,
+        tile.columns,
+        tile.text_parts,
+        tile.vision_parts,
+        tile.stages,
+        precision_of(setting, *types),
+    )
+    inputs, scalars = (text_prompt, vision_prompt, *projections), (text_gate, vision_gate, temperature)
+    integers = (text_prompts, vision_prompts, *strides)
+    facts = facts_of((*inputs, next_text, next_vision), scalars, integers, (constants, tile.warps, tile.stages))
+    tape.launch(
+        mix_kernel,
+        batch * (tile.text_parts + tile.vision_parts),
+        (*inputs, *scalars, next_text, next_vision, eps, *integers, *constants),
+        tile.options,
+        facts,
+    )
+    return (next_text, next_vision, *projections) if save_projections else (next_text, next_vision)

@@ -1,0 +1,351 @@
+"""What a launcher does for a call, written down once and done again for every call of the same signature.
+
+A launcher looks at shapes and strides, chooses kernels and tiles, allocates, and puts sixty arguments into a row.  All
+of it follows from the *signature* of the call, so it is done for the first call of a signature only.  There the
+launcher runs on the real tensors and does what it does through a :class:`Tape`, which writes it down: allocations, the
+few torch operations around kernels, launches.  The :class:`Plan` that remains holds places in place of tensors; a later
+call fills them in.
+
+Plans stand above the compiled kernels (:mod:`epic_fast.kernels.common.launch`): a new signature makes a new plan, and
+a new kernel only where Triton would compile one.
+"""
+
+# pyright: basic, reportMissingImports=false, reportAttributeAccessIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
+from operator import itemgetter, or_
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from epic_fast.kernels.common.launch import VECTOR_BYTES, is_watched, kept, launch
+
+# Signatures beyond these push out the oldest: a loader whose batches differ in length must not fill the memory.
+MOST_PLANS = 512
+# Where a plan may hand addresses to compiled kernels (switched off where tensors have no memory).
+DIRECT = True
+_MISALIGNED = VECTOR_BYTES - 1
+_HERE = nullcontext()
+_guards = torch._C._dynamo.guards
+
+_plans: dict[Hashable, Plan] = {}
+
+
+def run(
+    launcher: Callable[..., tuple[Tensor | None, ...]],
+    tensors: tuple[Tensor | None, ...],
+    options: tuple[Hashable, ...],
+) -> tuple[Tensor | None, ...]:
+    """``launcher(tape, *tensors, *options)``, or what the last such call is known to have done.
+
+    Args:
+        launcher: what it does to tensors, it does through the tape; everything else that it looks at is part of the
+            signature: device, shapes, strides, types and alignment of the tensors, which of them are None, the options.
+        tensors: all tensors of the call; the first is not None, and all are on its device.
+        options: everything else, hashable.
+
+    Returns:
+        What the launcher returns: a tuple of tensors, made through the tape or given, and None.
+    """
+    present = [each for each in tensors if each is not None]
+    addresses = [each.data_ptr() for each in present]
+    device = present[0].device
+    signature = (
+        launcher,
+        options,
+        device,
+        tuple([each.shape for each in present]),
+        tuple([each.stride() for each in present]),
+        tuple([each.dtype for each in present]),
+        None if len(present) == len(tensors) else tuple([each is None for each in tensors]),
+        # Which of the tensors is not aligned decides about the kernels.
+        tuple([each & _MISALIGNED for each in addresses]) if reduce(or_, addresses) & _MISALIGNED else 0,
+    )
+    plan = _plans.get(signature)
+    if plan is not None:
+        return plan(present, addresses)
+    given = _told_apart(tensors)
+    tape = Tape([each for each in given if each is not None])
+    with on_device(device):
+        results = launcher(tape, *given, *options)
+    plan = tape.plan(results)
+    if plan is not None:
+        while len(_plans) >= MOST_PLANS:
+            _plans.pop(next(iter(_plans)), None)
+        _plans[signature] = plan
+        plan.prepare()
+    return results
+
+
+def forget() -> None:
+    """Drop all plans, as after a change of what a signature does not name (tests put other kernels in place)."""
+    _plans.clear()
+
+
+def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def precision(*dtypes: torch.dtype) -> str:
+    """The ``input_precision`` of products: TF32 where torch's own matrix products may use it.
+
+    A global setting, so it belongs into the options of :func:`run`.
+    """
+    if torch.float32 in dtypes and torch.backends.cuda.matmul.fp32_precision == "tf32":
+        return "tf32"
+    return "ieee"
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Where to launch: this GPU, which costs nothing if it is the current one already."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
+
+
+def unit_last_stride(tape: Tape, tensor: Tensor | None) -> Tensor | None:
+    """The tensor itself or a copy: autograd may hand over any strides, those of an expanded scalar among them."""
+    return tensor if tensor is None or tensor.stride(-1) == 1 else tape.derive(Tensor.contiguous, tensor)
+
+
+class Tape:
+    """Does what a launcher asks for and writes it down."""
+
+    def __init__(self, given: list[Tensor]) -> None:
+        self._device = given[0].device
+        # Held until the plan is made, so that no identity is given twice.
+        self._tensors = list(given)
+        self._places: dict[int, tuple[str, int]] = {id(each): ("given", index) for index, each in enumerate(given)}
+        self._counts = {"given": len(given), "made": 0, "scratch": 0, "derived": 0}
+        self._made: list[_Memory] = []
+        self._scratch: list[_Memory] = []
+        self._steps: list[tuple[Any, ...]] = []
+        self._plannable = True
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None = None) -> Tensor:
+        """Memory for a result."""
+        return self._allocate("made", self._made, shape, dtype, stride)
+
+    def scratch(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Contiguous memory that only the launches of this call look at."""
+        return self._allocate("scratch", self._scratch, shape, dtype, None)
+
+    def derive(self, function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+        """``function(*tensors)``, a new tensor; none of them scratch."""
+        found = function(*tensors)
+        self._steps.append(("derive", function, self._look_up(tensors)))
+        self._remember(found, "derived")
+        return found
+
+    def apply(self, function: Callable[..., Any], *tensors: Tensor) -> None:
+        """``function(*tensors)``, which writes into one of them; none of them scratch."""
+        function(*tensors)
+        self._steps.append(("apply", function, self._look_up(tensors)))
+
+    def launch(
+        self, kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any], facts: Hashable
+    ) -> None:
+        """As :func:`epic_fast.kernels.common.launch.launch`; pointers stand before numbers."""
+        launch(kernel, programs, arguments, options, facts)
+        pointers = max(index for index, each in enumerate(arguments) if isinstance(each, Tensor)) + 1
+        places = self._look_up(arguments[:pointers])
+        self._steps.append(("launch", kernel, programs, places, arguments[pointers:], options, facts))
+
+    def plan(self, results: tuple[Tensor | None, ...]) -> Plan | None:
+        """What was done; None if it was done with tensors of which the tape knows nothing."""
+        results_at = self._look_up(results)
+        if not self._plannable:
+            return None
+        first, starts = 1, {}
+        for kind, count in self._counts.items():
+            starts[kind] = first
+            first += count
+
+        def numbered(places: Sequence[tuple[str, int] | None]) -> tuple[int, ...]:
+            return tuple(0 if each is None else starts[each[0]] + each[1] for each in places)
+
+        steps: list[Any] = []
+        for kind, *fields in self._steps:
+            if kind == "launch":
+                kernel, programs, places, *others = fields
+                steps.append(_Launch(kernel, programs, numbered(places), *others))
+            else:
+                function, places = fields
+                steps.append(_Torch(function, numbered(places), kind == "derive"))
+        return Plan(self._device, self._made, self._scratch, steps, numbered(results_at))
+
+    def _allocate(
+        self, kind: str, memories: list[_Memory], shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None
+    ) -> Tensor:
+        memory = (tuple(shape), contiguous_stride(shape) if stride is None else tuple(stride), dtype)
+        memories.append(memory)
+        return self._remember(_empty(memory, self._device), kind)
+
+    def _remember(self, tensor: Tensor, kind: str) -> Tensor:
+        self._tensors.append(tensor)
+        # Of what is derived, a tensor that was there already keeps its place.
+        self._places.setdefault(id(tensor), (kind, self._counts[kind]))
+        self._counts[kind] += 1
+        return tensor
+
+    def _look_up(self, tensors: Sequence[Any]) -> list[tuple[str, int] | None]:
+        places = [None if each is None else self._places.get(id(each)) for each in tensors]
+        if any(place is None and each is not None for place, each in zip(places, tensors, strict=True)):
+            self._plannable = False
+        return places
+
+
+class Plan:
+    """What a call does, with numbered places for its tensors.
+
+    Place 0 is None; then come the tensors of the call, what is made for its caller, scratch, and what torch operations
+    derive.  On a GPU the places hold addresses as well, and scratch is one allocation with addresses alone.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        made: list[_Memory],
+        scratch: list[_Memory],
+        steps: list[Any],
+        results: tuple[int, ...],
+    ) -> None:
+        self._device, self._index = device, device.index
+        self._made, self._scratch, self._steps = made, scratch, steps
+        self._results = _picker(results)
+        self._offsets, self._bytes = [], 0
+        for shape, _, dtype in scratch:
+            self._offsets.append(self._bytes)
+            size = dtype.itemsize
+            for count in shape:
+                size *= count
+            self._bytes += -(-size // _APART) * _APART
+        self._ready: list[tuple[Any, ...]] | None = None
+
+    def __call__(self, given: list[Tensor], addresses: list[int]) -> tuple[Tensor | None, ...]:
+        """Do it for these tensors."""
+        ready = self._ready
+        if ready is None or torch._C._cuda_getDevice() != self._index or is_watched():
+            return self._slowly(given)
+        allocate = _guards._empty_strided_cuda
+        tensors: list[Any] = [None, *given]
+        places: list[Any] = [None, *addresses]
+        for size, stride, dtype in self._made:
+            tensor = allocate(size, stride, dtype)
+            tensors.append(tensor)
+            places.append(tensor.data_ptr())
+        if self._offsets:
+            memory = allocate((self._bytes,), (1,), torch.uint8)
+            start = memory.data_ptr()
+            for offset in self._offsets:
+                tensors.append(None)
+                places.append(start + offset)
+        stream = triton.runtime.driver.active.get_current_stream(self._index)
+        for run, programs, function, metadata, pick, numbers in ready:
+            if run is not None:
+                run(programs, 1, 1, stream, function, metadata, None, None, None, *pick(places), *numbers)
+            elif function(tensors):
+                places.append(tensors[-1].data_ptr())
+        return self._results(tensors)
+
+    def _slowly(self, given: list[Tensor]) -> tuple[Tensor | None, ...]:
+        """With tensors in all places, and each launch as if it were alone: where a profiler is to see it, in Triton's
+        interpreter, and as long as a kernel is not compiled."""
+        with on_device(self._device):
+            device = given[0].device
+            tensors: list[Any] = [None, *given]
+            for memory in (*self._made, *self._scratch):
+                tensors.append(_empty(memory, device))
+            for step in self._steps:
+                step(tensors)
+        if self._ready is None:
+            self.prepare()
+        return self._results(tensors)
+
+    def prepare(self) -> None:
+        """Take the compiled kernels, if all of them are there."""
+        if not DIRECT or self._device.type != "cuda":
+            return
+        ready = []
+        for step in self._steps:
+            entry = step.ready(self._index)
+            if entry is None:
+                return
+            ready.append(entry)
+        self._ready = ready
+
+
+_Memory = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+# Pieces of scratch start as far apart as memory that CUDA allocates is aligned.
+_APART = 256
+
+
+class _Launch:
+    def __init__(
+        self,
+        kernel: Any,
+        programs: int,
+        places: tuple[int, ...],
+        numbers: tuple[Any, ...],
+        options: dict[str, Any],
+        facts: Hashable,
+    ) -> None:
+        self.kernel, self.programs, self.numbers, self.options, self.facts = kernel, programs, numbers, options, facts
+        self.pick = _picker(places)
+
+    def __call__(self, tensors: list[Any]) -> None:
+        launch(self.kernel, self.programs, (*self.pick(tensors), *self.numbers), self.options, self.facts)
+
+    def ready(self, device: int) -> tuple[Any, ...] | None:
+        compiled = kept(self.kernel, device, self.facts)
+        if compiled is None:
+            return None
+        return compiled.run, self.programs, compiled.function, compiled.packed_metadata, self.pick, self.numbers
+
+
+class _Torch:
+    def __init__(self, function: Callable[..., Any], places: tuple[int, ...], derives: bool) -> None:
+        self.function, self.pick, self.derives = function, _picker(places), derives
+
+    def __call__(self, tensors: list[Any]) -> bool:
+        """Whether there is one tensor more."""
+        found = self.function(*self.pick(tensors))
+        if self.derives:
+            tensors.append(found)
+        return self.derives
+
+    def ready(self, device: int) -> tuple[Any, ...]:
+        return None, 0, self, None, None, None
+
+
+def _picker(places: tuple[int, ...]) -> Callable[[list[Any]], tuple[Any, ...]]:
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda tensors: tuple([tensors[place] for place in places])
+
+
+def _empty(memory: _Memory, device: torch.device) -> Tensor:
+    shape, stride, dtype = memory
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+
+def _told_apart(tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """The same tensors, one that is given twice as two: a tape knows tensors by their identity."""
+    seen: set[int] = set()
+    apart = []
+    for tensor in tensors:
+        if tensor is not None and id(tensor) in seen:
+            tensor = tensor.detach()
+        seen.add(id(tensor))
+        apart.append(tensor)
+    return apart
