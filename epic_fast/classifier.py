@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from epic_fast.data import Collator, Example, load_image
-from epic_fast.engine import graphed
+from epic_fast.engine.graphs import graphed, prepared
 from epic_fast.errors import ConfigError
 from epic_fast.models import PromptedModel, from_pretrained
 
@@ -86,7 +86,8 @@ class Classifier:
                     zip(images[start : start + batch_size], texts[start : start + batch_size], strict=True)
                 )
             ]
-            batch = {name: tensor.to(self.model.device) for name, tensor in self.collator(examples).items()}
+            batch = prepared(self.model, self.collator(examples))
+            batch = {name: tensor.to(self.model.device) for name, tensor in batch.items()}
             logits = forward(**batch).logits.float().cpu()
             predictions.extend(self.describe(row, top_k) for row in logits)
         return predictions

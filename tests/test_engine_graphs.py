@@ -160,7 +160,7 @@ def test_a_replay_computes_what_the_model_computes(fake):
 
 def test_one_graph_a_shape_and_the_oldest_makes_room(fake):
     model = build().eval()
-    call = CapturedCall(model, most=16, capacity=2)
+    call = CapturedCall(model, capacity=2)
     with torch.no_grad():
         for size, captures in ((2, 1), (3, 2), (2, 2), (4, 3), (2, 3), (3, 4)):
             out = call(**batch_of(*range(size), labels=False))

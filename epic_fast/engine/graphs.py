@@ -229,6 +229,35 @@ def _missing(length: int, most: int | None, multiple: int) -> int:
     return max(0, (wanted if most is None else min(wanted, most)) - length)
 
 
+def prepared(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch as the model's engine wants it (``model.prepare``), in few lengths where its calls become graphs.
+
+    Best called on the host, before the batch goes to the device.
+    """
+    prepare = getattr(model, "prepare", None)
+    if prepare is None:
+        return dict(batch)
+    return prepare(batch, multiple=BUCKET if _wants_graphs(model) else 1)
+
+
+def ready(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], str | None]:
+    """Inputs of which all is known that the host would ask the device for, in a bucket; and why they are not, if so."""
+    inputs = prepared(model, inputs)
+    prefix = inputs.get("prefix")
+    if isinstance(prefix, Prefix):
+        inputs["prefix"] = dataclasses.replace(prefix, text=prefix.text.measured())
+    # What `prepare` could not measure the forward pass would, in the middle of a capture.
+    unknown = hasattr(model, "prepare") and getattr(model, "engine", None) is not None and "text_lengths" not in inputs
+    if unknown and inputs.get("attention_mask") is not None:
+        return inputs, "a text is padded on the left or in the middle; wanted padding on the right"
+    return to_bucket(inputs, longest_text(model)), None
+
+
+def longest_text(model: nn.Module) -> int | None:
+    """The most tokens that a model's text tower takes, where it has one."""
+    return getattr(getattr(getattr(model, "backbone", None), "text", None), "max_length", None)
+
+
 # -- what a graph depends on ----------------------------------------------------------------------------------
 
 
@@ -331,14 +360,17 @@ class GraphCache:
         self._graphs.clear()
         self._eager.clear()
 
-    def __call__(self, inputs: Any, *, setting: Any = None) -> Any:
+    def __call__(self, inputs: Any, *, setting: Any = None, reason: str | None = None) -> Any:
         """``take(work(inputs))``, from a graph where there can be one.
 
         Args:
             inputs: a tree of tensors; what is not on the device is copied there.
             setting: hashable; what else a graph depends on.
+            reason: why these inputs are for no graph.
         """
-        if self.refused is not None:
+        if reason is not None:
+            say_once(self.name, reason)
+        if reason is not None or self.refused is not None:
             return self.take(self.work(self._moved(inputs)))
         try:
             leaves, structure = flatten(inputs)
@@ -449,14 +481,12 @@ class CapturedCall:
 
     Args:
         module: its outputs may be trees of tensors; it is kept by a weak reference.
-        most: the most tokens of a text, where ``to_bucket`` has to know.
         capacity: the most graphs kept.
     """
 
-    def __init__(self, module: nn.Module, *, most: int | None = None, capacity: int = CAPACITY):
+    def __init__(self, module: nn.Module, *, capacity: int = CAPACITY):
         self._module = weakref.ref(module)
         self._name = type(module).__name__
-        self._most = most
         self._capacity = capacity
         self._watch: Watch | None = None
         self._device: torch.device | None = None
@@ -486,7 +516,8 @@ class CapturedCall:
             return module(**inputs)
         kind = device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return self.cache(to_bucket(inputs, self._most), setting=autocast)
+        inputs, reason = ready(module, inputs)
+        return self.cache(inputs, setting=autocast, reason=reason)
 
     def _make_cache(self, device: torch.device) -> GraphCache | None:
         backend = backend_for(device)
@@ -529,14 +560,13 @@ def graphed(model: nn.Module) -> Callable[..., Any]:
     Args:
         model: with an attribute ``engine``, an :class:`EngineConfig` or None.
     """
-    if not getattr(getattr(model, "engine", None), "graphs", False):
+    if not _wants_graphs(model):
         return model
     call = _CALLS.get(model)
     if call is None:
-        call = _CALLS[model] = CapturedCall(model, most=longest_text(model))
+        call = _CALLS[model] = CapturedCall(model)
     return call
 
 
-def longest_text(model: nn.Module) -> int | None:
-    """The most tokens that a model's text tower takes, where it has one."""
-    return getattr(getattr(getattr(model, "backbone", None), "text", None), "max_length", None)
+def _wants_graphs(model: nn.Module) -> bool:
+    return getattr(getattr(model, "engine", None), "graphs", False)

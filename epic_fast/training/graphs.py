@@ -27,9 +27,8 @@ from epic_fast.engine.graphs import (
     GraphCache,
     Watch,
     hooked,
-    longest_text,
     own_autocast_cache,
-    to_bucket,
+    ready,
 )
 from epic_fast.errors import DataError
 
@@ -79,7 +78,7 @@ class CapturedStep:
         self.max_grad_norm = max_grad_norm
         self.device = device
         self.parameters = [each for group in optimizer.param_groups for each in group["params"]]
-        self.most = longest_text(model)
+        self.model = model
         # [loss, norm of the gradient before clipping]
         self.report = torch.zeros(2, device=device)
         self.found_inf = torch.zeros((), device=device)
@@ -110,7 +109,8 @@ class CapturedStep:
             self.rates.copy_(torch.tensor(rates), non_blocking=True)
             self._written = rates
         self._before = self._backend.position()
-        self.cache(to_bucket(inputs, self.most))
+        inputs, reason = ready(self.model, inputs)
+        self.cache(inputs, reason=reason)
         loss, norm = self.report.tolist()
         return loss, norm
 

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from epic_fast.engine.graphs import Backend, backend_for, say_once
+from epic_fast.engine.graphs import Backend, backend_for, prepared, say_once
 from epic_fast.errors import ConfigError, DataError, EpicFastError
 from epic_fast.files import atomic_write_json, atomic_write_text
 from epic_fast.training.batches import (
@@ -332,6 +332,7 @@ class _Run:
         self.reporter.start(f"epoch {at.epoch + 1}/{config.epochs}", len(batches), at.batch)
         clock = time.perf_counter()
         for which, batch in self._loader(self.train_data, batches[at.batch :]):
+            batch = prepared(self.model, batch)
             inputs: Any = send_to_device(batch, self.accelerator.device, non_blocking=self.pinned)
             loss, norm = self._step(inputs, which.count, which.total)
             at.batch, at.step = at.batch + 1, at.step + 1

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epic_fast.engine import graphed
+from epic_fast.engine.graphs import graphed, prepared
 from epic_fast.errors import ConfigError
 from epic_fast.training.batches import Batch, collator_for, length_of, loader, ordered_batches
 from epic_fast.training.config import PRECISIONS
@@ -102,7 +102,7 @@ def infer(
             for which, batch in batches:
                 which: Batch
                 labels = batch.pop("labels", None)
-                inputs: dict[str, Any] = send_to_device(batch, device)  # pyright: ignore[reportAssignmentType]
+                inputs: dict[str, Any] = send_to_device(prepared(model, batch), device)  # pyright: ignore[reportAssignmentType]
                 if with_loss and labels is not None:
                     inputs["labels"] = labels.to(device)
                 with autocast():
