@@ -1,0 +1,446 @@
+"""Residual sum and layer norm: the specification, the kernels (in the interpreter without a GPU) and the operations."""
+
+# pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportMissingImports=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as some
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.functional import layer_norm
+
+pytest.importorskip("triton")
+
+from epic_fast.errors import ConfigError, ImplementationError
+from epic_fast.kernels.common.eight_bit import SMALLEST_SCALE, quantise_rows
+from epic_fast.kernels.residual_norm import reference, triton_backward, triton_forward
+from epic_fast.kernels.residual_norm.tiles import MAX_WIDTH, norm_tile
+from epic_fast.ops import library, residual_norm
+from epic_fast.ops.residual_norm import residual_norm_backward, residual_norm_forward
+from epic_fast.testing.numerics import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_bits_equal, budget, poisoned_empty
+
+forward, backward = triton_forward.residual_norm_forward, triton_backward.residual_norm_backward
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
+EIGHT_BIT = ("fp8", "int8")
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_unwritten() -> Iterator[None]:
+    with poisoned_empty():
+        yield
+
+
+def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+    random = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(shape, generator=random)).to(DEVICE, dtype)
+
+
+def parameters(width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return (1 + draw(width, seed=8, scale=0.3)).to(dtype), draw(width, dtype=dtype, seed=9, scale=0.3)
+
+
+def definition(stream: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
+    total = stream if branch is None else stream + branch
+    mean = total.sum(-1, keepdim=True) / total.shape[-1]
+    variance = ((total - mean) ** 2).sum(-1, keepdim=True) / total.shape[-1]
+    rstd = (variance + eps) ** -0.5
+    return total, (total - mean) * rstd * weight + bias, mean.flatten(), rstd.flatten()
+
+
+def eager(
+    stream: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """As PyTorch's own layer would; autocast runs the norm in float32 and casts its result for the next product."""
+    total = stream if branch is None else stream + branch
+    return total, layer_norm(total, total.shape[-1:], weight.to(total.dtype), bias.to(total.dtype), eps).to(dtype)
+
+
+@pytest.mark.parametrize("with_branch", [True, False])
+@pytest.mark.parametrize("with_total", [True, False])
+def test_the_specification_is_the_definition_and_its_derivative(with_branch: bool, with_total: bool) -> None:
+    shape, eps = (2, 3, 7), 1e-5
+    stream = draw(*shape, dtype=torch.float64).cpu().requires_grad_()
+    branch = draw(*shape, dtype=torch.float64, seed=1).cpu().requires_grad_() if with_branch else None
+    weight, bias = (each.cpu().double() for each in parameters(7))
+    wanted = definition(stream, branch, weight, bias, eps)
+    with torch.no_grad():
+        *found, scale = reference.residual_norm_forward(stream, branch, weight, bias, eps)
+    assert scale is None
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    grad_normed, grad_total = (draw(*shape, dtype=torch.float64, seed=seed).cpu() for seed in (2, 3))
+    leaves = [each for each in (stream, branch) if each is not None]
+    sent = (wanted[1] * grad_normed).sum() + ((wanted[0] * grad_total).sum() if with_total else 0)
+    with torch.no_grad():
+        grad = reference.residual_norm_backward(
+            grad_normed, grad_total if with_total else None, found[0], weight, found[2], found[3]
+        )
+    for each in torch.autograd.grad(sent, leaves):
+        torch.testing.assert_close(grad, each, rtol=1e-12, atol=1e-12)
+
+
+@given(
+    rows=some.integers(1, 5),
+    width=some.integers(1, 300),
+    stream_type=some.sampled_from([torch.float32, HALF]),
+    branch_type=some.sampled_from([torch.float32, HALF, None]),
+    weight_type=some.sampled_from([torch.float32, HALF]),
+    eps=some.sampled_from([1e-5, 1e-12]),
+    with_total=some.booleans(),
+    offset=some.sampled_from([0.0, 30.0]),
+)
+def test_within_the_budget(
+    rows: int,
+    width: int,
+    stream_type: torch.dtype,
+    branch_type: torch.dtype | None,
+    weight_type: torch.dtype,
+    eps: float,
+    with_total: bool,
+    offset: float,
+) -> None:
+    # One and two columns have a variance that is rounding alone, which eps = 1e-12 blows up to anything.
+    eps = eps if width > 2 else 1e-5
+    if stream_type == HALF:
+        branch_type = branch_type and HALF  # PyTorch's own sum would be float32, whose error says nothing of HALF's
+    stream = draw(rows, width, dtype=stream_type) + offset
+    branch = None if branch_type is None else draw(rows, width, dtype=branch_type, seed=1)
+    weight, bias = parameters(width, weight_type)
+    normed_type = stream_type if branch is None else branch_type
+    wide = [None if each is None else each.double().requires_grad_() for each in (stream, branch)]
+    narrow = [None if each is None else each.clone().requires_grad_() for each in (stream, branch)]
+    want = definition(*wide, weight.double(), bias.double(), eps)
+    theirs = eager(*narrow, weight, bias, eps, normed_type)
+    *got, scale = forward(stream, branch, weight, bias, eps)
+    assert scale is None
+    assert got[2].dtype == got[3].dtype == torch.float32
+    settings: dict[str, Any] = {"reduction": width, "operands": abs(offset) + 4}
+    for index, name in ((0, "total"), (1, "normed")):
+        if index == 0 and branch is None:
+            assert got[0] is stream
+            continue
+        # What the rounded sum loses, the norm of a small variance multiplies, in PyTorch as here.
+        operands = settings["operands"] * (want[3].max().item() if index else 1.0)
+        budget(
+            got[index],
+            want[index],
+            theirs[index],
+            factor=OUTPUT_FACTOR,
+            dtype=got[index].dtype,
+            name=name,
+            reduction=width,
+            operands=operands,
+        )
+
+    grad_normed = draw(rows, width, dtype=normed_type, seed=2)
+    grad_total = draw(rows, width, dtype=stream_type, seed=3) if with_total else None
+
+    def gradient(results: Any, leaf: Tensor) -> Tensor:
+        sent = (results[1] * grad_normed.to(results[1].dtype)).sum()
+        if grad_total is not None:
+            sent = sent + (results[0] * grad_total.to(results[0].dtype)).sum()
+        return torch.autograd.grad(sent, leaf)[0]
+
+    grad = backward(grad_normed, grad_total, *[got[0], weight, got[2], got[3]])
+    budget(
+        grad,
+        gradient(want, wide[0]),
+        gradient(theirs, narrow[0]),
+        factor=GRADIENT_FACTOR,
+        dtype=stream_type,
+        name="gradient",
+        reduction=width,
+        operands=settings["operands"] * want[3].max().item(),
+    )
+
+
+@pytest.mark.parametrize("width", [16, 300, 768, 1024])
+def test_float32_is_within_a_millionth_of_pytorch(width: int) -> None:
+    stream, branch, (weight, bias) = draw(3, width), draw(3, width, seed=1), parameters(width)
+    total, normed, *_ = forward(stream, branch, weight, bias, 1e-5)
+    assert torch.equal(total, stream + branch)
+    wanted = layer_norm(total, (width,), weight, bias, 1e-5)
+    assert ((normed - wanted).abs() <= 1e-6 * wanted.abs().clamp_min(1)).all()
+
+
+def layouts(values: Tensor) -> dict[str, Tensor]:
+    """The same (B, S, D) in memory of other shapes."""
+    batch, rows, width = values.shape
+    packed = torch.full((batch, 2 * rows + 1, width + 16), math.nan, device=values.device, dtype=values.dtype)
+    first, last = packed.clone()[:, :rows, :width], packed.clone()[:, -rows:, 1 : width + 1]
+    turned = torch.empty(rows, batch, width, device=values.device, dtype=values.dtype).transpose(0, 1)
+    columns = torch.empty(batch, width, rows, device=values.device, dtype=values.dtype).transpose(1, 2)
+    for each in (first, last, turned, columns):
+        each.copy_(values)
+    return {"first rows": first, "last rows, odd start": last, "turned": turned, "columns": columns}
+
+
+@pytest.mark.parametrize("width", [48, 21])
+def test_rows_may_lie_anywhere(width: int) -> None:
+    stream, branch, (weight, bias) = draw(3, 4, width), draw(3, 4, width, seed=1), parameters(width)
+    wanted = forward(stream, branch, weight, bias, 1e-5)
+    grads = draw(3, 4, width, seed=2), draw(3, 4, width, seed=3)
+    grad = backward(*grads, wanted[0], weight, *wanted[2:4])
+    for name in layouts(stream):
+        x, y = layouts(stream)[name], layouts(branch)[name]
+        for pair in ((x, y), (stream, y), (x, branch)):
+            assert_bits_equal(forward(*pair, weight, bias, 1e-5), wanted, name)
+        found = [layouts(each)[name] for each in (*grads, wanted[0])]
+        assert_bits_equal(backward(*found, weight, *wanted[2:4]), grad, name)
+        assert_bits_equal(backward(grads[0], found[1], wanted[0], weight, *wanted[2:4]), grad, name)
+    flat = forward(stream.view(12, width), branch.view(12, width), weight, bias, 1e-5)
+    deep = forward(stream.view(3, 2, 2, width), branch.view(3, 2, 2, width), weight, bias, 1e-5)
+    for found in (flat, deep):
+        assert_bits_equal([each.reshape(-1) for each in found[:4]], [each.reshape(-1) for each in wanted[:4]])
+    one = forward(stream[0, 0], branch[0, 0], weight, bias, 1e-5)
+    assert_bits_equal((one[0], one[1], one[2]), (wanted[0][0, 0], wanted[1][0, 0], wanted[2][:1]))
+    everywhere = branch[:1, :1].expand(3, 4, width)
+    assert_bits_equal(
+        forward(stream, everywhere, weight, bias, 1e-5), forward(stream, everywhere.contiguous(), weight, bias, 1e-5)
+    )
+
+
+@pytest.mark.parametrize("eight_bit", [None, *EIGHT_BIT])
+@pytest.mark.parametrize("function", [forward, reference.residual_norm_forward], ids=["kernel", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_in_place(function: Callable[..., Any], dtype: torch.dtype, eight_bit: str | None) -> None:
+    branch, (weight, bias) = draw(2, 3, 40, dtype=dtype, seed=1), parameters(40)
+    buffer = draw(2, 7, 40, dtype=dtype)
+    before, stream = buffer.clone(), buffer[:, 2:5]
+    wanted = function(stream, branch, weight, bias, 1e-5, eight_bit=eight_bit)
+    assert_bits_equal(buffer, before, "the stream out of place")
+    assert wanted[0].data_ptr() != stream.data_ptr()
+    found = function(stream, branch, weight, bias, 1e-5, in_place=True, eight_bit=eight_bit)
+    assert found[0] is stream
+    assert_bits_equal(found, wanted)
+    assert_bits_equal(buffer[:, [0, 1, 5, 6]], before[:, [0, 1, 5, 6]], "the rows beside the stream")
+
+
+def test_in_place_needs_memory_that_a_view_can_list() -> None:
+    columns = draw(2, 40, 3).transpose(1, 2)
+    with pytest.raises(ValueError, match=r"strides \(120, 1, 3\).*unit last stride"):
+        forward(columns, draw(2, 3, 40), *parameters(40), 1e-5, in_place=True)
+
+
+@pytest.mark.parametrize("eight_bit", [None, *EIGHT_BIT])
+def test_a_row_depends_on_no_other(eight_bit: str | None) -> None:
+    stream, branch, (weight, bias) = draw(7, 72), draw(7, 72, seed=1), parameters(72)
+    grads = draw(7, 72, seed=2), draw(7, 72, seed=3)
+    together = forward(stream, branch, weight, bias, 1e-5, eight_bit=eight_bit)
+    assert_bits_equal(forward(stream, branch, weight, bias, 1e-5, eight_bit=eight_bit), together, "again")
+    grad = backward(*grads, together[0], weight, *together[2:4])
+    broken = stream.clone()
+    broken[3] = math.nan
+    spoiled = forward(broken, branch, weight, bias, 1e-5, eight_bit=eight_bit)
+    for row in range(7):
+        one = slice(row, row + 1)
+        alone = forward(stream[one], branch[one], weight, bias, 1e-5, eight_bit=eight_bit)
+        wanted = [None if each is None else each[one] for each in together]
+        assert_bits_equal(alone, wanted, f"row {row}")
+        assert_bits_equal(
+            backward(grads[0][one], grads[1][one], alone[0], weight, *alone[2:4]), grad[one], f"gradient of row {row}"
+        )
+        if row != 3:
+            assert_bits_equal(
+                [None if each is None else each[one] for each in spoiled], wanted, f"row {row} beside NaN"
+            )
+    mean, scale = spoiled[2], spoiled[4]
+    assert mean[3].isnan()
+    assert (spoiled[1][3] if scale is None else scale[3]).isnan().all()
+
+
+def assert_quantised(data: Tensor, scale: Tensor, values: Tensor, kind: str) -> None:
+    """Bit for bit ``quantise_rows(values)``, but for what the interpreter and fused multiply-adds are known to do."""
+    wanted, wanted_scale = quantise_rows(values, kind)
+    assert_bits_equal(scale, wanted_scale, "scale")
+    scaled = values / scale.reshape(*values.shape[:-1], 1)
+    if kind == "fp8":
+        same = data.view(torch.uint8) == wanted.view(torch.uint8)
+        if library.interpreting():
+            # Triton's interpreter (3.6 to 3.9) halves what fp8 rounds up to a power of two, and cuts subnormals off.
+            small = (scaled.abs() < 2**-6) & ((data.float() - scaled).abs() <= 2**-9)
+            same |= small | (scaled.frexp().exponent < wanted.float().frexp().exponent)
+        assert same.all()
+    else:
+        far = (data.int() - wanted.int()).abs()
+        # A GPU rounds value * inverse + offset once, which decides a tie between two integers the other way.
+        assert far.max() <= (0 if library.interpreting() else 1)
+        assert far.float().mean() < 1e-3
+        assert ((data.float() - scaled).abs() <= 0.5001).all()
+
+
+@pytest.mark.parametrize("kind", EIGHT_BIT)
+@pytest.mark.parametrize("width", [5, 64, 300])
+def test_eight_bits_are_those_of_the_specification(width: int, kind: str) -> None:
+    stream, branch, (weight, bias) = draw(2, 4, width), draw(2, 4, width, seed=1), parameters(width)
+    *plain, none = forward(stream, branch, weight, bias, 1e-5, normed_dtype=torch.float32)
+    total, data, mean, rstd, scale = forward(stream, branch, weight, bias, 1e-5, eight_bit=kind)
+    assert none is None
+    assert_bits_equal((total, mean, rstd), (plain[0], plain[2], plain[3]))
+    assert data.dtype == {"fp8": torch.float8_e4m3fn, "int8": torch.int8}[kind]
+    assert scale.shape == (8,)
+    assert_quantised(data, scale, plain[1], kind)
+
+
+@pytest.mark.parametrize("kind", EIGHT_BIT)
+@pytest.mark.parametrize("of", ["kernel", "specification"])
+def test_rows_of_zeros_and_rows_that_are_not_finite(of: str, kind: str) -> None:
+    function = forward if of == "kernel" else reference.residual_norm_forward
+    stream = draw(5, 24)
+    stream[1] = math.inf
+    stream[2, 5] = math.nan
+    stream[3] = 7.0
+    _, data, _, _, scale = function(stream, None, *parameters(24), 1e-5, eight_bit=kind)
+    assert (scale.isnan() == torch.tensor([False, True, True, False, False], device=DEVICE)).all()
+    assert (data.float() * scale[:, None])[1:3].isnan().all()
+    zeros = torch.zeros(24, device=DEVICE)
+    _, data, _, _, scale = function(stream[:1], None, zeros, zeros, 1e-5, eight_bit=kind)
+    assert scale.item() == SMALLEST_SCALE
+    assert not data.float().any()
+    _, data, _, _, scale = function(stream[:1], None, zeros, zeros + 1e-39, 1e-5, eight_bit=kind)
+    assert (data.float() * scale[:, None] - 1e-39).abs().max() <= SMALLEST_SCALE
+
+
+def test_the_gradient_of_an_unused_sum_is_zero() -> None:
+    stream, (weight, bias) = draw(3, 50), parameters(50)
+    total, _, mean, rstd, _ = forward(stream, None, weight, bias, 1e-5)
+    grad = draw(3, 50, seed=2)
+    found = backward(grad, None, total, weight, mean, rstd)
+    assert torch.equal(found, backward(grad, torch.zeros_like(grad), total, weight, mean, rstd))
+
+
+def test_no_rows() -> None:
+    stream, (weight, bias) = draw(2, 0, 8), parameters(8)
+    total, normed, mean, rstd, scale = forward(stream, stream, weight, bias, 1e-5, eight_bit="int8")
+    assert total.shape == normed.shape == stream.shape
+    assert mean.shape == rstd.shape == scale.shape == (0,)
+    assert backward(stream, None, total, weight, mean, rstd).shape == stream.shape
+
+
+def test_no_two_warps_hold_the_same_element() -> None:
+    for width in (1, 16, 17, 511, 512, 768, 1000, 1024, 4096, 5000, MAX_WIDTH):
+        tile = norm_tile(width)
+        assert tile.block >= width
+        assert tile.rows * tile.block >= 64 * tile.warps  # AMD's warps have 64 threads
+
+
+def arguments(eight_bit: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    return draw(2, 3, 20, dtype=dtype), draw(2, 3, 20, dtype=HALF, seed=1), *parameters(20), 1e-5, None, eight_bit
+
+
+@pytest.mark.parametrize("eight_bit", [None, *EIGHT_BIT])
+def test_operators_are_what_they_say(eight_bit: str | None) -> None:
+    stream, branch, *rest = arguments(eight_bit)
+    # What dispatch traces is compared by value, which PyTorch cannot do in fp8.
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    tests = tests[:3] if eight_bit == "fp8" else tests
+    torch.library.opcheck(residual_norm.FORWARD, (stream, branch, *rest), test_utils=tests)
+    torch.library.opcheck(residual_norm.FORWARD_IN_PLACE, (stream, branch, *rest), test_utils=tests)
+    torch.library.opcheck(residual_norm.NORM, (stream, *rest), test_utils=tests)
+
+
+@pytest.mark.parametrize("with_total", [True, False])
+def test_the_operator_of_the_gradient_is_what_it_says(with_total: bool) -> None:
+    stream, _, weight, bias, *_ = arguments()
+    total, normed, mean, rstd, _ = forward(stream, None, weight, bias, 1e-5)
+    grad_total = draw(2, 3, 20, seed=4) if with_total else None
+    torch.library.opcheck(residual_norm.BACKWARD, (normed.half(), grad_total, total, weight, mean, rstd))
+
+
+def both_ways(impl: str, in_place: bool, eight_bit: str | None) -> Callable[..., Any]:
+    def run(stream: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> Any:
+        options: dict[str, Any] = {"eight_bit": eight_bit, "impl": impl}
+        first = residual_norm_forward(stream, branch, weight, bias, 1e-5, in_place=in_place, **options)
+        second = residual_norm_forward(first[0], None, weight, bias, 1e-5, normed_dtype=HALF, **options)
+        back = residual_norm_backward(grad, first[0], first[0], weight, first[2], first[3], impl=impl)
+        return first, second, back
+
+    return run
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton", "reference"])
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("eight_bit", [None, "int8"])
+def test_compiled_whole_without_another_compilation(impl: str, in_place: bool, eight_bit: str | None) -> None:
+    torch._dynamo.reset()
+    plain = both_ways(impl, in_place, eight_bit)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(plain, backend=counter, fullgraph=True)
+    for rows in (3, 5, 6):
+        given = (draw(2, rows, 20), draw(2, rows, 20, dtype=HALF, seed=1), *parameters(20), draw(2, rows, 20, seed=2))
+        mine, theirs = given[0].clone(), given[0].clone()
+        assert_bits_equal(compiled(mine, *given[1:]), plain(theirs, *given[1:]))
+        assert torch.equal(mine, theirs)
+    assert counter.frame_count <= 2
+
+
+def test_which_implementation_is_taken() -> None:
+    given = (*(draw(2, 3, 20, seed=seed) for seed in range(2)), *parameters(20), 1e-5)
+    assert_bits_equal(residual_norm_forward(*given, impl="triton"), forward(*given))
+    if DEVICE == "cpu":
+        assert_bits_equal(residual_norm_forward(*given), reference.residual_norm_forward(*given))
+    wide = [each.double() for each in given[:4]]
+    with pytest.raises(ImplementationError, match=r"float64; the kernel takes"):
+        residual_norm_forward(*wide, 1e-5, impl="triton")
+    assert residual_norm_forward(*wide, 1e-5)[1].dtype == torch.float64
+    far = torch.zeros(1, MAX_WIDTH + 1, device=DEVICE)
+    with pytest.raises(ImplementationError, match=f"rows are {MAX_WIDTH + 1} wide; the kernel takes 1 to {MAX_WIDTH}"):
+        residual_norm_forward(far, None, far[0], far[0], 1e-5, impl="triton")
+
+
+def test_what_does_not_fit_is_said() -> None:
+    stream, weight, bias = draw(2, 3, 20), *parameters(20)
+    with pytest.raises(ConfigError, match=r"weight has shape \(19,\).*wanted \(20,\)"):
+        residual_norm_forward(stream, None, weight[1:], bias, 1e-5)
+    with pytest.raises(ConfigError, match=r"branch has shape \(3, 20\); wanted \(2, 3, 20\)"):
+        residual_norm_forward(stream, stream[0], weight, bias, 1e-5)
+    with pytest.raises(ConfigError, match="eight_bit='fp4' is not one of None, 'fp8', 'int8'"):
+        residual_norm_forward(stream, None, weight, bias, 1e-5, eight_bit="fp4")
+    mean = torch.zeros(6, device=DEVICE)
+    with pytest.raises(ConfigError, match=r"shapes \(2, 3, 20\) and \(3, 20\); wanted \(2, 3, 20\)"):
+        residual_norm_backward(stream, stream[0], stream, weight, mean, mean)
+
+
+@pytest.mark.parametrize(("found", "able"), [((8, 0), False), ((8, 9), True), ((9, 0), True), (None, True)])
+def test_fp8_needs_a_card_that_has_it(monkeypatch: pytest.MonkeyPatch, found: Any, able: bool) -> None:
+    monkeypatch.setattr(library, "capability", lambda index: found)
+    said = residual_norm.no_fp8("fp8", draw(1))
+    assert (said == "") == able
+    assert able or "8.0; fp8 needs 8.9; take int8" in said
+    assert residual_norm.no_fp8("int8", draw(1)) == ""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("rows", "width"), [(2120, 1024), (5440, 768), (300, 4096), (77, 5000)])
+@pytest.mark.parametrize("stream_type", [torch.bfloat16, torch.float32])
+def test_shapes_of_a_tower(rows: int, width: int, stream_type: torch.dtype) -> None:
+    stream, branch = draw(rows, width, dtype=stream_type), draw(rows, width, dtype=torch.bfloat16, seed=1)
+    weight, bias = parameters(width, torch.bfloat16)
+    want = definition(*(each.double() for each in (stream, branch, weight, bias)), 1e-5)
+    theirs = eager(stream, branch, weight, bias, 1e-5, torch.bfloat16)
+    got = forward(stream, branch, weight, bias, 1e-5)
+    for index in range(2):
+        budget(
+            got[index],
+            want[index],
+            theirs[index],
+            factor=OUTPUT_FACTOR,
+            dtype=got[index].dtype,
+            reduction=width,
+            name=("total", "normed")[index],
+        )
+    assert_bits_equal(forward(stream, branch, weight, bias, 1e-5), got)
+    plain = forward(stream, branch, weight, bias, 1e-5, normed_dtype=torch.float32)[1]
+    for kind in EIGHT_BIT:
+        _, data, _, _, scale = forward(stream, branch, weight, bias, 1e-5, eight_bit=kind)
+        assert_quantised(data, scale, plain, kind)
