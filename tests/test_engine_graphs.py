@@ -259,6 +259,74 @@ def test_without_the_switch_the_model_is_called():
     assert graphed(nn.Identity()).__class__ is nn.Identity
 
 
+# -- with the rest of the engine --------------------------------------------------------------------------------
+
+FUSED = EngineConfig(blocks="fused", graphs=True)
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """How often somebody asked the device where texts end."""
+    from epic_fast.backbones import towers
+    from epic_fast.engine import state
+
+    counted = []
+    for module in (towers, state):
+        monkeypatch.setattr(module, "measure", lambda *args, real=state.measure: counted.append(1) or real(*args))
+    return counted
+
+
+@pytest.mark.parametrize("backbone", [tiny_clip, lambda: (tiny_vit(), tiny_bert())], ids=["clip", "vit+bert"])
+def test_fused_blocks_are_captured_without_a_wait(fake, waits, backbone):
+    model, plain = build(FUSED, backbone=backbone()).eval(), build(None, backbone=backbone()).eval()
+    call = graphed(model)
+    with torch.no_grad():
+        for indices in ((0, 1), (2, 3), (1, 2)):
+            waits.clear()
+            batch = engine_graphs.prepared(model, batch_of(*indices))
+            assert batch["input_ids"].shape[1] == 6
+            assert len(waits) == 1
+            found = call(**batch)
+            assert len(waits) == 1, "the captured call asks the device"
+            expected = plain(**batch_of(*indices))
+            torch.testing.assert_close(found.logits, expected.logits, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(found.loss, expected.loss, rtol=1e-5, atol=1e-6)
+    assert call.cache.captures == 1
+
+
+def test_fused_blocks_are_trained_in_graphs(fake):
+    compare_with_eager(device="cpu", rtol=1e-5, engine=FUSED)
+    assert fake.events.count("replay") >= 20
+
+
+def test_a_cached_prefix_is_captured(fake, waits):
+    model = build(FUSED).eval()
+    call = graphed(model)
+    with torch.no_grad():
+        for indices in ((0, 1), (2, 3)):
+            batch = batch_of(*indices, labels=False)
+            prefix = model.extract(**batch)
+            waits.clear()
+            found = call(prefix=prefix)
+            assert len(waits) == 0
+            torch.testing.assert_close(found.logits, model(**batch).logits, rtol=1e-5, atol=1e-6)
+    assert call.cache.captures == 1
+
+
+def test_padding_on_the_left_is_eager(fake, caplog):
+    model, plain = build(FUSED).eval(), build(None).eval()
+    batch = batch_of(0, 1)
+    for name in ("input_ids", "attention_mask"):
+        batch[name] = batch[name].flip(1)
+    batch["input_ids"][:, 0] = 0
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(graphed(model)(**batch).logits, plain(**batch).logits, rtol=1e-5, atol=1e-6)
+        graphed(model)(**batch_of(0, 1))
+    assert fake.events == ["rehearse", "record", "replay"]
+    assert "padded on the left" in caplog.text
+
+
 # -- falling back ---------------------------------------------------------------------------------------------
 
 
@@ -350,11 +418,11 @@ class Record:
             raise KeyboardInterrupt
 
 
-def compare_with_eager(precision="fp32", *, device, rtol, **changes):
+def compare_with_eager(precision="fp32", *, device, rtol, engine=GRAPHS, **changes):
     """The steps and the end of a run with and without graphs."""
     found = []
-    for engine in (EAGER, GRAPHS):
-        model, record = build(engine), Record()
+    for each in (EAGER, engine):
+        model, record = build(each), Record()
         result = train(model, callbacks=[record], epochs=5, precision=precision, device=device, **changes)
         found.append((model, record.rows, result))
     (eager, rows, result), (captured, captured_rows, captured_result) = found
@@ -612,8 +680,9 @@ CUDA = torch.device("cuda", 0)
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize(("precision", "rtol"), [("fp32", 1e-5), ("bf16", 2e-2)])
-def test_gpu_twenty_steps(precision, rtol):
-    compare_with_eager(precision, device="auto", rtol=rtol)
+@pytest.mark.parametrize("engine", [GRAPHS, FUSED], ids=["plain", "fused"])
+def test_gpu_twenty_steps(engine, precision, rtol):
+    compare_with_eager(precision, device="auto", rtol=rtol, engine=engine)
 
 
 @pytest.mark.gpu
