@@ -338,7 +338,7 @@ def losses(result: Any) -> list[float]:
 def test_training_with_the_cache_is_training_without(
     tmp_path: Path, pictures: Path, clip_folder: Path, place: str, statistics: bool
 ) -> None:
-    fields = {"feature_norm": "standardize", "projection_init": "least_squares"} if statistics else {}
+    fields: dict[str, Any] = {"feature_norm": "standardize", "projection_init": "least_squares"} if statistics else {}
     plain = make_model(folder=clip_folder, **fields)
     expected = train(plain, pictures, epochs=3)
     where = "memory" if place == "memory" else tmp_path / "cache"
@@ -423,8 +423,8 @@ def test_resuming_in_the_middle_of_an_epoch(tmp_path: Path, pictures: Path, clip
     for place in ("memory", str(tmp_path / "cache")):
         run = tmp_path / f"run-{place == 'memory'}"
         for step in (2, 5):  # in the first epoch, which fills, and in the second
+            model = make_model(place, folder=clip_folder)
             with pytest.raises(Stopped):
-                model = make_model(place, folder=clip_folder)
                 train(model, pictures, output_dir=run, resume="auto", callbacks=[StopAt(step)], **options)
         found = train(make_model(place, folder=clip_folder), pictures, output_dir=run, resume="auto", **options)
         assert losses(found) == pytest.approx(losses(expected), rel=1e-5)

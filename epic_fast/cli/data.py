@@ -1,19 +1,23 @@
-"""``epic-fast data``: what a data folder holds and what is wrong with it."""
+"""``epic-fast data``: what a data folder holds, what is wrong with it, and its prefix cache."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from epic_fast.cli.options import Debug, Json, LabelField, SplitField, TextField
+from epic_fast.cli.options import Debug, Json, LabelField, SkipBad, SplitField, TextField
+from epic_fast.errors import ConfigError
 
-data_app = typer.Typer(help="Look at data folders.", no_args_is_help=True)
+data_app = typer.Typer(help="Look at data folders, and prepare them.", no_args_is_help=True)
+
+CACHED_SPLITS = ("train", "validation")
 
 
 @data_app.callback()
 def _group() -> None:
-    """Look at data folders."""
+    """Look at data folders, and prepare them."""
 
 
 @data_app.command()
@@ -41,6 +45,71 @@ def check(
             _show(report)
     if not report.ok:
         raise typer.Exit(3)
+
+
+@data_app.command()
+def cache(
+    folder: Annotated[str, typer.Argument(metavar="FOLDER|ZIP|demo", help="Pictures and metadata.jsonl.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[key=value]...", help="The settings of the training, such as num_layer_pairs=4."),
+    ] = None,
+    backbone: Annotated[
+        str | None,
+        typer.Option("--backbone", metavar="NAME|FOLDER|demo", help='The frozen towers; also "vision=PATH,text=PATH".'),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="The config file of the training.")
+    ] = None,
+    output: Annotated[
+        str | None,
+        typer.Option("--output", metavar="FOLDER", help="The cache; by default engine.prefix_cache of the settings."),
+    ] = None,
+    split: Annotated[
+        list[str] | None, typer.Option("--split", help="A split to take; by default train and validation.")
+    ] = None,
+    skip_bad: SkipBad = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compute what the layers below the first prompts make of every sample, for training to start from.
+
+    Fills FOLDER, or finishes it, and checks what it holds already. `epic-fast train ... engine.prefix_cache=FOLDER`
+    with the same backbone and settings then never runs those layers.
+    """
+    from epic_fast.cli.console import json_answer, quiet_transformers, say
+    from epic_fast.cli.failures import Interrupted
+    from epic_fast.cli.settings import resolve_settings
+    from epic_fast.cli.sources import cache_path_made_absolute, make_model, read_training_folder
+    from epic_fast.training import TrainingConfig, fill_prefix_cache
+
+    with json_answer(json) as answer:
+        options = {
+            "data.path": folder,
+            "backbone": backbone,
+            "data.skip_bad": skip_bad or None,
+            "output": "-",
+            "engine.prefix_cache": output,
+        }
+        settings = resolve_settings(config_file=config, options=options, overrides=overrides or ())
+        place = settings.engine["prefix_cache"] if isinstance(settings.engine, dict) else None
+        if place in (None, "memory"):
+            raise ConfigError("no folder was given for the cache; add --output FOLDER, or engine.prefix_cache=FOLDER")
+        assert isinstance(settings.engine, dict)
+        settings.engine["prefix_cache"] = cache_path_made_absolute(place)
+        quiet_transformers()
+        data = read_training_folder(settings.data)
+        names = split or [name for name in CACHED_SPLITS if name in data.splits]
+        datasets = {name: data.split(name) for name in names}
+        model = make_model(settings, data)
+        try:
+            found = fill_prefix_cache(model, datasets, config=TrainingConfig(**settings.training))
+        except KeyboardInterrupt:
+            raise Interrupted(f"interrupted; {place} holds what was done, run the same command to finish it") from None
+        answer({"cache": settings.engine["prefix_cache"], **found})
+        if not json:
+            size = f"{found['bytes'] / 2**20:,.1f} MiB"
+            say(f"{place}: {found['samples']:,} samples, {found['computed']:,} of them computed now, {size}")
 
 
 def _show(report: Any) -> None:

@@ -41,7 +41,12 @@ class DataSettings:
 
 @dataclass
 class RunSettings:
-    """All settings of a run; ``training.yaml`` in the run folder holds exactly these."""
+    """All settings of a run; ``training.yaml`` in the run folder holds exactly these.
+
+    Attributes:
+        engine: all fields of an ``EngineConfig`` where one was given; False for the backbone's own modules; None for
+            what the device wants, see :func:`engine_for`.
+    """
 
     output: str
     backbone: str
@@ -49,6 +54,7 @@ class RunSettings:
     method: str = "epic"
     model: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
+    engine: dict[str, Any] | bool | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as written to ``training.yaml``."""
@@ -59,6 +65,7 @@ class RunSettings:
             "data": dataclasses.asdict(self.data),
             "model": self.model,
             "training": self.training,
+            "engine": self.engine,
         }
 
     def to_yaml(self) -> str:
@@ -113,10 +120,31 @@ def known_keys(method: str) -> dict[str, list[str]]:
     Raises:
         ConfigError: no such method.
     """
+    from epic_fast.engine import EngineConfig
     from epic_fast.training import TrainingConfig
 
-    sections = {"model": method_config_class(method), "training": TrainingConfig, "data": DataSettings}
+    sections = {
+        "model": method_config_class(method),
+        "training": TrainingConfig,
+        "data": DataSettings,
+        "engine": EngineConfig,
+    }
     return {name: [each.name for each in dataclasses.fields(cls) if each.init] for name, cls in sections.items()}
+
+
+def engine_for(choice: Mapping[str, Any] | bool | None, *, gpu: bool) -> Any:
+    """The ``EngineConfig`` to run with: the one given, else all of its exact parts on a GPU and none on a CPU.
+
+    Raises:
+        ConfigError: no such choice.
+    """
+    from epic_fast.engine import EngineConfig
+
+    if isinstance(choice, Mapping):
+        return EngineConfig.from_dict(choice)
+    if choice not in (None, False):
+        raise ConfigError(f"engine={choice!r}; wanted false, or settings such as engine.prefix_cache=FOLDER")
+    return EngineConfig() if gpu and choice is None else None
 
 
 def method_config_class(method: str) -> Any:
@@ -153,11 +181,21 @@ def resolve_settings(
     keys = known_keys(method)
     values: dict[str, Any] = {}
     if base:
-        values.update(_flatten(base, keys, "the run's training.yaml"))
-    values.update(_flatten(file_values, keys, f"{config_file}"))
-    values.update({key: value for key, value in options.items() if value is not None})
-    values.update({_qualify(key, keys, "the command line"): parse_value(text) for key, text in pairs})
+        _overlay(values, _flatten(base, keys, "the run's training.yaml"))
+    _overlay(values, _flatten(file_values, keys, f"{config_file}"))
+    _overlay(values, {key: value for key, value in options.items() if value is not None})
+    _overlay(values, {_qualify(key, keys, "the command line"): parse_value(text) for key, text in pairs})
     return _build(values, method, keys)
+
+
+def _overlay(values: dict[str, Any], more: Mapping[str, Any]) -> None:
+    """Lay values over others; an engine that is given as a whole replaces its settings, and these replace it."""
+    for key, value in more.items():
+        section, dot, _ = key.partition(".")
+        if section == "engine":
+            for other in [each for each in values if each.partition(".")[0] == "engine" and ("." in each) != bool(dot)]:
+                del values[other]
+        values[key] = value
 
 
 def _method(
@@ -186,6 +224,8 @@ def _flatten(values: Mapping[str, Any], keys: Mapping[str, list[str]], where: st
     for key, value in values.items():
         if key == "data" and not isinstance(value, Mapping):
             flat["data.path"] = value
+        elif key == "engine" and isinstance(value, bool):
+            flat["engine"] = value
         elif key in keys:
             if value is not None and not isinstance(value, Mapping):
                 raise ConfigError(f"{where}: the section {key!r} is a {type(value).__name__}; wanted keys and values")
@@ -198,6 +238,8 @@ def _flatten(values: Mapping[str, Any], keys: Mapping[str, list[str]], where: st
 
 def _qualify(key: str, keys: Mapping[str, list[str]], where: str) -> str:
     """The full name of a key."""
+    if key == "engine":
+        return key
     if key in TOP_LEVEL:
         return "data.path" if key == "data" else key
     section, dot, name = key.partition(".")
@@ -235,6 +277,7 @@ def _nearest(key: str, names: list[str]) -> str:
 
 
 def _build(values: Mapping[str, Any], method: str, keys: Mapping[str, list[str]]) -> RunSettings:
+    from epic_fast.engine import EngineConfig
     from epic_fast.training import TrainingConfig
 
     sections: dict[str, dict[str, Any]] = {name: {} for name in keys}
@@ -250,6 +293,10 @@ def _build(values: Mapping[str, Any], method: str, keys: Mapping[str, list[str]]
     for name in ("text_field", "split_field"):
         if not isinstance(getattr(data, name), str) or not getattr(data, name):
             raise ConfigError(f"data.{name}={getattr(data, name)!r}; wanted the name of a field")
+    engine: dict[str, Any] | bool | None = values.get("engine")
+    if sections["engine"]:
+        engine = _checked(EngineConfig, sections["engine"], "engine")
+    engine_for(engine, gpu=False)
     return RunSettings(
         output=str(values["output"]),
         backbone=str(values["backbone"]),
@@ -257,6 +304,7 @@ def _build(values: Mapping[str, Any], method: str, keys: Mapping[str, list[str]]
         data=data,
         model=_checked(method_config_class(method), sections["model"], "model"),
         training=_checked(TrainingConfig, sections["training"], "training"),
+        engine=engine,
     )
 
 

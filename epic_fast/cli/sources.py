@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from epic_fast.cli.runs import saved_settings
+from epic_fast.cli.settings import engine_for
 from epic_fast.errors import ConfigError, DataError
 
 
@@ -37,7 +39,52 @@ def load_model(run: Path, backbone: str | None = None, device: str | None = None
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"the device {chosen!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return from_pretrained(run, backbone=backbone, device=chosen)
+    # What is scored once needs no cache.
+    engine = engine_for((saved_settings(run) or {}).get("engine"), gpu=torch.device(chosen).type == "cuda")
+    engine = engine and dataclasses.replace(engine, prefix_cache=None)
+    return from_pretrained(run, backbone=backbone, device=chosen, engine=engine)
+
+
+def read_training_folder(data: Any) -> Any:
+    """The data folder of these :class:`DataSettings`, with a labelled training split.
+
+    Raises:
+        DataError: it has none.
+    """
+    from epic_fast.data import read_folder, resolve_data
+
+    folder = read_folder(
+        resolve_data(data.path),
+        text_field=data.text_field,
+        label_field=data.label_field,
+        split_field=data.split_field,
+        skip_bad=data.skip_bad,
+        problem_type=data.problem_type,
+    )
+    if "train" not in folder.splits:
+        raise DataError(f"{data.path} has no training split; it has {', '.join(folder.splits)}")
+    if folder.problem_type is None:
+        raise DataError(f"the rows of {data.path} have no labels to learn; wanted a field label or labels")
+    return folder
+
+
+def make_model(settings: Any, folder: Any) -> Any:
+    """The model of these :class:`RunSettings` for the labels of a data folder, on the CPU."""
+    import torch
+
+    from epic_fast.cli.settings import method_config_class
+    from epic_fast.models import wrap
+
+    gpu = settings.training["device"] != "cpu" and torch.cuda.is_available()
+    return wrap(
+        settings.backbone,
+        method_config_class(settings.method)(**settings.model),
+        folder.num_labels,
+        folder.problem_type,
+        labels=folder.labels or None,
+        pos_weight=settings.data.pos_weight,
+        engine=engine_for(settings.engine, gpu=gpu),
+    )
 
 
 def load_split(model: Any, run: Path, data: str, split: str, fields: Fields, *, skip_bad: bool) -> Any:
@@ -79,3 +126,8 @@ def local_path_made_absolute(spec: str) -> str:
         return ",".join(f"{side}{equals}{local_path_made_absolute(path)}" for side, equals, path in parts)
     path = Path(spec).expanduser()
     return str(path.resolve()) if spec != "demo" and path.exists() else spec
+
+
+def cache_path_made_absolute(place: str | None) -> str | None:
+    """Where a prefix cache lies, so that it is found from elsewhere; ``"memory"`` is no place on a disk."""
+    return place if place in (None, "memory") else str(Path(place).expanduser().resolve())

@@ -10,14 +10,15 @@ from typing import Annotated, Any
 import typer
 
 from epic_fast.cli.options import Debug, Json
-from epic_fast.errors import ConfigError, DataError
+from epic_fast.errors import ConfigError
 
 
 def train(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[key=value]...", help="Any setting, such as prompt_length=4 or training.batch_size=32."
+            metavar="[key=value]...",
+            help="Any setting, such as prompt_length=4, training.batch_size=32 or engine.prefix_cache=memory.",
         ),
     ] = None,
     data: Annotated[
@@ -34,7 +35,7 @@ def train(
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything that is drawn.")] = None,
     config: Annotated[
         Path | None,
-        typer.Option("--config", metavar="FILE", help="YAML or JSON with sections model, training and data."),
+        typer.Option("--config", metavar="FILE", help="YAML or JSON with sections model, training, data, engine."),
     ] = None,
     resume: Annotated[
         str, typer.Option("--resume", metavar="auto|never", help="auto: go on from the run's last checkpoint.")
@@ -54,7 +55,7 @@ def train(
     from epic_fast.cli.console import json_answer
     from epic_fast.cli.runs import check_output, is_main_process, saved_settings
     from epic_fast.cli.settings import resolve_settings
-    from epic_fast.cli.sources import local_path_made_absolute
+    from epic_fast.cli.sources import cache_path_made_absolute, local_path_made_absolute
 
     if resume not in ("auto", "never"):
         raise ConfigError(f"--resume {resume!r}; wanted auto or never")
@@ -73,6 +74,8 @@ def train(
         settings = resolve_settings(config_file=config, options=options, overrides=overrides or (), base=base)
         settings.backbone = local_path_made_absolute(settings.backbone)
         settings.data.path = local_path_made_absolute(str(settings.data.path))
+        if isinstance(settings.engine, dict):
+            settings.engine["prefix_cache"] = cache_path_made_absolute(settings.engine["prefix_cache"])
         run = Path(settings.output)
         if is_main_process():
             check_output(run, resume=resuming, overwrite=overwrite)
@@ -88,16 +91,15 @@ def _train(settings: Any, run: Path, *, resuming: bool, overwrite: bool) -> dict
     from epic_fast.cli.console import plain_json, quiet_transformers, say
     from epic_fast.cli.runs import SETTINGS, clear, is_main_process
     from epic_fast.cli.scoring import score
-    from epic_fast.cli.settings import method_config_class
+    from epic_fast.cli.sources import make_model, read_training_folder
     from epic_fast.files import atomic_write_json, atomic_write_text
-    from epic_fast.models import wrap
     from epic_fast.training import TrainingConfig
     from epic_fast.training.seeding import seed_everything
 
     main = is_main_process()
     speak = say if main else (lambda message: None)
     quiet_transformers()
-    folder = _read(settings.data)
+    folder = read_training_folder(settings.data)
     training = TrainingConfig(**settings.training)
     rows = ", ".join(f"{len(dataset):,} {name}" for name, dataset in folder.splits.items())
     kind = folder.problem_type.replace("_", " ")
@@ -107,14 +109,7 @@ def _train(settings: Any, run: Path, *, resuming: bool, overwrite: bool) -> dict
         speak(f"skipped: {len(folder.skipped)} rows that cannot be read, the first: {folder.skipped[0]}")
 
     seed_everything(training.seed)
-    model = wrap(
-        settings.backbone,
-        method_config_class(settings.method)(**settings.model),
-        folder.num_labels,
-        folder.problem_type,
-        labels=folder.labels or None,
-        pos_weight=settings.data.pos_weight,
-    )
+    model = make_model(settings, folder)
     truncated = _report_texts(model, folder, speak)
     trainable, total = model.get_nb_trainable_parameters()
     speak(f"model: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
@@ -151,25 +146,6 @@ def _train(settings: Any, run: Path, *, resuming: bool, overwrite: bool) -> dict
             summary[split], _ = score(model, folder.splits[split], batch_size=size)
     atomic_write_json(run / "metrics.json", plain_json(summary))
     return summary
-
-
-def _read(data: Any) -> Any:
-    """The data folder, with a training split."""
-    from epic_fast.data import read_folder, resolve_data
-
-    folder = read_folder(
-        resolve_data(data.path),
-        text_field=data.text_field,
-        label_field=data.label_field,
-        split_field=data.split_field,
-        skip_bad=data.skip_bad,
-        problem_type=data.problem_type,
-    )
-    if "train" not in folder.splits:
-        raise DataError(f"{data.path} has no training split; it has {', '.join(folder.splits)}")
-    if folder.problem_type is None:
-        raise DataError(f"the rows of {data.path} have no labels to learn; wanted a field label or labels")
-    return folder
 
 
 def _report_texts(model: Any, folder: Any, speak: Any) -> dict[str, float]:

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 import epic_fast
 from epic_fast.backbones import DualEncoder, load_backbone
 from epic_fast.backbones.fingerprint import describe_difference
+from epic_fast.engine import EngineConfig
 from epic_fast.errors import AdapterError, ConfigError
 from epic_fast.files import atomic_files, to_json
 from epic_fast.models.base import PromptedModel
@@ -65,6 +66,7 @@ def from_pretrained(
     image_processor: Any = None,
     tokenizer: Any = None,
     verify: bool = True,
+    engine: EngineConfig | None = None,
 ) -> Any:
     """The model of a saved adapter, on the backbone that it was trained on.
 
@@ -75,6 +77,7 @@ def from_pretrained(
         dtype: type to run the backbone in, after it was verified in the type that it was trained in.
         image_processor, tokenizer: as for :func:`epic_fast.wrap`.
         verify: compare the backbone's fingerprint with the adapter's.
+        engine: as for :func:`epic_fast.wrap`; it is no part of the adapter.
 
     Raises:
         AdapterError: no adapter there, a damaged file, or another backbone (naming the tensors that differ).
@@ -110,7 +113,7 @@ def from_pretrained(
                     f"the adapter in {folder} was trained on another backbone than the one given{kinds}: {difference}. "
                     f"Wanted {recorded['source'] or recorded['family']}; pass that one as backbone="
                 )
-        model = _rebuild(encoder, description, folder)
+        model = _rebuild(encoder, description, folder, engine)
         load_weights(model, folder / WEIGHTS)
     except Exception:
         encoder.release()
@@ -162,7 +165,9 @@ def _check_entries(values: Any, names: tuple[str, ...], path: Path) -> None:
         raise AdapterError(f"{path} is damaged: it lacks {', '.join(missing)}. Copy it again, or save the model anew")
 
 
-def _rebuild(encoder: DualEncoder, description: dict[str, Any], folder: Path) -> PromptedModel:
+def _rebuild(
+    encoder: DualEncoder, description: dict[str, Any], folder: Path, engine: EngineConfig | None
+) -> PromptedModel:
     config_class, _ = METHODS[description["method"]]
     try:
         return wrap(
@@ -172,6 +177,7 @@ def _rebuild(encoder: DualEncoder, description: dict[str, Any], folder: Path) ->
             description["problem_type"],
             labels=description["labels"],
             self_check=False,
+            engine=engine,
         )
     except ConfigError as error:
         raise AdapterError(f"{folder / CONFIG} describes a model that cannot be built: {error}") from error

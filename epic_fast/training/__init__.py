@@ -5,6 +5,7 @@ from epic_fast.training.config import TrainingConfig
 from epic_fast.training.loop import FitResult, fit
 from epic_fast.training.metrics import compute_metrics, tune_threshold
 from epic_fast.training.predict import Predictions, predict
+from epic_fast.training.prefixes import fill_prefix_cache
 
 __all__ = [
     "Callback",
@@ -12,6 +13,7 @@ __all__ = [
     "Predictions",
     "TrainingConfig",
     "compute_metrics",
+    "fill_prefix_cache",
     "fit",
     "predict",
     "tune_threshold",

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ from torch import Tensor
 from epic_fast.data import Collator, PairDataset
 from epic_fast.engine import DamagedRecords, DiskStore, MemoryStore, Prefix, PrefixStore, SampleKey
 from epic_fast.errors import ConfigError
-from epic_fast.training.batches import Batch, SeededBatches, loader, ordered_batches
-from epic_fast.training.progress import Reporter
+from epic_fast.training.batches import Batch, SeededBatches, collator_for, length_of, loader, ordered_batches
+from epic_fast.training.config import TrainingConfig
+from epic_fast.training.launch import launched
+from epic_fast.training.progress import ProgressLike, make_reporter
 from epic_fast.training.seeding import host_randomness, seed_host
 
 logger = logging.getLogger("epic_fast")
@@ -37,6 +40,8 @@ KEPT_AS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 
 class PrefixFeed:
     """Serves the batches of data sets with ``prefix`` in place of pictures and texts.
+
+    ``computed`` counts the samples that went through the layers.
 
     Args:
         model: as :func:`epic_fast.wrap` gives it, with ``engine.prefix_cache`` set, on the device that runs it.
@@ -77,6 +82,7 @@ class PrefixFeed:
             else DiskStore(place, cache_key(model, collator, precision), kept_as)
         )
         self._sources = [_source_of(dataset, collator) for dataset in datasets]
+        self.computed = 0
         self._room_checked = False
 
     def batches(self, dataset: Any, batches: Sequence[Batch]) -> PrefixLoader:
@@ -110,6 +116,7 @@ class PrefixFeed:
         if not self._room_checked:
             self._check_room(prefix)
         self.store.put(keys, prefix, replace=anew)
+        self.computed += len(keys)
 
     def _check_room(self, prefix: Prefix) -> None:
         widest = prefix.text.hidden.shape[1]
@@ -216,15 +223,58 @@ class FixedBatches(SeededBatches):
         return made
 
 
-def fill(feed: PrefixFeed, dataset: Any, *, batch_size: int, reporter: Reporter, name: str) -> None:
-    """Put the prefixes of a data set into the feed's store, and check those that it holds."""
-    batches = feed.batches(dataset, ordered_batches(len(dataset), batch_size))
-    reporter.start(name, len(batches))
-    try:
-        for _ in batches:
-            reporter.advance()
-    finally:
-        reporter.stop()
+def fill_prefix_cache(
+    model: Any,
+    datasets: Mapping[str, Any],
+    *,
+    config: TrainingConfig | None = None,
+    collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    progress: ProgressLike = None,
+) -> dict[str, Any]:
+    """Put the prefixes of data sets into the cache of ``model.engine``, and check those that it holds.
+
+    Args:
+        model: as :func:`epic_fast.wrap` gives it, with ``engine.prefix_cache`` set to a folder.
+        datasets: by name; anything with ``len`` and ``[i]``.
+        config: batch size, precision, device and workers are those of the training that will use the cache.
+        collator, progress: as for :func:`epic_fast.fit`.
+
+    Returns:
+        ``samples`` in all, ``computed`` now, and the ``bytes`` that the cache takes.
+
+    Raises:
+        ConfigError, DataError, EpicFastError: as for :func:`epic_fast.fit`.
+    """
+    config = config or TrainingConfig()
+    place = None if model.engine is None else model.engine.prefix_cache
+    if place in (None, "memory"):
+        raise ConfigError(f"fill_prefix_cache: engine.prefix_cache is {place!r}; wanted a folder")
+    sizes = {name: length_of(dataset, name) for name, dataset in datasets.items()}
+    reporter = make_reporter(progress)
+    with launched(config) as (accelerator, precision):
+        model.to(accelerator.device)
+        given = list(datasets.values())
+        feed = PrefixFeed(
+            model,
+            given,
+            collator or collator_for(model, given[0]),
+            precision=precision,
+            autocast=accelerator.autocast,
+            seed=config.seed,
+            num_workers=config.num_workers,
+        )
+        try:
+            for name, dataset in datasets.items():
+                batches = feed.batches(dataset, ordered_batches(sizes[name], config.batch_size))
+                reporter.start(name, len(batches))
+                for _ in batches:
+                    reporter.advance()
+                reporter.stop()
+        finally:
+            reporter.stop()
+            feed.close()
+    taken = sum(path.stat().st_size for path in Path(place).iterdir())
+    return {"samples": sum(sizes.values()), "computed": feed.computed, "bytes": taken}
 
 
 def cache_key(model: Any, collator: Any, precision: str) -> dict[str, Any]:
