@@ -7,7 +7,7 @@ it; that order alone makes them take turns.  Operands and results move by tensor
 
 # pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false, reportMissingImports=false
-# pyright: reportIndexIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
+# pyright: reportRedeclaration=false, reportIndexIssue=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
 
 from __future__ import annotations
 
@@ -138,17 +138,18 @@ def finish(
     ACTIVATION: gl.constexpr,
     KEEP: gl.constexpr,
     BACKWARD: gl.constexpr,
+    EVEN: gl.constexpr,
 ):
     """The epilogue of half a tile; what lies outside is not written."""
     LAYOUT: gl.constexpr = value.type.layout
     column = first_column + gl.arange(0, value.shape[1], gl.SliceLayout(0, LAYOUT))
+    inside = None if EVEN else column < columns
     if SCALED:
         row = first_row + gl.arange(0, value.shape[0], gl.SliceLayout(1, LAYOUT))
         scale = gl.load(left_scale + row, row < rows, other=0.0)
-        other = gl.load(right_scale + column, column < columns, other=0.0)
-        value = value * scale[:, None] * other[None, :]
+        value = value * scale[:, None] * gl.load(right_scale + column, inside)[None, :]
     if HAS_BIAS:
-        value = value + gl.load(bias + column, column < columns, other=0.0).to(gl.float32)[None, :]
+        value = value + gl.load(bias + column, inside).to(gl.float32)[None, :]
     pre = value
     if BACKWARD:
         mbarrier.wait(known, known_phase)
@@ -201,6 +202,7 @@ def multiply_all(
     ACTIVATION: gl.constexpr,
     KEEP: gl.constexpr,
     BACKWARD: gl.constexpr,
+    EVEN: gl.constexpr,  # BLOCK_N divides the columns
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -258,9 +260,9 @@ def multiply_all(
         if not BACKWARD:
             tma.store_wait(0)
         finish(total_1, left_scale, right_scale, bias, output, kept, place_1, known_1, known_phase, first_row,
-               first_column, rows, columns, SCALED, HAS_BIAS, ACTIVATION, KEEP, BACKWARD)  # fmt: skip
+               first_column, rows, columns, SCALED, HAS_BIAS, ACTIVATION, KEEP, BACKWARD, EVEN)  # fmt: skip
         finish(total_2, left_scale, right_scale, bias, output, kept, place_2, known_2, known_phase, first_row + HALF,
-               first_column, rows, columns, SCALED, HAS_BIAS, ACTIVATION, KEEP, BACKWARD)  # fmt: skip
+               first_column, rows, columns, SCALED, HAS_BIAS, ACTIVATION, KEEP, BACKWARD, EVEN)  # fmt: skip
         known_phase ^= 1
     tma.store_wait(0)
 
@@ -283,6 +285,7 @@ def _hopper_kernel(
     ACTIVATION: gl.constexpr,
     KEEP: gl.constexpr,
     BACKWARD: gl.constexpr,
+    EVEN: gl.constexpr,  # BLOCK_N divides the columns
     BLOCK_M: gl.constexpr,
     BLOCK_N: gl.constexpr,
     BLOCK_K: gl.constexpr,
@@ -292,8 +295,8 @@ def _hopper_kernel(
 ):
     """Grid: (programs,); a program has every so manieth tile, its two groups take turns."""
     HALF: gl.constexpr = BLOCK_M // 2
-    lefts = gl.allocate_shared_memory(left.dtype, [2 * STAGES] + left.block_type.shape, left.layout)
-    rights = gl.allocate_shared_memory(right.dtype, [STAGES] + right.block_type.shape, right.layout)
+    lefts = gl.allocate_shared_memory(left.dtype, [2 * STAGES] + left.block_type.shape, left.layout)  # noqa: RUF005
+    rights = gl.allocate_shared_memory(right.dtype, [STAGES] + right.block_type.shape, right.layout)  # noqa: RUF005
     places = gl.allocate_shared_memory(output.dtype, [4, HALF, BLOCK_N], output.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -308,10 +311,10 @@ def _hopper_kernel(
         [
             (multiply_all, (left_scale, right_scale, bias, output, kept, lefts, rights, places, ready, free,
                             knowns, rows, columns, depth, 0, DEPTH_LAST, SCALED, HAS_BIAS, ACTIVATION, KEEP,
-                            BACKWARD, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP)),
+                            BACKWARD, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP)),
             (multiply_all, (left_scale, right_scale, bias, output, kept, lefts, rights, places, ready, free,
                             knowns, rows, columns, depth, 1, DEPTH_LAST, SCALED, HAS_BIAS, ACTIVATION, KEEP,
-                            BACKWARD, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP)),
+                            BACKWARD, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP)),
             (load_all, (left, right, lefts, rights, ready, free, rows, columns, depth, DEPTH_LAST, BLOCK_M, BLOCK_N,
                         BLOCK_K, STAGES, GROUP)),
         ],
@@ -338,23 +341,34 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def limits(left: Tensor, right: Tensor, *, depth_last: bool = True, out_dtype: torch.dtype | None = None,
-           kept: Tensor | None = None) -> list[str]:  # fmt: skip
+def limits(
+    left: Tensor,
+    right: Tensor,
+    *,
+    depth_last: bool = True,
+    keep: str = "none",
+    kept: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> list[str]:
     """Why this kernel cannot take a call; an empty list if it can."""
+    dtype = out_dtype or left.dtype
+    columns = right.shape[0 if depth_last else 1]
     reasons = []
     if not is_hopper(left.device):
         reasons.append("wgmma needs a Hopper GPU (compute capability 9.0)")
     if left.dtype not in (torch.bfloat16, torch.float16, torch.float8_e4m3fn):
         reasons.append(f"operands are {left.dtype}; wanted bfloat16, float16 or float8_e4m3fn")
-    if (out_dtype or left.dtype) not in (torch.bfloat16, torch.float16):
-        reasons.append(f"the output is {out_dtype or left.dtype}; wanted bfloat16 or float16")
+    if dtype not in (torch.bfloat16, torch.float16):
+        reasons.append(f"the output is {dtype}; wanted bfloat16 or float16")
     if left.element_size() == 1 and not depth_last:
         reasons.append("products of eight bits need the depth as last dimension of both operands")
-    columns = right.shape[0 if depth_last else 1]
-    if columns * 2 % 16 or left.shape[1] == 0 or not describable(left, right, kept):
+    if left.shape[1] == 0:
+        reasons.append("the depth is 0")
+    # Codes of the derivative take one byte, everything else that is written two.
+    if columns % (16 if keep == "eight_bit" else 8) or not describable(left, right, kept):
         reasons.append("a row does not start at a multiple of 16 bytes")
-    if kept is not None and kept.dtype not in (torch.uint8, out_dtype or left.dtype):
-        reasons.append(f"kept is {kept.dtype}; wanted the output's type or uint8")
+    if kept is not None and kept.dtype not in (torch.uint8, dtype):
+        reasons.append(f"kept is {kept.dtype}; wanted {dtype} or uint8")
     return reasons
 
 
@@ -395,7 +409,7 @@ def product(
     results = [described(each, tile.rows // 2, tile.columns) for each in (output, output if kept is None else kept)]
     # A pointer that the kernel never follows still has to be one.
     vectors = tuple(output if each is None else each for each in (*(scales or (None, None)), bias))
-    flags = (depth_last, scales is not None, bias is not None, activation, keep, backward)
+    flags = (depth_last, scales is not None, bias is not None, activation, keep, backward, columns % tile.columns == 0)
     with on_device(left):
         _hopper_kernel[(min(tiles, processors(left.device)),)](
             *descriptors, *vectors, *results, rows, columns, depth, *flags, *blocks, tile.stages, tile.group,
