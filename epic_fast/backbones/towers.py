@@ -15,7 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
-from epic_fast.engine import TowerState, call_layer, call_layer_with_prompts, prompted_visibility
+from epic_fast.engine import EngineConfig, TowerState, call_layer, call_layer_with_prompts, prompted_visibility
+from epic_fast.engine.fused import FrozenBlock, Geometry, run_blocks
+from epic_fast.engine.packed import FrozenTower, PackedRun, say_plain
+from epic_fast.engine.rows import MOST_ROWS, RowSelection
+from epic_fast.engine.state import measure
 from epic_fast.errors import ConfigError
 
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
@@ -37,6 +41,7 @@ class Tower(ABC):
         self.config: Any = model.config
         self.projection = projection
         self.layers: Sequence[nn.Module] = self.find_layers()
+        self.frozen = FrozenTower(self.layers, self.modality)
         implementation = self.config._attn_implementation
         if implementation not in ATTENTION_IMPLEMENTATIONS:
             raise ConfigError(
@@ -98,6 +103,85 @@ class Tower(ABC):
     def run_all(self, state: TowerState) -> TowerState:
         """What is left of the layers, without prompts."""
         return self.run(state, self.num_layers)
+
+    # -- the engine -------------------------------------------------------------------------------------------
+
+    def advance(
+        self, state: TowerState, stop: int, engine: EngineConfig | None, reads: str | None = None
+    ) -> TowerState:
+        """:meth:`run` as the engine has it.
+
+        Args:
+            reads: the features (:meth:`features`) that are read of the result, if these are the last layers; None: all
+                rows of it are.
+        """
+        blocks = self.fused_blocks(state, engine) if state.layer < stop else None
+        if blocks is None:
+            return self.run(state, stop)
+        assert engine is not None
+        rows = self.rows_read(state, reads, engine) if stop == self.num_layers else None
+        geometry = Geometry(0, state.lengths, "full", self.causal, rows)
+        hidden = run_blocks(blocks[state.layer : stop], state.hidden, geometry, save=engine.save)
+        state = state.after(hidden, stop)
+        return state if rows is None else state.one_row(hidden)
+
+    def begin(
+        self,
+        state: TowerState,
+        prompts: Tensor,
+        prompt_mask: str,
+        engine: EngineConfig | None = None,
+        *,
+        first: int,
+        reads: str | None = None,
+        reads_prompts: bool = False,
+    ) -> PackedRun | PlainRun:
+        """A way through the layers in which prompts ``(B, P, D)``, P at least 1, join the tokens at some of them.
+
+        Args:
+            first: the first such layer.
+            reads: the features that are read of the last layer; None: all rows.
+            reads_prompts: whether the prompts are read after the last layer.
+        """
+        state = self.advance(state, first, engine)
+        blocks = self.fused_blocks(state, engine)
+        if blocks is None:
+            return PlainRun(self, state, prompts, prompt_mask)
+        assert engine is not None
+        rows = self.rows_read(state, reads, engine, prompts.shape[1] if reads_prompts else 0)
+        return PackedRun(
+            blocks, state, prompts, prompt_mask=prompt_mask, causal=self.causal, save=engine.save, rows=rows
+        )
+
+    def runs_fused(self, engine: EngineConfig | None) -> bool:
+        """Whether the engine is to take the place of the layers, if it can."""
+        if engine is None or engine.blocks == "plain":
+            return False
+        return engine.blocks == "fused" or next(self.model.parameters()).device.type != "cpu"
+
+    def fused_blocks(self, state: TowerState, engine: EngineConfig | None) -> list[FrozenBlock] | None:
+        """The blocks that run these tokens; None where the model's own layers do."""
+        if not self.runs_fused(engine):
+            return None
+        if state.valid is not None and state.lengths is None:
+            if state.irregular:
+                say_plain(self.modality, "padding is on the left or in the middle of a text; wanted it on the right")
+            else:
+                say_plain(self.modality, "it is not known where texts end")
+            return None
+        return self.frozen.blocks()
+
+    def rows_read(
+        self, state: TowerState, reads: str | None, engine: EngineConfig | None, prompts: int = 0
+    ) -> RowSelection | None:
+        """The rows that features ``reads``, and ``prompts`` prompts, are made of; None: all, or not worth it."""
+        if reads is None or engine is None or not engine.pooled_rows or prompts + 1 > MOST_ROWS:
+            return None
+        if "mean" in self.split_kinds(reads):
+            return None
+        return RowSelection(state.pool_index, prompts > 0)
+
+    # -- masks ------------------------------------------------------------------------------------------------
 
     def prompted_mask(self, state: TowerState, prompts: int, prompt_mask: str) -> Tensor | None:
         """The mask of a layer with prompts in the form that the tower's attention wants."""
@@ -185,6 +269,24 @@ class Tower(ABC):
         """Mean over content rows after the final norm, ``(B, D)``."""
 
 
+class PlainRun:
+    """As :class:`~epic_fast.engine.packed.PackedRun`, through the model's own layers."""
+
+    def __init__(self, tower: Tower, state: TowerState, prompts: Tensor, prompt_mask: str):
+        self._tower = tower
+        self._state = state
+        self._prompt_mask = prompt_mask
+        self.prompts = prompts
+
+    def step(self, index: int) -> None:
+        """The tokens alone up to layer ``index``, then that layer on ``[prompts ; tokens]``."""
+        self._state, self.prompts = self._tower.run_prompted(self._state, index, self.prompts, self._prompt_mask)
+
+    def finish(self) -> TowerState:
+        """The tokens after the layers that are left."""
+        return self._tower.run_all(self._state)
+
+
 class VisionTower(Tower):
     """A tower over patches with a class token in row 0; no padding, no mask."""
 
@@ -226,6 +328,36 @@ class TextTower(Tower):
         weight = state.valid.to(hidden.dtype)[:, :, None]
         return (hidden * weight).sum(dim=1) / weight.sum(dim=1).clamp_min(1.0)
 
+    def valid_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Which tokens are not padding ``(B, N)`` (None: all), and which are pooled ``(B,)`` (None: the first)."""
+        return None if attention_mask is None else attention_mask.bool(), None
+
+    def trim(self, inputs: dict[str, Any], *, multiple: int = 1) -> dict[str, Any]:
+        """Texts cut to the longest of the batch, with ``text_lengths``; as they are where padding is not on the right.
+
+        Waits for the device that the texts are on.
+
+        Args:
+            inputs: ``input_ids``, and ``attention_mask`` and ``token_type_ids`` where there are any.
+            multiple: the length left is a multiple of this, or all there is.
+        """
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        if ids is None or ids.dim() != 2:
+            return inputs
+        valid, pool_index = self.valid_tokens(ids, mask)
+        if valid is None:
+            return inputs
+        lengths, regular, longest = measure(valid, pool_index)
+        if not regular:
+            return inputs
+        width = min(ids.shape[1], -(-longest // multiple) * multiple)
+        cut = {
+            name: inputs[name][:, :width]
+            for name in ("input_ids", "attention_mask", "token_type_ids")
+            if inputs.get(name) is not None
+        }
+        return {**inputs, **cut, "text_lengths": lengths}
+
     def check_length(self, input_ids: Tensor) -> None:
         if input_ids.dim() != 2:
             raise ConfigError(f"input_ids has shape {tuple(input_ids.shape)}; wanted (batch, tokens)")
@@ -265,14 +397,7 @@ class ClipTextTower(TextTower):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> TowerState:
         self.check_length(input_ids)
-        # Configurations with eos_token_id 2 predate its right value; the end of the text is then the highest id.
-        end = input_ids if self.model.eos_token_id == 2 else (input_ids == self.model.eos_token_id)
-        pool_index = end.to(torch.int).argmax(dim=-1)
-        if attention_mask is None:
-            position = torch.arange(input_ids.shape[1], device=input_ids.device)
-            valid = position[None, :] <= pool_index[:, None]
-        else:
-            valid = attention_mask.bool()
+        valid, pool_index = self.valid_tokens(input_ids, attention_mask)
         state = TowerState(self.model.embeddings(input_ids=input_ids), 0, valid, pool_index)
         if attention_mask is None:
             # Without a mask the model lets later rows read the padding; the pooled row cannot see it either way.
@@ -281,6 +406,15 @@ class ClipTextTower(TextTower):
             )
             return replace(state, native_mask=mask, has_native_mask=True)
         return state
+
+    def valid_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        # Configurations with eos_token_id 2 predate its right value; the end of the text is then the highest id.
+        end = input_ids if self.model.eos_token_id == 2 else (input_ids == self.model.eos_token_id)
+        pool_index = end.to(torch.int).argmax(dim=-1)
+        if attention_mask is not None:
+            return attention_mask.bool(), pool_index
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return position[None, :] <= pool_index[:, None], pool_index
 
     def native_mask(self, state: TowerState) -> Any:
         mask = None if state.valid is None else state.valid.long()
@@ -295,6 +429,8 @@ class ClipTextTower(TextTower):
         return self.model.final_layer_norm(hidden)
 
     def pool(self, state: TowerState) -> Tensor:
+        if state.pool_index is None:
+            return self.normalise(state.hidden[:, 0])
         rows = torch.arange(len(state.hidden), device=state.hidden.device)
         return self.normalise(state.hidden[rows, state.pool_index])
 

@@ -21,6 +21,8 @@ class TowerState:
         native_mask: the mask that the tower's own layers want for these tokens, made once by the tower and
             carried along; None both before it is made and where the tower needs none.
         has_native_mask: whether ``native_mask`` was made.
+        lengths: ``(B,)`` int32, how many tokens of each sample are valid, where those are known to come first.
+        irregular: whether it is known that they do not: padding on the left or in the middle.
     """
 
     hidden: Tensor
@@ -29,16 +31,51 @@ class TowerState:
     pool_index: Tensor | None = None
     native_mask: Any = None
     has_native_mask: bool = False
+    lengths: Tensor | None = None
+    irregular: bool = False
 
     def after(self, hidden: Tensor, layer: int) -> TowerState:
         """The same input, further along."""
         return replace(self, hidden=hidden, layer=layer)
 
+    def one_row(self, hidden: Tensor) -> TowerState:
+        """The same input with one token a sample left, ``(B, 1, D)``: the one that is pooled."""
+        return replace(self, hidden=hidden, valid=None, pool_index=None, lengths=None)
+
+    def measured(self) -> TowerState:
+        """With ``lengths``, or known to be ``irregular``; waits for the device where neither is known yet."""
+        if self.valid is None or self.lengths is not None or self.irregular:
+            return self
+        lengths, regular, _ = measure(self.valid, self.pool_index)
+        return replace(self, lengths=lengths) if regular else replace(self, irregular=True)
+
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TowerState:
         """On another device; the native mask is made anew there."""
-        hidden, valid, pool_index = (
+        hidden, valid, pool_index, lengths = (
             None if each is None else each.to(device, non_blocking=non_blocking)
-            for each in (self.hidden, self.valid, self.pool_index)
+            for each in (self.hidden, self.valid, self.pool_index, self.lengths)
         )
         assert hidden is not None
-        return TowerState(hidden, self.layer, valid, pool_index)
+        return TowerState(hidden, self.layer, valid, pool_index, lengths=lengths, irregular=self.irregular)
+
+
+def measure(valid: Tensor, pool_index: Tensor | None = None) -> tuple[Tensor, bool, int]:
+    """Where texts end, with one wait for the device.
+
+    Args:
+        valid: ``(B, N)`` boolean, True for tokens that are not padding.
+        pool_index: ``(B,)`` rows that are pooled, if not the first.
+
+    Returns:
+        Valid tokens of each sample ``(B,)`` int32; whether they come first in every row, at least one and the pooled
+        one among them; and the most of them.
+    """
+    lengths = valid.sum(dim=1, dtype=torch.int32)
+    if not valid.numel():
+        return lengths, False, valid.shape[1]
+    first = torch.arange(valid.shape[1], device=valid.device) < lengths[:, None]
+    irregular = (valid != first).any() | (lengths < 1).any()
+    if pool_index is not None:
+        irregular = irregular | (pool_index >= lengths).any()
+    longest, wrong = torch.stack([lengths.max(), irregular.to(torch.int32)]).tolist()
+    return lengths, not wrong, longest

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +117,7 @@ class PromptedModel(nn.Module, ABC):
         token_type_ids: Tensor | None = None,
         labels: Tensor | None = None,
         prefix: Prefix | None = None,
+        text_lengths: Tensor | None = None,
     ) -> PromptedModelOutput:
         """Logits of pictures and texts, and the loss where there are labels.
 
@@ -126,14 +127,15 @@ class PromptedModel(nn.Module, ABC):
             labels: ``(B,)`` class indices; ``(B, K)`` zeros and ones; or ``(B,)`` / ``(B, K)`` numbers, by
                 ``problem_type``.
             prefix: what :meth:`extract` gave for these inputs, in their place.
+            text_lengths: ``(B,)`` from :meth:`prepare`, with which nothing waits for the device.
         """
         if prefix is None:
-            prefix = self.extract(pixel_values, input_ids, attention_mask, token_type_ids)
+            prefix = self.extract(pixel_values, input_ids, attention_mask, token_type_ids, text_lengths)
         elif not torch.compiler.is_compiling():
             self.backbone.ensure_eval()
         if labels is not None and self.training and not self._statistics_checked:
             self._check_statistics()
-        logits = self.head(self.features(prefix))
+        logits = self.head(self.features(self._measured(prefix)))
         return PromptedModelOutput(loss=None if labels is None else self.loss(logits, labels), logits=logits)
 
     @torch.no_grad()
@@ -143,6 +145,7 @@ class PromptedModel(nn.Module, ABC):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        text_lengths: Tensor | None = None,
     ) -> Prefix:
         """Embeddings and layers below the first prompts: frozen, no graph, a fixed function of the inputs."""
         if pixel_values is None or input_ids is None:
@@ -154,10 +157,49 @@ class PromptedModel(nn.Module, ABC):
             self.backbone.ensure_eval()
         text_layer, vision_layer = self.first_layers()
         text, vision = self.backbone.text, self.backbone.vision
+        if text_lengths is None and self._trims:
+            texts = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
+            texts: dict[str, Any] = text.trim(texts)
+            text_lengths = texts.pop("text_lengths", None)
+            tokens = text.start(**texts)
+        else:
+            tokens = text.start(input_ids, attention_mask, token_type_ids)
+        if text_lengths is not None:
+            tokens = replace(tokens, lengths=text_lengths)
+        elif text.runs_fused(self.engine):
+            tokens = tokens.measured()
         return Prefix(
-            text=text.run(text.start(input_ids, attention_mask, token_type_ids), text_layer),
-            vision=vision.run(vision.start(pixel_values), vision_layer),
+            text=text.advance(tokens, text_layer, self.engine),
+            vision=vision.advance(vision.start(pixel_values), vision_layer, self.engine),
         )
+
+    @property
+    def _trims(self) -> bool:
+        return self.engine is not None and self.engine.trim_text
+
+    def _measured(self, prefix: Prefix) -> Prefix:
+        """A prefix of which it is known where its texts end, if the engine is to run it."""
+        if not self.backbone.text.runs_fused(self.engine):
+            return prefix
+        return replace(prefix, text=prefix.text.measured())
+
+    def prepare(self, batch: Mapping[str, Any], *, multiple: int = 1) -> dict[str, Any]:
+        """A batch as the engine wants it: texts cut to the longest of them, and ``text_lengths``.
+
+        Best called on the host: :meth:`forward` then neither cuts nor waits for the device, and can be captured.
+        Without an engine, and where padding is not on the right, a batch is given back as it is.
+
+        Args:
+            batch: keyword arguments of :meth:`forward`.
+            multiple: the tokens left are a multiple of this where the batch has so many: fewer shapes to capture.
+        """
+        batch = dict(batch)
+        if self.engine is None or "text_lengths" in batch:
+            return batch
+        if self._trims:
+            return self.backbone.text.trim(batch, multiple=multiple)
+        whole = self.backbone.text.trim(batch)
+        return {**batch, "text_lengths": whole["text_lengths"]} if "text_lengths" in whole else batch
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         """The task's loss, ``()``: cross-entropy, BCE with logits, or squared error.
@@ -256,7 +298,7 @@ class PromptedModel(nn.Module, ABC):
         """The prefix of each batch (as for :meth:`forward`, labels unread), on the model's device."""
         for batch in batches:
             inputs = {name: _to(value, self.device) for name, value in batch.items() if name != "labels"}
-            yield inputs["prefix"] if "prefix" in inputs else self.extract(**inputs)
+            yield self._measured(inputs["prefix"]) if "prefix" in inputs else self.extract(**inputs)
 
     # -- frozen and trainable ----------------------------------------------------------------------------------
 

@@ -29,7 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from epic_fast.backbones import DualEncoder
+from epic_fast.backbones.towers import PlainRun
 from epic_fast.engine import Prefix
+from epic_fast.engine.packed import PackedRun, exchange
 from epic_fast.errors import ConfigError
 from epic_fast.models.base import PromptedModel
 from epic_fast.models.configuration import MethodConfig, check_choice, check_range
@@ -219,31 +221,67 @@ class EpicModel(PromptedModel):
         return self.layer_pairs[0]
 
     def features(self, prefix: Prefix) -> Tensor:
-        text_tower, vision_tower = self.backbone.text, self.backbone.vision
+        towers = text_tower, vision_tower = self.backbone.text, self.backbone.vision
         text, vision = prefix.text, prefix.vision
+        reads = self.config.text_head_input, self.config.vision_head_input
         more: list[Tensor] = []
         if self.config.prompt_length:
-            text_prompt, vision_prompt = self.initial_prompts(len(text.hidden))
-            for step, (text_layer, vision_layer) in enumerate(self.layer_pairs):
-                text, text_prompt = text_tower.run_prompted(text, text_layer, text_prompt, self.config.prompt_mask)
-                vision, vision_prompt = vision_tower.run_prompted(
-                    vision, vision_layer, vision_prompt, self.config.prompt_mask
-                )
+            runs = text_run, vision_run = self._begin(prefix, reads)
+            for step, layers in enumerate(self.layer_pairs):
+                for run, layer in zip(runs, layers, strict=True):
+                    run.step(layer)
                 if self.reads_similarity:
-                    more.append(self.hub.similarity(text_prompt, vision_prompt, step).flatten(1))
+                    more.append(self._similarity(text_run.prompts, vision_run.prompts, step))
                 if step < self.hub.steps:
-                    text_prompt, vision_prompt = self.hub(text_prompt, vision_prompt, step)
+                    self._interact(text_run, vision_run, step)
             if self.config.head_reads_prompts:
-                more += [text_prompt.mean(dim=1), vision_prompt.mean(dim=1)]
-        text, vision = text_tower.run_all(text), vision_tower.run_all(vision)
+                more += [run.prompts.mean(dim=1) for run in runs]
+            text, vision = (run.finish() for run in runs)
+        else:
+            text, vision = (
+                tower.advance(state, tower.num_layers, self.engine, read)
+                for tower, state, read in zip(towers, (text, vision), reads, strict=True)
+            )
         return torch.cat(
-            [
-                text_tower.features(text, self.config.text_head_input),
-                vision_tower.features(vision, self.config.vision_head_input),
-                *more,
-            ],
+            [text_tower.features(text, reads[0]), vision_tower.features(vision, reads[1]), *more],
             dim=-1,
         )
+
+    def _begin(self, prefix: Prefix, reads: tuple[str | None, str | None] = (None, None)) -> Any:
+        """Both towers' ways through the layers; ``reads``: the features that are read of the last ones."""
+        towers = self.backbone.text, self.backbone.vision
+        states = prefix.text, prefix.vision
+        prompts = self.initial_prompts(len(prefix.text.hidden))
+        return [
+            tower.begin(
+                state,
+                prompt,
+                self.config.prompt_mask,
+                self.engine,
+                first=first,
+                reads=read,
+                reads_prompts=self.config.head_reads_prompts or self.reads_similarity,
+            )
+            for tower, state, prompt, first, read in zip(
+                towers, states, prompts, self.first_layers(), reads, strict=True
+            )
+        ]
+
+    def _similarity(self, text_prompt: Tensor, vision_prompt: Tensor, step: int) -> Tensor:
+        if self.engine is not None:
+            # The next prompts may take the place of these, which backward will want to see.
+            text_prompt, vision_prompt = text_prompt.clone(), vision_prompt.clone()
+        return self.hub.similarity(text_prompt, vision_prompt, step).flatten(1)
+
+    def _interact(self, text: PackedRun | PlainRun, vision: PackedRun | PlainRun, step: int) -> None:
+        if (
+            self.hub.activation == "none"
+            and isinstance(text, PackedRun)
+            and isinstance(vision, PackedRun)
+            and exchange(text, vision, self.hub.parameters_of(step, text.prompts.dtype))
+        ):
+            return
+        text.prompts, vision.prompts = self.hub(text.prompts, vision.prompts, step)
 
     def initial_prompts(self, batch: int) -> tuple[Tensor, Tensor]:
         """The prompts before the first pair, ``(B, P, D_t)`` and ``(B, P, D_v)``, the same for every sample."""
@@ -281,13 +319,9 @@ class EpicModel(PromptedModel):
                 )
             text, vision = [], []
             for prefix in self.prefixes(batches):
-                prompts = self.initial_prompts(len(prefix.text.hidden))
-                text_layer, vision_layer = self.layer_pairs[0]
-                mask = self.config.prompt_mask
-                text.append(self.backbone.text.run_prompted(prefix.text, text_layer, prompts[0], mask)[1].mean(dim=1))
-                vision.append(
-                    self.backbone.vision.run_prompted(prefix.vision, vision_layer, prompts[1], mask)[1].mean(dim=1)
-                )
+                for run, layer, means in zip(self._begin(prefix), self.first_layers(), (text, vision), strict=True):
+                    run.step(layer)
+                    means.append(run.prompts.mean(dim=1))
             self.hub.fit_least_squares(torch.cat(text), torch.cat(vision))
             self.projections_fitted.fill_(True)
         if super().needs_feature_statistics:

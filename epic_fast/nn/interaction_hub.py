@@ -73,12 +73,12 @@ class InteractionHub(nn.Module):
 
     def forward(self, text_prompt: Tensor, vision_prompt: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """Prompts ``(B, P, D_t)``, ``(B, P, D_v)`` after a layer pair to those of the next; ``step`` from 0."""
+        if self.activation == "none":
+            parameters = self.parameters_of(step, text_prompt.dtype)
+            return functional.prompt_interaction(text_prompt, vision_prompt, *parameters)
         copy = 0 if self.shared else step
         gates = self.text_gate[step], self.vision_gate[step]
         temperature = self.log_temperature.exp()
-        if self.activation == "none":
-            projections = self._projections(copy, text_prompt.dtype)
-            return functional.prompt_interaction(text_prompt, vision_prompt, *projections, *gates, temperature)
         # With a unit gate the operation returns prompt + mix, and the mix alone goes through the activation; in
         # at least float32, for the difference would lose the mix's digits in a lower precision.
         one = torch.ones_like(temperature)
@@ -89,6 +89,11 @@ class InteractionHub(nn.Module):
             (text + gates[0] * self._activate(mixed[0] - text)).to(text_prompt.dtype),
             (vision + gates[1] * self._activate(mixed[1] - vision)).to(vision_prompt.dtype),
         )
+
+    def parameters_of(self, step: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What step ``step`` gives to :func:`epic_fast.functional.prompt_interaction` beside prompts of ``dtype``."""
+        projections = self._projections(0 if self.shared else step, dtype)
+        return (*projections, self.text_gate[step], self.vision_gate[step], self.log_temperature.exp())
 
     def similarity(self, text_prompt: Tensor, vision_prompt: Tensor, step: int) -> Tensor:
         """The cosines that step ``step`` mixes by, before temperature and softmax: ``(B, P, P)``."""

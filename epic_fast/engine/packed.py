@@ -1,0 +1,250 @@
+"""A tower's way through its fused layers: prompts and tokens in one buffer from one layer to the next.
+
+The prompts of both towers are exchanged where they lie: the next ones are written into the slots that the last ones
+came out of, and their gradients into the slots of the buffers that the tokens' gradients come in.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from epic_fast.engine.blocks import why_not
+from epic_fast.engine.fused import FrozenBlock, Geometry, run_blocks
+from epic_fast.engine.rows import RowSelection
+from epic_fast.engine.state import TowerState
+from epic_fast.ops import prompt_interaction as interaction
+from epic_fast.ops.prompt_interaction import BACKWARD as INTERACTION_BACKWARD
+
+logger = logging.getLogger("epic_fast")
+
+
+class FrozenTower:
+    """The fused blocks of a tower, where each of its layers has one.
+
+    Args:
+        layers: in order.
+        name: of the tower, for messages.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], name: str):
+        self._layers = list(layers)
+        self._name = name
+        self._blocks: list[FrozenBlock] | None = None
+
+    def blocks(self) -> list[FrozenBlock] | None:
+        """The blocks, read anew where a layer was changed; None, saying why once, where a layer cannot have one."""
+        if self._blocks is None or not all(block.parts.unchanged() for block in self._blocks):
+            self._blocks = None
+            for layer in self._layers:
+                reason = why_not(layer)
+                if reason is not None:
+                    say_plain(self._name, reason)
+                    return None
+            self._blocks = [FrozenBlock(layer) for layer in self._layers]
+        return self._blocks
+
+
+@functools.cache
+def say_plain(name: str, reason: str) -> None:
+    """Log, once, why a tower runs its own modules."""
+    logger.info("engine: the %s tower runs the backbone's own layers: %s", name, reason)
+
+
+class PackedRun:
+    """Tokens and prompts of one tower between the layers; prompts wait where layers run on the tokens alone.
+
+    Args:
+        blocks: of all layers.
+        state: the tokens below the first layer that prompts join.
+        prompts: ``(B, P, D)``, P at least 1.
+        prompt_mask: ``"full"`` or ``"prefix"``.
+        causal: of the tower.
+        save: see :class:`~epic_fast.engine.EngineConfig`.
+        rows: what is read after the last layer; None: all.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[FrozenBlock],
+        state: TowerState,
+        prompts: Tensor,
+        *,
+        prompt_mask: str,
+        causal: bool,
+        save: str,
+        rows: RowSelection | None,
+    ):
+        self._blocks = blocks
+        self._state = state
+        self._layer = state.layer
+        self._save = save
+        self._rows = rows
+        self._alone = Geometry(0, state.lengths, "full", causal)
+        self._together = Geometry(prompts.shape[1], state.lengths, prompt_mask, causal)
+        # Either one buffer with the prompts in its first rows, or the two apart.
+        self._buffer: Tensor | None = None
+        self._tokens = state.hidden
+        self._prompts: Tensor | None = prompts
+
+    @property
+    def prompts(self) -> Tensor:
+        """``(B, P, D)``; where they lie in the buffer, a view of it."""
+        if self._buffer is not None:
+            return self._buffer[:, : self._together.prompts]
+        assert self._prompts is not None
+        return self._prompts
+
+    @prompts.setter
+    def prompts(self, value: Tensor) -> None:
+        if self._buffer is not None:
+            self._tokens, self._buffer = self._buffer[:, self._together.prompts :], None
+        self._prompts = value
+
+    @property
+    def buffer(self) -> Tensor | None:
+        """``(B, P + N, D)`` where prompts and tokens lie together."""
+        return self._buffer
+
+    @buffer.setter
+    def buffer(self, value: Tensor) -> None:
+        self._buffer = value
+
+    def step(self, index: int) -> None:
+        """The tokens alone up to layer ``index``, then that layer on ``[prompts ; tokens]``."""
+        if self._layer < index:
+            self.prompts = self.prompts
+            self._run_alone(index)
+        block, geometry = self._blocks[index], self._geometry(self._together, index + 1)
+        if self._buffer is not None:
+            found = block(self._buffer, geometry, save=self._save)
+        else:
+            found = block(self._tokens, geometry, prompts=self._prompts, save=self._save)
+        self._layer = index + 1
+        self._buffer, self._prompts = found, None
+        if geometry.rows is not None:
+            first = geometry.prompts if geometry.rows.prompts else 0
+            self._tokens, self._prompts, self._buffer = found[:, first:], found[:, :first], None
+            self._read_rows()
+
+    def finish(self) -> TowerState:
+        """The tokens after the layers that are left."""
+        if self._buffer is not None:
+            self.prompts = self.prompts
+        if self._layer < len(self._blocks):
+            self._run_alone(len(self._blocks))
+        return self._state.after(self._tokens, self._layer)
+
+    def _run_alone(self, stop: int) -> None:
+        geometry = self._geometry(self._alone, stop)
+        if geometry.rows is not None:
+            # The prompts wait beside the tokens: they are read from where they are.
+            geometry = replace(geometry, rows=replace(geometry.rows, prompts=False))
+        self._tokens = run_blocks(self._blocks[self._layer : stop], self._tokens, geometry, save=self._save)
+        self._layer = stop
+        if geometry.rows is not None:
+            self._read_rows()
+
+    def _geometry(self, geometry: Geometry, stop: int) -> Geometry:
+        return replace(geometry, rows=self._rows) if self._rows is not None and stop == len(self._blocks) else geometry
+
+    def _read_rows(self) -> None:
+        self._state = self._state.one_row(self._tokens)
+
+
+def exchange(text: PackedRun, vision: PackedRun, parameters: Sequence[Tensor], eps: float = 1e-8) -> bool:
+    """The prompts of both towers to those of their next layers, where they lie.
+
+    Args:
+        text, vision: runs after a layer with prompts.
+        parameters: of :func:`epic_fast.functional.prompt_interaction`, weights to temperature.
+
+    Returns:
+        False, with nothing done, where a tower's prompts do not lie in a buffer.
+    """
+    if text.buffer is None or vision.buffer is None:
+        return False
+    count = text.prompts.shape[1]
+    kind = text.buffer.device.type
+    prompts = text.prompts.detach(), vision.prompts.detach()
+    kernel = interaction.choose("auto", *prompts, *parameters) is not interaction.reference
+    if kernel and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        parameters = [*(each.to(dtype) for each in parameters[:4]), *parameters[4:]]
+    text.buffer, vision.buffer = _Exchange.apply(text.buffer, vision.buffer, count, eps, kernel, *parameters)  # pyright: ignore
+    return True
+
+
+class _Exchange(torch.autograd.Function):
+    """Owns the slots of both buffers; saves the prompts that it found there."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, text: Tensor, vision: Tensor, count: int, eps: float, kernel: bool, *parameters: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        slots = text[:, :count], vision[:, :count]
+        found = [slot.clone(memory_format=torch.contiguous_format) for slot in slots]
+        call = interaction.triton if kernel else interaction.reference
+        assert call is not None
+        call(*found, *parameters, eps=eps, out=slots)
+        ctx.mark_dirty(text, vision)
+        ctx.save_for_backward(*found, *parameters)
+        ctx.count, ctx.eps, ctx.kernel = count, eps, kernel
+        ctx.shapes = text.shape, vision.shape
+        kind = text.device.type
+        ctx.autocast = {"enabled": torch.is_autocast_enabled(kind), "dtype": torch.get_autocast_dtype(kind)}
+        return text, vision
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        saved = ctx.saved_tensors
+        count = ctx.count
+        needs = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:]]
+        slots = [None if grad is None else grad[:, :count] for grad in grads]
+        if ctx.kernel:
+            found: Sequence[Any] = INTERACTION_BACKWARD(*slots, *saved, ctx.eps, needs)
+        else:
+            found = _reference_backward(slots, saved, ctx.eps, needs, ctx.autocast)
+        buffers: list[Tensor | None] = []
+        for index, (grad, shape) in enumerate(zip(grads, ctx.shapes, strict=True)):
+            if not needs[index]:
+                buffers.append(None)
+                continue
+            # The gradient of a buffer comes from the one layer that read it, which made it for nobody else.
+            buffer = saved[index].new_zeros(shape) if grad is None else grad
+            buffer = buffer if buffer.is_contiguous() else buffer.contiguous()
+            buffer[:, :count] = found[index]
+            buffers.append(buffer)
+        rest = [gradient if needed else None for gradient, needed in zip(found[2:], needs[2:], strict=True)]
+        return (*buffers, None, None, None, *rest)
+
+
+def _reference_backward(
+    grads: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    eps: float,
+    needs: Sequence[bool],
+    autocast: dict[str, Any],
+) -> list[Tensor | None]:
+    with torch.enable_grad(), torch.autocast(saved[0].device.type, **autocast):
+        inputs = [each.detach().requires_grad_(needed) for each, needed in zip(saved, needs, strict=True)]
+        outputs = interaction.reference(*inputs, eps=eps)
+    used = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
+    found = torch.autograd.grad(
+        [output for output, _ in used],
+        [each for each in inputs if each.requires_grad],
+        [grad for _, grad in used],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    gradients = iter(found)
+    return [next(gradients) if needed else None for needed in needs]
