@@ -109,9 +109,15 @@ BACKWARD = library.register(
 def _triton_forward(
     pre: Tensor, kind: str, *, keep: str, eight_bit: str | None
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    if library.direct(pre):
+        return _launchers()[0](pre, kind, keep=keep, eight_bit=eight_bit)
     output, codes, scale = FORWARD(pre, kind, keep == "eight_bit", eight_bit)
     kept = pre if keep == "full" else codes if keep == "eight_bit" else None
     return output, kept, None if eight_bit is None else scale
+
+
+def _triton_backward(grad: Tensor, kept: Tensor, kind: str, keep: str) -> Tensor:
+    return (_launchers()[1] if library.direct(grad, kept) else BACKWARD)(grad, kept, kind, keep)
 
 
 def _limits(eight_bit: str | None, tensor: Tensor, *others: Any) -> Sequence[str]:
@@ -140,6 +146,6 @@ _FORWARD = {
 _BACKWARD = Operation(
     "activation_backward",
     reference=reference.activation_backward,
-    triton=BACKWARD,
+    triton=_triton_backward,
     limits=functools.partial(_limits, None),
 )

@@ -204,6 +204,10 @@ def _triton_forward(
     in_place: bool,
     eight_bit: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    if library.direct(stream, branch, weight, bias):
+        return _launchers()[0](
+            stream, branch, weight, bias, eps, normed_dtype=normed_dtype, in_place=in_place, eight_bit=eight_bit
+        )  # fmt: skip
     total = stream
     if branch is None:
         normed, mean, rstd, scale = NORM(stream, weight, bias, eps, normed_dtype, eight_bit)
@@ -212,6 +216,10 @@ def _triton_forward(
     else:
         total, normed, mean, rstd, scale = FORWARD(stream, branch, weight, bias, eps, normed_dtype, eight_bit)
     return total, normed, mean, rstd, None if eight_bit is None else scale
+
+
+def _triton_backward(*tensors: Tensor | None) -> Tensor:
+    return (_launchers()[1] if library.direct(*tensors) else BACKWARD)(*tensors)
 
 
 def _limits(eight_bit: str | None, stream: Tensor, *others: Any) -> Sequence[str]:
@@ -251,6 +259,6 @@ _FORWARD = {
 _BACKWARD = Operation(
     "residual_norm_backward",
     reference=reference.residual_norm_backward,
-    triton=BACKWARD,
+    triton=_triton_backward,
     limits=functools.partial(_limits, None),
 )

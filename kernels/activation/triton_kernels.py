@@ -18,9 +18,10 @@ from epic_fast.kernels.activation.triton_functions import (
     derivative,
     encode_derivative,
 )
+from epic_fast.kernels.common import plan
 from epic_fast.kernels.common.eight_bit import EIGHT_BIT_TYPES
-from epic_fast.kernels.common.launch import launch
-from epic_fast.kernels.common.rows import as_rows, facts_of, on_device_of, row_strides
+from epic_fast.kernels.common.plan import Tape
+from epic_fast.kernels.common.rows import facts_of, row_strides, rows_of
 from epic_fast.kernels.common.triton_eight_bit import quantise, row_scales
 from epic_fast.kernels.common.triton_rows import row_offsets
 
@@ -103,27 +104,32 @@ def activation_forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Shapes and meanings are those of :func:`epic_fast.ops.activation.activation_forward`; ``tile`` is one other than
     the table's, as wide as a row where ``eight_bit`` is given."""
-    shape, width, device = pre.shape, pre.shape[-1], pre.device
+    output, codes, scale = plan.run(forward, (pre,), (kind, keep == "eight_bit", eight_bit, tile))
+    return output, pre if keep == "full" else codes, scale  # pyright: ignore[reportReturnType]
+
+
+def forward(
+    tape: Tape, pre: Tensor, kind: str, coded: bool, eight_bit: str | None, tile: ActivationTile | None
+) -> tuple[Tensor | None, ...]:
+    """:func:`activation_forward` on a tape; in place of what is kept the codes, or None."""
+    shape, width = pre.shape, pre.shape[-1]
     rows = pre.numel() // width
-    dtype = pre.dtype if eight_bit is None else EIGHT_BIT_TYPES[eight_bit]
-    output = torch.empty(shape, dtype=dtype, device=device)
-    codes = torch.empty(shape, dtype=torch.uint8, device=device) if keep == "eight_bit" else None
-    scale = None if eight_bit is None else torch.empty(rows, dtype=torch.float32, device=device)
-    kept = pre if keep == "full" else codes
+    output = tape.empty(shape, pre.dtype if eight_bit is None else EIGHT_BIT_TYPES[eight_bit])
+    codes = tape.empty(shape, torch.uint8) if coded else None
+    scale = None if eight_bit is None else tape.empty((rows,), torch.float32)
     if not rows:
-        return output, kept, scale
+        return output, codes, scale
     if tile is None:
         tile = activation_tile(width, eight_bit is not None)
-    pre = as_rows(pre)
+    pre = rows_of(tape, pre)
     inner_rows, strides, unit = row_strides((pre,))
     constants = (width, unit, kind, eight_bit, tile.rows, tile.block)
     tensors = (pre, output, codes, scale)
     integers = (rows, inner_rows, *strides)
     facts = facts_of(tensors, integers, (constants, tile.warps))
     programs = -(-rows // tile.rows) * -(-width // tile.block)
-    with on_device_of(pre):
-        launch(forward_kernel, programs, (*tensors, *integers, *constants), tile.options, facts)
-    return output, kept, scale
+    tape.launch(forward_kernel, programs, (*tensors, *integers, *constants), tile.options, facts)
+    return output, codes, scale
 
 
 def activation_backward(
@@ -131,20 +137,26 @@ def activation_backward(
 ) -> Tensor:
     """Shapes and meanings are those of :func:`epic_fast.ops.activation.activation_backward`; ``tile`` is one other than
     the table's."""
+    return plan.run(backward, (grad, kept), (kind, keep == "eight_bit", tile))[0]  # pyright: ignore[reportReturnType]
+
+
+def backward(
+    tape: Tape, grad: Tensor, kept: Tensor, kind: str, coded: bool, tile: ActivationTile | None
+) -> tuple[Tensor, ...]:
+    """:func:`activation_backward` on a tape."""
     width = grad.shape[-1]
     rows = grad.numel() // width
-    grad_pre = torch.empty(grad.shape, dtype=grad.dtype, device=grad.device)
+    grad_pre = tape.empty(grad.shape, grad.dtype)
     if not rows:
-        return grad_pre
+        return (grad_pre,)
     if tile is None:
         tile = activation_tile(width, False)
-    grad, kept = as_rows(grad), as_rows(kept)
+    grad, kept = rows_of(tape, grad), rows_of(tape, kept)
     inner_rows, strides, unit = row_strides((grad, kept))
-    constants = (width, unit, kind, keep == "eight_bit", tile.rows, tile.block)
+    constants = (width, unit, kind, coded, tile.rows, tile.block)
     tensors = (grad, kept, grad_pre)
     integers = (rows, inner_rows, *strides)
     facts = facts_of(tensors, integers, (constants, tile.warps))
     programs = -(-rows // tile.rows) * -(-width // tile.block)
-    with on_device_of(grad):
-        launch(backward_kernel, programs, (*tensors, *integers, *constants), tile.options, facts)
-    return grad_pre
+    tape.launch(backward_kernel, programs, (*tensors, *integers, *constants), tile.options, facts)
+    return (grad_pre,)

@@ -1,17 +1,16 @@
 """Tensors (..., D) as rows for kernels that go row by row: outer and inner strides, and what Triton compiles for."""
 
-# pyright: basic
+# pyright: basic, reportMissingImports=false
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Hashable, Sequence
-from typing import Any
+from contextlib import AbstractContextManager
 
-import torch
 from torch import Tensor
 
-_HERE = contextlib.nullcontext()
+from epic_fast.kernels.common import launch
+from epic_fast.kernels.common.plan import Tape, on_device
 
 
 def as_rows(tensor: Tensor) -> Tensor:
@@ -47,28 +46,23 @@ def row_strides(tensors: Sequence[Tensor | None]) -> tuple[int, tuple[int, ...],
     return inner_rows, tuple(each >> 4 for each in strides), 16
 
 
+def rows_of(tape: Tape, tensor: Tensor) -> Tensor:
+    """:func:`as_rows` on a tape."""
+    if tensor.dim() in (2, 3) and tensor.stride(-1) == 1:
+        return tensor
+    return tape.derive(as_rows, tensor)
+
+
+def contiguous(tape: Tape, tensor: Tensor) -> Tensor:
+    """The tensor itself or a copy."""
+    return tensor if tensor.is_contiguous() else tape.derive(Tensor.contiguous, tensor)
+
+
 def facts_of(tensors: Sequence[Tensor | None], integers: Sequence[int], constants: Hashable) -> Hashable:
-    """What :func:`epic_fast.kernels.common.launch.launch` keeps a compiled kernel under; None where Triton is to look.
-
-    Args:
-        tensors: the pointers, or None.
-        integers: those that are no constexpr, none of them specialised but by its width.
-        constants: every constexpr and option.
-    """
-    addresses, types = 0, []
-    for tensor in tensors:
-        if tensor is None:
-            types.append(None)
-        else:
-            addresses |= tensor.data_ptr()
-            types.append(tensor.dtype)
-    if addresses % 16 or max(integers) >= 2**31:
-        return None
-    return tuple(types), constants
+    """:func:`epic_fast.kernels.common.launch.facts_of` where every pointer is compiled for its alignment."""
+    return launch.facts_of(tensors, (), integers, constants)
 
 
-def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device(tensor.device)
+def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return on_device(tensor.device)

@@ -8,13 +8,13 @@ README.md beside this file has the equation.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from epic_fast.kernels.common.launch import launch
-from epic_fast.kernels.common.rows import as_rows, facts_of, on_device_of, row_strides
+from epic_fast.kernels.common import plan
+from epic_fast.kernels.common.plan import Tape
+from epic_fast.kernels.common.rows import contiguous, facts_of, row_strides, rows_of
 from epic_fast.kernels.common.triton_rows import row_offsets
 from epic_fast.kernels.residual_norm.tiles import RowTile, norm_tile
 
@@ -92,21 +92,36 @@ def residual_norm_backward(
 ) -> Tensor:
     """Shapes and meanings are those of :func:`epic_fast.ops.residual_norm.residual_norm_backward`; ``tile`` is one
     other than the table's."""
+    tensors = (grad_normed, grad_total, total, weight, mean, rstd)
+    return plan.run(backward, tensors, (tile,))[0]  # pyright: ignore[reportReturnType]
+
+
+def backward(
+    tape: Tape,
+    grad_normed: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    tile: RowTile | None,
+) -> tuple[Tensor, ...]:
+    """:func:`residual_norm_backward` on a tape."""
     width = total.shape[-1]
     rows = total.numel() // width
-    grad = torch.empty(total.shape, dtype=total.dtype, device=total.device)
+    grad = tape.empty(total.shape, total.dtype)
     if not rows:
-        return grad
+        return (grad,)
     if tile is None:
         tile = norm_tile(width)
-    grad_normed, total = as_rows(grad_normed), as_rows(total)
+    grad_normed, total = rows_of(tape, grad_normed), rows_of(tape, total)
     if grad_total is not None:
-        grad_total = as_rows(grad_total)
+        grad_total = rows_of(tape, grad_total)
     inner_rows, strides, unit = row_strides((grad_normed, grad_total, total))
     constants = (width, unit, tile.rows, tile.block)
-    tensors = (grad_normed, grad_total, total, weight.contiguous(), mean.contiguous(), rstd.contiguous(), grad)
+    per_row = contiguous(tape, mean), contiguous(tape, rstd)
+    tensors = (grad_normed, grad_total, total, contiguous(tape, weight), *per_row, grad)
     integers = (rows, inner_rows, *strides)
     facts = facts_of(tensors, integers, (constants, tile.warps))
-    with on_device_of(total):
-        launch(backward_kernel, -(-rows // tile.rows), (*tensors, *integers, *constants), tile.options, facts)
-    return grad
+    tape.launch(backward_kernel, -(-rows // tile.rows), (*tensors, *integers, *constants), tile.options, facts)
+    return (grad,)

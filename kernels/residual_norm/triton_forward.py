@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from epic_fast.kernels.common import plan
 from epic_fast.kernels.common.eight_bit import EIGHT_BIT_TYPES
-from epic_fast.kernels.common.launch import launch
-from epic_fast.kernels.common.rows import as_rows, facts_of, on_device_of, row_strides
+from epic_fast.kernels.common.plan import Tape
+from epic_fast.kernels.common.rows import contiguous, facts_of, row_strides, rows_of
 from epic_fast.kernels.common.triton_eight_bit import quantise, row_scales
 from epic_fast.kernels.common.triton_rows import row_offsets
 from epic_fast.kernels.residual_norm.tiles import RowTile, norm_tile
@@ -111,43 +112,50 @@ def residual_norm_forward(
         in_place: the sum goes into ``stream``, which then needs a unit last stride and rows that a view can list.
         tile: other than the table's.
     """
-    shape, width = stream.shape, stream.shape[-1]
-    device = stream.device
     if normed_dtype is None:
         normed_dtype = stream.dtype if branch is None else branch.dtype
     if eight_bit is not None:
         normed_dtype = EIGHT_BIT_TYPES[eight_bit]
+    tensors, options = (stream, branch, weight, bias), (float(eps), normed_dtype, in_place, eight_bit, tile)
+    return plan.run(forward, tensors, options)  # pyright: ignore[reportReturnType]
+
+
+def forward(
+    tape: Tape,
+    stream: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    normed_dtype: torch.dtype,
+    in_place: bool,
+    eight_bit: str | None,
+    tile: RowTile | None,
+) -> tuple[Tensor | None, ...]:
+    """:func:`residual_norm_forward` on a tape."""
+    shape, width = stream.shape, stream.shape[-1]
     rows = stream.numel() // width
-    normed = torch.empty(shape, dtype=normed_dtype, device=device)
-    mean = torch.empty(rows, dtype=torch.float32, device=device)
-    rstd = torch.empty(rows, dtype=torch.float32, device=device)
-    scale = None if eight_bit is None else torch.empty(rows, dtype=torch.float32, device=device)
-    given, read = stream, as_rows(stream)
-    if branch is None:
-        total = written = None
-    elif in_place:
-        if read.data_ptr() != given.data_ptr():
+    normed = tape.empty(shape, normed_dtype)
+    mean, rstd = tape.empty((rows,), torch.float32), tape.empty((rows,), torch.float32)
+    scale = None if eight_bit is None else tape.empty((rows,), torch.float32)
+    total = stream if branch is None or in_place else tape.empty(shape, stream.dtype)
+    if not rows:
+        return total, normed, mean, rstd, scale
+    read, written = rows_of(tape, stream), None
+    if branch is not None:
+        branch = rows_of(tape, branch)
+        written = read if in_place else rows_of(tape, total)
+        if in_place and read.data_ptr() != stream.data_ptr():
             raise ValueError(
                 f"residual_norm_forward: in_place=True wants a stream with unit last stride; got shape {tuple(shape)} "
-                f"with strides {given.stride()}; give a view with unit last stride or in_place=False"
+                f"with strides {stream.stride()}; give a view with unit last stride or in_place=False"
             )
-        total, written = given, read
-    else:
-        total = torch.empty(shape, dtype=stream.dtype, device=device)
-        written = as_rows(total)
-    if not rows:
-        return given if total is None else total, normed, mean, rstd, scale
-    if branch is not None:
-        branch = as_rows(branch)
     if tile is None:
         tile = norm_tile(width)
     inner_rows, strides, unit = row_strides((read, branch, written))
     constants = (width, unit, eight_bit, tile.rows, tile.block)
-    tensors = (read, branch, written, weight.contiguous(), bias.contiguous(), normed, mean, rstd, scale)
+    tensors = (read, branch, written, contiguous(tape, weight), contiguous(tape, bias), normed, mean, rstd, scale)
     integers = (rows, inner_rows, *strides)
     facts = facts_of(tensors, integers, (constants, tile.warps))
-    with on_device_of(read):
-        launch(
-            forward_kernel, -(-rows // tile.rows), (*tensors, float(eps), *integers, *constants), tile.options, facts
-        )
-    return given if total is None else total, normed, mean, rstd, scale
+    tape.launch(forward_kernel, -(-rows // tile.rows), (*tensors, eps, *integers, *constants), tile.options, facts)
+    return total, normed, mean, rstd, scale
