@@ -594,6 +594,14 @@ def test_the_message_says_where_it_happened(fake, tmp_path):
     check_message(tmp_path, "cpu")
 
 
+def test_a_run_leaves_no_graphs_behind(fake):
+    model = build()
+    train(model, epochs=1)
+    assert model not in engine_graphs._CALLS
+    assert "forward" not in model.__dict__
+    assert fake.events.count("replay") > 4
+
+
 def test_samples_without_labels_are_refused(fake):
     class Bare(Ragged):
         def __getitem__(self, index):
@@ -679,7 +687,7 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.mark.gpu
 @on_gpu
-@pytest.mark.parametrize(("precision", "rtol"), [("fp32", 1e-5), ("bf16", 2e-2)])
+@pytest.mark.parametrize(("precision", "rtol"), [("fp32", 1e-4), ("bf16", 2e-2)])
 @pytest.mark.parametrize("engine", [GRAPHS, FUSED], ids=["plain", "fused"])
 def test_gpu_twenty_steps(engine, precision, rtol):
     compare_with_eager(precision, device="auto", rtol=rtol, engine=engine)
@@ -768,9 +776,23 @@ def test_gpu_a_capture_that_fails_leaves_the_device_whole(caplog):
 
 @pytest.mark.gpu
 @on_gpu
-def test_gpu_workers_that_pin_memory_do_not_spoil_a_capture():
-    model = build()
-    train(model, data=Ragged(64), epochs=2, device="auto", precision="fp32", num_workers=2, batch_size=4)
-    assert not any(
-        "its capture failed" in reason for reason in [str(graphed(model).cache and graphed(model).cache.refused)]
-    )
+def test_gpu_workers_that_pin_memory_do_not_spoil_a_capture(caplog):
+    train(build(), data=Ragged(64), epochs=2, device="auto", precision="fp32", num_workers=2, batch_size=4)
+    assert "without a CUDA graph" not in caplog.text
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_gpu_memory_comes_back_with_the_graphs():
+    """Buffers and pool of 20 shapes; a cache that is cleared leaves none of it."""
+    model = build().to(CUDA).eval()
+    gc.collect()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    with torch.no_grad():
+        for size in range(1, 21):
+            graphed(model)(**batch_of(*range(size), device=CUDA))
+    engine_graphs.forget(model)
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() - before < 2**27  # workspaces of the libraries stay

@@ -93,7 +93,7 @@ class CudaBackend:
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         # On the recording's own stream, so that the libraries' workspaces for it are ordinary memory.
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream):
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream), _one_thread():
             work()
         current.wait_stream(self.stream)
 
@@ -104,6 +104,7 @@ class CudaBackend:
         with (
             torch.cuda.device(self.device),
             torch.cuda.stream(torch.cuda.current_stream(self.device)),
+            _one_thread(),
             torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
         ):
             result = work()
@@ -132,6 +133,11 @@ class CudaBackend:
 
     def restore(self, position: Any) -> None:
         torch.cuda.default_generators[self.device.index].set_offset(position)
+
+
+def _one_thread() -> AbstractContextManager[Any]:
+    """A backward pass stays in the thread that records."""
+    return torch.autograd.set_multithreading_enabled(False)
 
 
 @dataclasses.dataclass
@@ -566,6 +572,11 @@ def graphed(model: nn.Module) -> Callable[..., Any]:
     if call is None:
         call = _CALLS[model] = CapturedCall(model)
     return call
+
+
+def forget(model: nn.Module) -> None:
+    """Give the memory of a model's :func:`graphed` calls back."""
+    _CALLS.pop(model, None)
 
 
 def _wants_graphs(model: nn.Module) -> bool:

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from epic_fast.engine.graphs import Backend, backend_for, prepared, say_once
+from epic_fast.engine.graphs import Backend, backend_for, forget, prepared, say_once
 from epic_fast.errors import ConfigError, DataError, EpicFastError
 from epic_fast.files import atomic_write_json, atomic_write_text
 from epic_fast.training.batches import (
@@ -272,7 +272,10 @@ class _Run:
             self.prefixes.close()
         if self.log is not None:
             self.log.close()
+        if self.captured is not None:
+            self.captured.cache.clear()
         if self._forward is not _MISSING:
+            forget(self.model)  # these graphs hold the forward that is taken away here
             for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
                 self.model.__dict__.pop(name, None)
             if self._forward is not None:
