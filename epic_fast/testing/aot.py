@@ -475,6 +475,44 @@ def launch_activation(case: RowsCase, dtype: torch.dtype) -> None:
                 activation_backward(pre, kept, kind, keep)
 
 
+def launch_linear(case: RowsCase, dtype: torch.dtype) -> None:
+    """The MLP's products on tensors without memory: forward and backward for all that can be kept, and in 8 bits."""
+    from epic_fast.kernels.frozen_linear import (  # pyright: ignore[reportMissingImports]
+        gluon_product,
+        launchers,
+        reference,
+        triton_product,
+        triton_quantise,
+    )
+
+    rows, width, hidden = case.batch * case.rows, case.width, 4 * case.width
+    stream = torch.empty(rows, width, dtype=dtype, device="meta")
+    up = torch.empty(hidden, width, dtype=dtype, device="meta")
+    bias = torch.empty(hidden, dtype=dtype, device="meta")
+    kinds = [kind for kind in _eight_bit_types() if kind and not (kind == "fp8" and torch.version.hip)]
+    quantised = {kind: triton_quantise.quantise_rows(stream, kind) for kind in kinds}
+    for product, takes in (
+        (launchers.product, lambda *_, **__: []),
+        (triton_product.product, lambda *_, **__: []),
+        (gluon_product.product, gluon_product.limits),
+    ):
+        for keep in reference.KEEPS:
+            kept = None
+            if not takes(stream, up, keep=keep):
+                _, kept = product(stream, up, bias=bias, activation="quick_gelu", keep=keep)
+            if kept is not None:
+                product(stream, up.t().contiguous(), depth_last=False, kept=kept, keep=keep, activation="quick_gelu")
+        for data, scale in quantised.values():
+            weight = torch.empty(up.shape, dtype=data.dtype, device="meta")
+            scales = (scale, torch.empty(hidden, device="meta"))
+            for keep in reference.KEEPS:
+                if not takes(data, weight, keep=keep, out_dtype=dtype):
+                    options = {"activation": "quick_gelu", "keep": keep, "scales": scales, "out_dtype": dtype}
+                    _, kept = product(data, weight, bias=bias, **options)
+                    if kept is not None:
+                        product(data, weight, kept=kept, **options)
+
+
 def _eight_bit_types() -> tuple[str | None, ...]:
     """What this card can write."""
     fp8 = torch.version.hip is not None or torch.cuda.get_device_capability() >= (8, 9)
@@ -519,6 +557,7 @@ OPERATIONS: dict[str, tuple[Callable[[Any, torch.dtype], None], tuple[Case | Row
             RowsCase(8, 265, 1024, "width 1024"),
         ),
     ),
+    "linear": (launch_linear, (RowsCase(64, 265, 1024, "vision L/14"), RowsCase(64, 85, 768, "text L/14"))),
     "attention-wide": (
         launch_attention,
         tuple(AttentionCase(2, 4, 257, 16, head_dim, name=f"head_dim {head_dim}") for head_dim in (80, 128, 256)),

@@ -14,8 +14,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from epic_fast.kernels.activation.reference import activation_backward, activation_forward
+from epic_fast.kernels.activation.reference import KEEPS, activation_backward, activation_forward
 from epic_fast.kernels.common.eight_bit import quantise_rows
+
+__all__ = [
+    "KEEPS",
+    "EightBitWeight",
+    "linear_backward",
+    "linear_backward_8bit",
+    "linear_forward",
+    "linear_forward_8bit",
+    "quantise_rows",
+    "quantise_weight",
+]
 
 
 @dataclass(frozen=True)
