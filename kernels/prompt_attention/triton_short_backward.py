@@ -11,6 +11,7 @@ only as many rows and keys as there are.  Five products, no atomics.
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -709,7 +710,7 @@ class Variant:
     @property
     def options(self) -> dict[str, int]:
         """Launch options."""
-        limit = {} if self.registers is None else {"maxnreg": self.registers}
+        limit = {} if self.registers is None or torch.version.hip is not None else {"maxnreg": self.registers}
         return {"num_warps": self.warps, **limit}
 
 
@@ -718,6 +719,8 @@ DEFAULT = Variant(rows=64, keys=32, by_keys=False, turned=True, warps=4, skip=Tr
 
 def limits(query: Tensor, prompt_key: Tensor, needs: tuple[bool, ...]) -> str:
     """What of a call this kernel does not cover; the empty string if nothing."""
+    if query.device.type == "cuda" and not _reads_shared_operands(query.device):
+        return "a card that multiplies from registers alone; it takes compute capability 9.0 and later"
     head_dim = query.shape[3]
     if head_dim > MOST_HEAD_DIM:
         return f"head_dim {head_dim}; it takes at most {MOST_HEAD_DIM}"
@@ -856,6 +859,12 @@ def short_backward(
     return tuple(results)  # pyright: ignore[reportReturnType]
 
 
+@functools.cache
+def _reads_shared_operands(device: torch.device) -> bool:
+    """Elsewhere queries, gradients, keys and values of a whole head would have to be in registers, and are spilled."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
 def _joined(read: tuple[Tensor | None, ...], written: tuple[Tensor | None, ...], prompts: int) -> bool:
     """Whether everywhere the tokens lie behind the prompts, row after row: one address then serves both."""
     query, key, value, prompt_query, prompt_key, prompt_value, grad, prompt_grad, output, prompt_output = read
@@ -889,6 +898,7 @@ def _on_device(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device)
 
 
+@functools.cache
 def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
