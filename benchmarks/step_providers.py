@@ -18,6 +18,7 @@ from benchmarks.registry import CannotRun
 from benchmarks.step_cases import CLASSES, LORA_RANK, Setting, StepCase
 from epic_fast import functional, wrap
 from epic_fast.engine import EngineConfig
+from epic_fast.engine.graphs import GraphCache, backend_for, prepared, ready
 from epic_fast.models import PromptedModel
 from epic_fast.nn import Head
 
@@ -234,6 +235,10 @@ def step_call(model: nn.Module, inputs: dict[str, Any], *, gradients: bool, comp
 def _step_of(provider: StepProvider, model: nn.Module, inputs: dict[str, Any], case: StepCase) -> Step:
     if case.mode == "inference":
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
+    if provider.compile is not None:
+        # What a model asks itself once, at its first step, is no part of the graph.
+        with torch.no_grad():
+            _loss_and_logits(model, {name: value[:2] for name, value in inputs.items()})
     return step_call(
         model, inputs, gradients=case.mode == "step" and provider.method != "frozen", compile=provider.compile
     )
@@ -246,8 +251,8 @@ def _other_method(provider: StepProvider, setting: Setting, case: StepCase) -> S
 def _engine_step(provider: StepProvider, setting: Setting, case: StepCase) -> Step:
     engine = provider.engine
     assert engine is not None
-    if engine.graphs and setting.device.type != "cuda":
-        raise CannotRun("CUDA graphs need a GPU")
+    if engine.graphs and backend_for(setting.device) is None:
+        raise CannotRun(f"CUDA graphs need a GPU; this is {setting.device}")
     model = build_epic(setting, case, engine)
     inputs = dict(setting.batch(case))
     plain = count_plain_layers(model, inputs)
@@ -255,16 +260,13 @@ def _engine_step(provider: StepProvider, setting: Setting, case: StepCase) -> St
         raise CannotRun(f"the engine leaves {plain} layers to the backbone's own modules")
     if engine.weights != "frozen" or engine.save == "eight_bit":
         _refuse_if_unchanged(setting, case, engine, model)
-    if engine.graphs:
-        from epic_fast.engine.graphs import to_bucket
-
-        # A graph has one shape: texts come cut to the longest, as from the collator, and are filled up to a bucket.
-        longest = int(inputs["attention_mask"].sum(dim=1).max())
-        inputs |= {name: inputs[name][:, :longest].contiguous() for name in ("input_ids", "attention_mask")}
-        inputs = to_bucket(inputs, setting.text.tokens)
+    # What a collator and the training loop do before a batch reaches the device.
+    inputs, reason = ready(model, inputs) if engine.graphs else (prepared(model, inputs), None)
     if provider.from_prefix:
         prefix = model.extract(**{name: value for name, value in inputs.items() if name != "labels"})
-        inputs = {"prefix": prefix, "labels": inputs["labels"]}
+        inputs, reason = ready(model, {"prefix": prefix, "labels": inputs["labels"]})
+    if reason is not None:
+        raise CannotRun(f"no graph of this batch: {reason}")
     return _step_of(provider, model, inputs, case)
 
 
@@ -305,13 +307,10 @@ def captured(step: Step, device: torch.device) -> Step:
     """The whole step as a CUDA graph of the engine's: inputs are copied in, results are copied out.
 
     Raises:
-        CannotRun: there are no CUDA graphs here, or something in the step cannot be captured.
+        CannotRun: something in the step cannot be captured.
     """
-    from epic_fast.engine.graphs import GraphCache, backend_for
-
     backend = backend_for(device)
-    if backend is None:
-        raise CannotRun(f"there are no graphs on {device}")
+    assert backend is not None
     graphs = GraphCache("benchmarks.step", step.compute, backend, device)
     graphs(step.inputs)
     if graphs.refused or not len(graphs):

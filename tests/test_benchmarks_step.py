@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -18,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from epic_fast import functional
 from epic_fast.engine import EngineConfig
+from epic_fast.engine.graphs import flatten
 
 # The root is no place to import from for longer than this: the folder `kernels` lies there.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -80,7 +82,8 @@ def test_every_provider_leaves_a_row_that_carries_everything(rows: list[dict[str
 
 def test_plain_providers_always_run(rows: list[dict[str, Any]]) -> None:
     ran = {(row["case"], row["provider"]) for row in rows if row["kind"] == "time"}
-    assert {(case, name) for case in TINY for name in ("eager", "hub", "frozen")} <= ran
+    assert {(case, name) for case in TINY for name in ("eager", "hub", "frozen", "blocks", "pooled", "trimmed")} <= ran
+    assert {(case, "saved") for case in TINY[:2]} <= ran
     assert {(case, "full") for case in TINY[:2]} <= ran
     # What needs a GPU says so.
     reasons = {row["provider"]: row["why"] for row in rows if row["kind"] == "skipped"}
@@ -186,6 +189,70 @@ def test_an_engine_that_does_not_run_is_not_timed(setting: Setting, monkeypatch:
     fp8 = dataclasses.replace(PROVIDERS["fp8"], engine=EngineConfig(blocks="fused", weights="fp8"))
     with pytest.raises(CannotRun, match="weights='fp8' changes no bit"):
         fp8.prepare(setting, case)
+
+
+class Replayed:
+    """A recording that computes again what it was made of."""
+
+    def __init__(self, work: Any):
+        self.work = work
+        self.result = work()
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        for old, new in zip(flatten(self.result)[0], flatten(self.work())[0], strict=True):
+            old.copy_(new)
+
+
+class Recorder:
+    """The part of a GPU's graphs that a CPU can play."""
+
+    def __init__(self) -> None:
+        self.recorded: list[Replayed] = []
+
+    def rehearse(self, work: Any) -> None:
+        work()
+
+    def record(self, work: Any) -> Replayed:
+        self.recorded.append(Replayed(work))
+        return self.recorded[-1]
+
+    def recover(self) -> None:
+        pass
+
+    def turn(self) -> Any:
+        return contextlib.nullcontext()
+
+    def position(self) -> None:
+        return None
+
+    def restore(self, position: None) -> None:
+        pass
+
+
+@pytest.mark.parametrize("name", ["graphs", "prefix"])
+def test_graphs_and_prefixes_run_what_is_timed(name: str, setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr(step_providers, "backend_for", lambda device: recorder)
+    case = CASES["late-8"]
+    wanted = step_gate.wanted_of(setting, case, "epic")
+    row = step.measure_case(setting, case, PROVIDERS[name], lambda method: wanted, 1.0)
+    assert row["kind"] == "time", row
+    (recording,) = recorder.recorded
+    assert recording.replays == 1 + 1 + step.WARMUP + step.FEWEST
+    assert row["share"] == pytest.approx(row["flops"] / row["p50_ms"] / 1e9)
+    made = PROVIDERS[name].prepare(setting, case)
+    if name == "prefix":
+        assert set(made.inputs) == {"prefix", "labels"}
+        assert made.inputs["prefix"].text.layer == 1
+        assert made.inputs["prefix"].vision.layer == 4
+    else:
+        # Cut to the longest text and filled up to a length that graphs are kept for, or to the most there is.
+        assert made.inputs["input_ids"].shape[1] == 16
+    monkeypatch.setattr(recorder, "record", lambda work: 1 / 0)
+    with pytest.raises(CannotRun, match="no graph of this step: its capture failed: ZeroDivisionError"):
+        step_providers.captured(made, CPU)
 
 
 def test_the_parts_of_the_engine_are_switched_on_in_turn() -> None:
@@ -439,12 +506,21 @@ def test_the_profile_sorts_kernels_by_what_they_do(setting: Setting) -> None:
 
 
 @pytest.mark.slow
-def test_compiled_providers_compute_the_same(tmp_path: Path) -> None:
-    pytest.importorskip("peft")
+def test_compiled_providers_compute_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for the real compiler, whose minutes of C++ say nothing about a GPU."""
+    modes = []
+
+    def traced(function: Any, *, dynamic: bool, mode: str | None) -> Any:
+        modes.append(mode)
+        return compiler(function, dynamic=dynamic, backend="aot_eager")
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", traced)
     output = tmp_path / "step.jsonl"
-    names = ["compiled", "lora-compiled", "frozen-compiled"]
+    names = ["compiled", "frozen-compiled"]
     assert run(output, "--cases", "late-8", "--providers", *names) == 0
-    assert [row["kind"] for row in read(output)] == ["time"] * 3
+    assert [(row["provider"], row["kind"]) for row in read(output)] == [(name, "time") for name in names]
+    assert modes == [None, None]
 
 
 HEADING = "## Speed of a training step"
