@@ -109,4 +109,4 @@ class TowerCache:
         if not self.masked:
             return TowerState(hidden, self.layer)
         pool_index = None if self.pool_index is None else self.pool_index[index]
-        return TowerState(hidden * valid[:, :, None], self.layer, valid, pool_index)
+        return TowerState(hidden * valid[:, :, None], self.layer, valid, pool_index, lengths=lengths.to(torch.int32))
