@@ -9,6 +9,7 @@ import dataclasses
 import gc
 import logging
 import math
+import weakref
 
 import pytest
 import torch
@@ -297,6 +298,29 @@ def test_fused_blocks_are_captured_without_a_wait(fake, waits, backbone):
 def test_fused_blocks_are_trained_in_graphs(fake):
     compare_with_eager(device="cpu", rtol=1e-5, engine=FUSED)
     assert fake.events.count("replay") >= 20
+
+
+def test_weights_that_blocks_have_merged_are_held_by_the_graph(fake):
+    """A hook that comes and goes makes the blocks read their layers anew; the graph reads what there was."""
+    model = build(FUSED).eval()
+    call = graphed(model)
+    with torch.no_grad():
+        call(**batch_of(0, 1))
+        merged = [
+            weakref.ref(found.qkv)
+            for tower in (model.backbone.text, model.backbone.vision)
+            for block in tower.frozen.blocks()
+            for _, found in block.parts._cache.values()
+        ]
+        assert len(merged) == 7
+        for tower in (model.backbone.text, model.backbone.vision):
+            tower.frozen._blocks = None
+        model(**batch_of(0, 1))
+        gc.collect()
+        assert all(each() is not None for each in merged)
+        call.cache.clear()
+        gc.collect()
+        assert all(each() is None for each in merged)
 
 
 def test_a_cached_prefix_is_captured(fake, waits):

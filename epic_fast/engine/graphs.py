@@ -293,6 +293,13 @@ class Watch:
         return memory, module.training, [each.training for each in self.parts], id(forward)
 
 
+def made_of_weights(module: nn.Module) -> list[Any]:
+    """What a model's towers made of their weights, to be held by the graphs that read it."""
+    backbone = getattr(module, "backbone", None)
+    towers = [getattr(getattr(backbone, name, None), "frozen", None) for name in ("text", "vision")]
+    return [tower.made() for tower in towers if tower is not None]
+
+
 def hooked(module: nn.Module) -> str | None:
     """The first hook in a module, in words: a graph would run it once, when it is captured, and never again."""
     for name, part in module.named_modules():
@@ -326,6 +333,7 @@ class GraphCache:
             given back.
         take: from the static result to what the caller gets; None clones every tensor.
         depends: what all graphs depend on; they are thrown away when it is no longer equal.
+        holds: what a graph made now reads besides, kept for as long as it.
         capacity: the most graphs kept.
     """
 
@@ -339,6 +347,7 @@ class GraphCache:
         rehearse: Callable[[Any], Any] | None = None,
         take: Callable[[Any], Any] | None = None,
         depends: Callable[[], Any] = lambda: None,
+        holds: Callable[[], Any] = lambda: None,
         capacity: int = CAPACITY,
     ):
         self.name = name
@@ -348,11 +357,12 @@ class GraphCache:
         self.rehearse = rehearse or work
         self.take = take or _cloned
         self.depends = depends
+        self.holds = holds
         self.capacity = capacity
         self.captures = 0
         self.refused: str | None = None
         self._state: Any = None
-        self._graphs: OrderedDict[Any, tuple[Recorded, list[Tensor]]] = OrderedDict()
+        self._graphs: OrderedDict[Any, tuple[Recorded, list[Tensor], Any]] = OrderedDict()
         self._eager: set[Any] = set()
         # Shared by all graphs whose inputs have the same shape in the same place; gone with the last of them.
         self._buffers: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
@@ -394,7 +404,7 @@ class GraphCache:
             if key not in self._graphs:
                 return self.take(self.work(self._moved(inputs)))
             self._graphs.move_to_end(key)
-            recorded, buffers = self._graphs[key]
+            recorded, buffers, _ = self._graphs[key]
             with self.backend.turn():
                 _fill(buffers, leaves)
                 recorded.replay()
@@ -425,7 +435,7 @@ class GraphCache:
             self.backend.restore(position)
             self._refuse(f"its capture failed: {_first_words(error)}")
         else:
-            self._graphs[key] = recorded, buffers
+            self._graphs[key] = recorded, buffers, self.holds()
             self.captures += 1
 
     def _give_up_shape(self, key: Any, buffers: list[Tensor], error: Exception) -> None:
@@ -538,6 +548,7 @@ class CapturedCall:
             backend,
             device,
             depends=self._watch.state,
+            holds=lambda: made_of_weights(self.module),
             capacity=self._capacity,
         )
 

@@ -51,6 +51,10 @@ class FrozenTower:
             self._blocks = [FrozenBlock(layer) for layer in self._layers]
         return self._blocks
 
+    def made(self) -> list[Any]:
+        """What the blocks have made of their weights: a captured graph knows only where it lies, so somebody holds it."""
+        return [dict(block.parts._cache) for block in self._blocks or ()]
+
 
 @functools.cache
 def say_plain(name: str, reason: str) -> None:

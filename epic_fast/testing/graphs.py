@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from epic_fast.engine.graphs import flatten
+
 
 class FakeBackend:
     """Remembers a call and replays it by calling it again on the same static buffers.
@@ -56,4 +58,11 @@ class FakeRecorded:
 
     def replay(self) -> None:
         self.events.append("replay")
-        self.result = self.work()
+        found = self.work()
+        if self.result is None:
+            self.result = found
+            return
+        # A graph writes its results where the last replay wrote them.
+        with torch.inference_mode(False), torch.no_grad():
+            for static, value in zip(flatten(self.result)[0], flatten(found)[0], strict=True):
+                static.copy_(value)

@@ -27,6 +27,7 @@ from epic_fast.engine.graphs import (
     GraphCache,
     Watch,
     hooked,
+    made_of_weights,
     own_autocast_cache,
     ready,
 )
@@ -96,6 +97,7 @@ class CapturedStep:
             rehearse=lambda inputs: self._step(inputs, counts=False),
             take=lambda result: None,
             depends=Watch(model).state,
+            holds=lambda: made_of_weights(model),
             capacity=capacity,
         )
 
