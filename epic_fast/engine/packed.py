@@ -52,7 +52,7 @@ class FrozenTower:
         return self._blocks
 
     def made(self) -> list[Any]:
-        """What the blocks have made of their weights: a captured graph knows only where it lies, so somebody holds it."""
+        """What the blocks have made of their weights; a captured graph knows only where it lies, and has to hold it."""
         return [dict(block.parts._cache) for block in self._blocks or ()]
 
 
