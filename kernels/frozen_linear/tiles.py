@@ -75,7 +75,7 @@ def product_tile(itemsize: int, descriptors: bool, shared: int) -> ProductTile:
         return ProductTile(rows=128, columns=128, depth=depth, warps=4, stages=3, parts=2, descriptors=True)
     if shared <= _LITTLE_SHARED:
         return ProductTile(rows=128, columns=128, depth=depth // 2, warps=4, stages=2)
-    return ProductTile(rows=128, columns=128, depth=depth // 2, warps=8, stages=4)
+    return ProductTile(rows=128, columns=128 if itemsize == 2 else 64, depth=depth // 2, warps=8, stages=4)
 
 
 @dataclass(frozen=True)
