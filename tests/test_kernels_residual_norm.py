@@ -173,6 +173,15 @@ def test_float32_is_within_a_millionth_of_pytorch(width: int) -> None:
     assert ((normed - wanted).abs() <= 1e-6 * wanted.abs().clamp_min(1)).all()
 
 
+def test_what_is_normalised_is_the_rounded_sum() -> None:
+    """Backward reads the sum as it was written, so mean and norm must be of that."""
+    stream, branch, (weight, bias) = draw(4, 64, dtype=HALF, scale=30), draw(4, 64, dtype=HALF, seed=1), parameters(64)
+    total, *found, _ = forward(stream, branch, weight, bias, 1e-5, normed_dtype=torch.float32)
+    _, *wanted, _ = forward(total.float(), None, weight, bias, 1e-5, normed_dtype=torch.float32)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-6, atol=2e-6)
+
+
 def layouts(values: Tensor) -> dict[str, Tensor]:
     """The same (B, S, D) in memory of other shapes."""
     batch, rows, width = values.shape
