@@ -46,8 +46,7 @@ def direct(*tensors: Tensor | None) -> bool:
     """Whether a call may reach its launcher without an operator, which saves PyTorch's way through the dispatcher.
 
     Nobody else is there to see the operator: no graph is traced or compiled, no profiler and no dispatch mode is on, no
-    ``torch.func`` transform runs; and the tensors are what their memory says: no subclasses, no wrappers, no lazy signs
-    or zeros.
+    ``torch.func`` transform runs; and the tensors are what their memory says: no subclasses, no lazy signs or zeros.
     """
     if torch.compiler.is_compiling():
         return False
@@ -60,7 +59,6 @@ def direct(*tensors: Tensor | None) -> bool:
         and _PLAIN_TYPES.issuperset(map(type, given))
         and not any(map(Tensor.is_neg, given))
         and not any(map(Tensor._is_zerotensor, given))  # pyright: ignore[reportArgumentType]
-        and not any(map(_C._functorch.is_functorch_wrapped_tensor, given))
     )
 
 

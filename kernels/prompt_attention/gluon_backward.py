@@ -44,7 +44,6 @@ from epic_fast.kernels.prompt_attention.gluon_forward import (
     valid_tokens,
 )
 from epic_fast.kernels.prompt_attention.triton_rows import (
-    NO_GRADS,
     base_2,
     begin_gradients,
     end_gradients,
@@ -980,7 +979,7 @@ def prompt_attention_backward(
             output,
             prompt_output,
             lse,
-            *(NO_GRADS if grads is None else grads),
+            *(() if grads is None else grads),
         ),
         (prefix, causal, float(scale), needs, tiles),
     )  # pyright: ignore[reportReturnType]
@@ -1002,7 +1001,7 @@ def backward(
     lse: Tensor,
     *grads_and_options: Any,
 ) -> tuple[Tensor | None, ...]:
-    """:func:`prompt_attention_backward` on a tape: the six ``grads``, then the options in their order."""
+    """:func:`prompt_attention_backward` on a tape: six ``grads`` or none, then the options in their order."""
     *given, prefix, causal, scale, needs, tiles = grads_and_options
     inputs = (query, key, value, prompt_query, prompt_key, prompt_value)
     batch, heads, tokens, head_dim = query.shape
@@ -1010,7 +1009,9 @@ def backward(
     prompt_rows = 0 if prompt_query is None else prompts
     rows, keys = prompt_rows + tokens, prompts + tokens
 
-    gradients = begin_gradients(tape, inputs, needs, given, grad_output is not None, grad_prompt_output is not None)
+    gradients = begin_gradients(
+        tape, inputs, needs, given or None, grad_output is not None, grad_prompt_output is not None
+    )
     if no_gradients(tape, gradients, query):
         return gradients.results
     targets, first_grad, stop_grad = gradients.targets, gradients.first, gradients.stop

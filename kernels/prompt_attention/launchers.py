@@ -17,7 +17,7 @@ from torch import Tensor
 from epic_fast.kernels.common import plan
 from epic_fast.kernels.common.plan import Tape, precision, unit_last_stride
 from epic_fast.kernels.prompt_attention import triton_backward, triton_forward
-from epic_fast.kernels.prompt_attention.triton_rows import NO_GRADS, is_hopper
+from epic_fast.kernels.prompt_attention.triton_rows import is_hopper
 
 # Gluon is experimental, and each release compiles it differently: these are the ones it was measured with.
 MEASURED_TRITON = ((3, 6),)
@@ -108,7 +108,7 @@ def prompt_attention_backward(
             output,
             prompt_output,
             lse,
-            *(NO_GRADS if grads is None else grads),
+            *(() if grads is None else grads),
         ),
         (prefix, causal, float(scale), needs, precision(query.dtype)),
     )  # pyright: ignore[reportReturnType]

@@ -21,7 +21,6 @@ from epic_fast.kernels.common import plan
 from epic_fast.kernels.common.plan import Tape, precision, unit_last_stride
 from epic_fast.kernels.prompt_attention.tiles import BackwardTiles, backward_tiles, shared_memory, size_class
 from epic_fast.kernels.prompt_attention.triton_rows import (
-    NO_GRADS,
     base_2,
     begin_gradients,
     end_gradients,
@@ -803,7 +802,7 @@ def prompt_attention_backward(
             output,
             prompt_output,
             lse,
-            *(NO_GRADS if grads is None else grads),
+            *(() if grads is None else grads),
         ),
         (prefix, causal, float(scale), needs, precision(query.dtype), tiles),
     )  # pyright: ignore[reportReturnType]
@@ -825,7 +824,7 @@ def backward(
     lse: Tensor,
     *grads_and_options: Any,
 ) -> tuple[Tensor | None, ...]:
-    """:func:`prompt_attention_backward` on a tape: the six ``grads``, then the options in their order."""
+    """:func:`prompt_attention_backward` on a tape: six ``grads`` or none, then the options in their order."""
     *given, prefix, causal, scale, needs, precision, tiles = grads_and_options
     inputs = (query, key, value, prompt_query, prompt_key, prompt_value)
     batch, heads, tokens, head_dim = query.shape
@@ -833,7 +832,9 @@ def backward(
     prompt_rows = 0 if prompt_query is None else prompts
     rows, keys = prompt_rows + tokens, prompts + tokens
 
-    gradients = begin_gradients(tape, inputs, needs, given, grad_output is not None, grad_prompt_output is not None)
+    gradients = begin_gradients(
+        tape, inputs, needs, given or None, grad_output is not None, grad_prompt_output is not None
+    )
     if no_gradients(tape, gradients, query):
         return gradients.results
     d_query, d_key, d_value, d_prompt_query, d_prompt_key, d_prompt_value = gradients.targets

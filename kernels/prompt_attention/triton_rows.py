@@ -316,9 +316,6 @@ def forward_memory(
     return output, prompt_output, tape.empty((batch, heads, rows), torch.float32) if save_lse else None
 
 
-NO_GRADS: tuple[None, ...] = (None,) * 6
-
-
 class Gradients(NamedTuple):
     """What every backward begins with.
 
