@@ -532,6 +532,25 @@ def test_random_augmentation_is_refused(tmp_path: Path, place: str) -> None:
     assert not (tmp_path / "cache").exists()
 
 
+class Flipping(Collator):
+    """A collator of pictures that flips half of them."""
+
+    def __call__(self, examples: Any) -> dict[str, Any]:
+        batch = super().__call__(examples)
+        flipped = torch.rand(len(examples)) < 0.5
+        batch["pixel_values"] = torch.where(
+            flipped.view(-1, 1, 1, 1), batch["pixel_values"].flip(-1), batch["pixel_values"]
+        )
+        return batch
+
+
+def test_augmentation_is_refused_where_a_cache_is_full_too(tmp_path: Path, pictures: Path, clip_folder: Path) -> None:
+    model = make_model(tmp_path / "cache", folder=clip_folder)
+    train(model, pictures, epochs=1)
+    with pytest.raises(ConfigError, match="the collator draws random numbers"):
+        train(model, pictures, epochs=1, collator=Flipping.for_model(model))
+
+
 def test_augmentation_of_a_later_sample_is_refused_when_it_is_met(tmp_path: Path) -> None:
     class Later(RandomPairs):
         def __getitem__(self, index: int) -> dict[str, Any]:

@@ -84,7 +84,8 @@ def fit(
     """Train ``model`` in place; it ends in ``eval()``, on the device that trained it.
 
     Args:
-        model: as :func:`epic_fast.wrap` gives it.
+        model: as :func:`epic_fast.wrap` gives it.  With ``engine.prefix_cache`` each sample goes through the layers
+            below the first prompts once, in the first epoch or before it (:func:`fill_prefix_cache`).
         train: anything with ``len`` and ``[i]``; ``train.set_epoch(epoch)`` is called before each epoch (from 0)
             where it exists.
         validation: the same, or None: then the last epoch counts as the best.

@@ -386,10 +386,12 @@ class _Samples(_Source):
 
 
 def _source_of(dataset: Any, collator: Any) -> _Source:
-    # A subclass may make another sample of a row, so it is judged by what it gives.
-    if type(dataset) is PairDataset and isinstance(collator, Collator):
-        return _Pairs(dataset, collator)
-    return _Samples(dataset)
+    return _Pairs(dataset, collator) if _from_files(dataset, collator) else _Samples(dataset)
+
+
+def _from_files(dataset: Any, collator: Any) -> bool:
+    """Whether file and text say all of a sample; a subclass may do more, so it is judged by what it gives."""
+    return type(dataset) is PairDataset and type(collator) is Collator
 
 
 def _digest(*parts: str | Tensor) -> bytes:
@@ -407,7 +409,7 @@ def _refuse_augmentation(dataset: Any, collator: Any) -> None:
     """Refuse data that says that it changes, or whose first sample is another at a second look."""
     if hasattr(dataset, "set_epoch"):
         raise ConfigError(_augmented(f"{type(dataset).__name__} has set_epoch(), so its samples change with the epoch"))
-    if type(dataset) is PairDataset:
+    if _from_files(dataset, collator):
         return
     batches = FixedBatches(dataset, collator, 0)
     first, again = (batches[Batch(epoch, 0, (0,), 1, 1)][1] for epoch in (0, 1))
