@@ -5,6 +5,7 @@ Without a GPU a backend that calls again what it recorded stands in for CUDA gra
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -803,6 +804,19 @@ def test_gpu_a_capture_that_fails_leaves_the_device_whole(caplog):
 def test_gpu_workers_that_pin_memory_do_not_spoil_a_capture(caplog):
     train(build(), data=Ragged(64), epochs=2, device="auto", precision="fp32", num_workers=2, batch_size=4)
     assert "without a CUDA graph" not in caplog.text
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_gpu_the_thread_of_the_backward_pass_changes_no_bit(monkeypatch):
+    found = []
+    for threads in (False, True):
+        if threads:
+            monkeypatch.setattr(loop, "backward_threads", lambda device, ranks: contextlib.nullcontext())
+        model = build(None)
+        train(model, epochs=1, device="auto", precision="bf16")
+        found.append(model.state_dict())
+    assert same_bits(*found)
 
 
 @pytest.mark.gpu
