@@ -100,8 +100,9 @@ class LayerParts:
         return (
             _untouched(self._layer)
             and all(modules.get(name) is child and _untouched(child) for modules, name, child in self._children)
-            and not any(
-                parameters[name] is not None and parameters[name].requires_grad for parameters, name in self._tensors
+            and all(
+                name in parameters and (parameters[name] is None or not parameters[name].requires_grad)
+                for parameters, name in self._tensors
             )
         )
 
