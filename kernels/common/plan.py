@@ -14,6 +14,7 @@ a new kernel only where Triton would compile one.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
@@ -35,6 +36,8 @@ _HERE = nullcontext()
 _guards = torch._C._dynamo.guards
 
 _plans: dict[Hashable, Plan] = {}
+# Autograd calls from threads of its own.
+_lock = threading.Lock()
 
 
 def run(
@@ -47,6 +50,7 @@ def run(
     Args:
         launcher: what it does to tensors, it does through the tape; everything else that it looks at is part of the
             signature: device, shapes, strides, types and alignment of the tensors, which of them are None, the options.
+            Where one tensor lies beside another is not: a launcher to which that matters needs it as an option.
         tensors: all tensors of the call; the first is not None, and all are on its device.
         options: everything else, hashable.
 
@@ -76,16 +80,18 @@ def run(
         results = launcher(tape, *given, *options)
     plan = tape.plan(results)
     if plan is not None:
-        while len(_plans) >= MOST_PLANS:
-            _plans.pop(next(iter(_plans)), None)
-        _plans[signature] = plan
         plan.prepare()
+        with _lock:
+            while len(_plans) >= MOST_PLANS:
+                del _plans[next(iter(_plans))]
+            _plans[signature] = plan
     return results
 
 
 def forget() -> None:
     """Drop all plans, as after a change of what a signature does not name (tests put other kernels in place)."""
-    _plans.clear()
+    with _lock:
+        _plans.clear()
 
 
 def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
