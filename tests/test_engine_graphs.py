@@ -234,6 +234,28 @@ def test_autocast_of_the_caller_is_a_part_of_the_graph(fake):
     assert call.cache.captures == 2
 
 
+def test_copies_that_autocast_keeps_are_no_part_of_a_graph(fake):
+    model = build().eval()
+    call = graphed(model)
+    weight = model.hub.text_to_vision[0].weight
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        model(**batch_of(0, 1))
+        weight.mul_(3.0)  # autocast still holds a copy of what it was
+        found = call(**batch_of(0, 1)).logits
+        assert torch.equal(found, model(**to_bucket(batch_of(0, 1), 16)).logits)
+
+
+def test_what_was_captured_in_inference_mode_serves_outside(fake):
+    model = build().eval()
+    call = graphed(model)
+    with torch.inference_mode():
+        call(**batch_of(0, 1))
+    with torch.no_grad():
+        found = call(**batch_of(2, 3)).logits
+        assert torch.equal(found, model(**to_bucket(batch_of(2, 3), 16)).logits)
+    assert call.cache.captures == 1
+
+
 def test_with_gradients_the_module_itself_is_called(fake):
     model = build()
     graphed(model)(**batch_of(0, 1)).loss.backward()
@@ -324,16 +346,19 @@ def test_weights_that_blocks_have_merged_are_held_by_the_graph(fake):
         assert all(each() is None for each in merged)
 
 
-def test_a_cached_prefix_is_captured(fake, waits):
+@pytest.mark.parametrize("measured", [True, False])
+def test_a_cached_prefix_is_captured(fake, waits, measured):
     model = build(FUSED).eval()
     call = graphed(model)
     with torch.no_grad():
         for indices in ((0, 1), (2, 3)):
             batch = batch_of(*indices, labels=False)
             prefix = model.extract(**batch)
+            if not measured:
+                prefix = dataclasses.replace(prefix, text=dataclasses.replace(prefix.text, lengths=None))
             waits.clear()
             found = call(prefix=prefix)
-            assert len(waits) == 0
+            assert len(waits) == (0 if measured else 1), "the device is asked once, before the capture"
             torch.testing.assert_close(found.logits, model(**batch).logits, rtol=1e-5, atol=1e-6)
     assert call.cache.captures == 1
 
@@ -565,7 +590,9 @@ def test_rates_reach_the_device_before_a_replay():
         before = everything(model, optimizer)
         step(batch_of(0, 1))
         assert step.rates.tolist() == pytest.approx([rate * (n + 1) for n in range(len(step.rates))])
-        assert [group["lr"] for group in optimizer.param_groups] == [rate * (n + 1) for n in range(len(step.rates))]
+        kept = [group["lr"] for group in optimizer.param_groups]
+        assert all(type(each) is float for each in kept)  # the schedule's own, not what the device was given
+        assert kept == [rate * (n + 1) for n in range(len(step.rates))]
         changed = [not torch.equal(before[name], each) for name, each in model.state_dict().items()]
         assert any(changed) == (rate > 0)
     assert step.cache.captures == 1
