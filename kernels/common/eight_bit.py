@@ -9,6 +9,9 @@ from torch import Tensor
 
 EIGHT_BIT_TYPES = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 LARGEST = {"fp8": 448.0, "int8": 127.0}
+# Their inverses as float32 has them.  A product is rounded alike everywhere; PyTorch divides by a number on a CPU and
+# multiplies by its inverse on a GPU.
+INVERSE_LARGEST = {kind: torch.tensor(1.0 / largest, dtype=torch.float32).item() for kind, largest in LARGEST.items()}
 # The smallest normal float32: a row of zeros has this scale, and its inverse is finite.
 SMALLEST_SCALE = 2.0**-126
 
@@ -20,7 +23,7 @@ def quantise_rows(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """
     values = values.float()
     largest = values.abs().amax(dim=-1, keepdim=True)
-    scale = (largest / LARGEST[kind]).clamp_min(SMALLEST_SCALE).masked_fill(largest.isinf(), math.nan)
+    scale = (largest * INVERSE_LARGEST[kind]).clamp_min(SMALLEST_SCALE).masked_fill(largest.isinf(), math.nan)
     data = values * scale.reciprocal()
     data = data.to(torch.float8_e4m3fn) if kind == "fp8" else data.nan_to_num(0.0).round().to(torch.int8)
     return data, scale.reshape(-1)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from epic_fast.kernels.common.eight_bit import LARGEST, SMALLEST_SCALE
+from epic_fast.kernels.common.eight_bit import INVERSE_LARGEST, SMALLEST_SCALE
 
-_LARGEST_FP8 = tl.constexpr(LARGEST["fp8"])
-_LARGEST_INT8 = tl.constexpr(LARGEST["int8"])
+_INVERSE_FP8 = tl.constexpr(INVERSE_LARGEST["fp8"])
+_INVERSE_INT8 = tl.constexpr(INVERSE_LARGEST["int8"])
 _SMALLEST_SCALE = tl.constexpr(SMALLEST_SCALE)
 _TO_INTEGER = tl.constexpr(12582912.0)  # 1.5 * 2^23: added to a small number, it leaves its nearest integer in the bits
 
@@ -23,10 +23,10 @@ def row_scales(values, KIND: tl.constexpr):
     bits = tl.max(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1)
     largest = bits.to(tl.float32, bitcast=True)
     if KIND == "fp8":
-        scale = tl.div_rn(largest, tl.full(largest.shape, _LARGEST_FP8, tl.float32))
+        scale = largest * _INVERSE_FP8
     else:
         tl.static_assert(KIND == "int8")
-        scale = tl.div_rn(largest, tl.full(largest.shape, _LARGEST_INT8, tl.float32))
+        scale = largest * _INVERSE_INT8
     return tl.where(bits < 0x7F800000, tl.maximum(scale, _SMALLEST_SCALE), float("nan"))
 
 
