@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,9 @@ from epic_fast.engine.blocks import LayerParts, why_not
 from epic_fast.engine.fused import FrozenBlock, Geometry, run_blocks
 from epic_fast.engine.packed import say_plain
 from epic_fast.engine.rows import RowSelection
+from epic_fast.ops import dispatch, frozen_linear, library
 from epic_fast.testing import tiny_bert, tiny_clip, tiny_vit
+from epic_fast.testing.numerics import poisoned_empty
 from epic_fast.testing.probes import lively, make_batch, perturb
 
 TOKENS = 6
@@ -477,3 +480,41 @@ def test_prompts_and_tokens_stay_in_their_buffers(monkeypatch: pytest.MonkeyPatc
     assert all(shape[1] == 8 for shape in copied if len(shape) == 3)
     logits.sum().backward()
     assert buffers == [[True, True], [True, True]]
+
+
+@pytest.mark.parametrize("save", ["full", "eight_bit"])
+def test_a_step_by_the_kernels_is_the_plain_step(save: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All operations of the step by Triton's interpreter, on memory that was never written."""
+    if not library.interpreting():
+        pytest.skip("Triton's interpreter is off")
+    backbone = tiny_clip(text_layers=2, vision_layers=2)
+    config = EpicConfig(head_dropout=0.0, num_layer_pairs=2, prompt_length=3)
+    models = []
+    for engine in (None, EngineConfig(blocks="fused", save=save)):
+        torch.manual_seed(0)
+        model = wrap(lively(copy.deepcopy(backbone)), config, 3, engine=engine, self_check=False)
+        models.append(perturb(model))
+    batch = make_batch([3, 5])
+    wanted, wanted_grads = step_of(models[0], batch)
+    called: set[str] = set()
+
+    def choose(operation: Any, impl: str, *args: Any) -> Any:
+        called.add(operation.name)
+        return operation.triton
+
+    takes = frozen_linear._takes_kernel
+
+    def takes_kernel(name: str, impl: str, *args: Any, **kwargs: Any) -> bool:
+        called.add(name)
+        return takes(name, "triton", *args, **kwargs)
+
+    monkeypatch.setattr(dispatch.Operation, "choose", choose)
+    monkeypatch.setattr(frozen_linear, "_takes_kernel", takes_kernel)
+    with poisoned_empty():
+        logits, grads = step_of(models[1], batch)
+    both = ("packed_attention", "residual_norm", "linear")
+    assert called >= {f"{name}_{way}" for name in both for way in ("forward", "backward")} | {"prompt_interaction"}
+    assert relative(logits, wanted) <= 1e-5
+    bound = EIGHT_BIT_ERROR if save == "eight_bit" else 2e-5
+    found = [torch.cat([each.flatten() for each in set_.values()]) for set_ in (grads, wanted_grads)]
+    assert relative(*found) <= bound
