@@ -23,6 +23,8 @@ Before it is timed, each provider's logits and gradients at this very batch are 
   that a second, of what a bfloat16 product of 8192 x 8192 x 8192 reaches in the same run;
 - ``gate``: errors beside their budgets.
 
+LoRA, full fine-tuning and the frozen forward know no layer pairs: they are measured at ``late`` and shown in both.
+
 A provider that cannot run says why in its row.  Rows of the same commit are not measured again (unless ``--again``), so
 that a long list can be spread over several calls.
 """
@@ -35,6 +37,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +204,7 @@ def rows_of(
             return references[method]
 
         for provider in providers:
-            if case.mode not in provider.modes or (case.name, provider.name) in done:
+            if not measured_at(provider, case) or (case.name, provider.name) in done:
                 continue
             needed = 0.0 if setting.device.type == "cpu" else provider.seconds
             if time.perf_counter() - start + needed > seconds:
@@ -233,10 +236,28 @@ def line_of(row: dict[str, Any]) -> str:
     )
 
 
+def measured_at(provider: StepProvider, case: StepCase) -> bool:
+    """Whether there is a row of its own: other methods know no layer pairs, so ``late`` stands for ``deep``."""
+    return case.mode in provider.modes and (provider.method == "epic" or case.layout == "late")
+
+
 def latest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The last row of each case and provider, in the order of :data:`CASES` and :data:`PROVIDERS`."""
+    """The last row of each case and provider, in the order of :data:`CASES` and :data:`PROVIDERS`.
+
+    What does not depend on the layer pairs stands in ``deep`` as it was measured at ``late``, the same batch.
+    """
     last = {(row["case"], row["provider"]): row for row in rows}
-    return [last[case, provider] for case in CASES for provider in PROVIDERS if (case, provider) in last]
+    layouts = {row["layout"] for row in rows}
+    found = []
+    for case in CASES.values():
+        if case.layout not in layouts:
+            continue
+        for provider in PROVIDERS.values():
+            own = replace(case, layout=case.layout if measured_at(provider, case) else "late")
+            row = last.get((own.name, provider.name))
+            if row is not None:
+                found.append({**row, "case": case.name, "layout": case.layout})
+    return found
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------

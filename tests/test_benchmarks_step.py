@@ -55,7 +55,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def test_every_provider_leaves_a_row_that_carries_everything(rows: list[dict[str, Any]]) -> None:
-    expected = [(case, name) for case in TINY for name in QUICK if CASES[case].mode in PROVIDERS[name].modes]
+    expected = [(case, name) for case in TINY for name in QUICK if step.measured_at(PROVIDERS[name], CASES[case])]
     assert [(row["case"], row["provider"]) for row in rows] == expected
     for row in rows:
         assert row["kind"] in ("time", "skipped"), row
@@ -82,9 +82,9 @@ def test_every_provider_leaves_a_row_that_carries_everything(rows: list[dict[str
 
 def test_plain_providers_always_run(rows: list[dict[str, Any]]) -> None:
     ran = {(row["case"], row["provider"]) for row in rows if row["kind"] == "time"}
-    assert {(case, name) for case in TINY for name in ("eager", "hub", "frozen", "blocks", "pooled", "trimmed")} <= ran
+    assert {(case, name) for case in TINY for name in ("eager", "hub", "blocks", "pooled", "trimmed")} <= ran
+    assert {("late-8", "full"), ("late-8", "frozen"), ("late-1-inference", "frozen")} <= ran
     assert {(case, "saved") for case in TINY[:2]} <= ran
-    assert {(case, "full") for case in TINY[:2]} <= ran
     # What needs a GPU says so.
     reasons = {row["provider"]: row["why"] for row in rows if row["kind"] == "skipped"}
     assert "CUDA graphs need a GPU" in reasons["graphs"]
@@ -438,6 +438,23 @@ def test_tables_print_what_the_rows_say() -> None:
     assert "- + fused blocks (late-8): it cannot" in lines
     assert "- + derivative kept in 8 bits (late-8, late-64): it cannot" in lines
     assert lines[-1].startswith("a card, driver 1")
+
+
+def test_methods_without_layer_pairs_are_measured_once_and_shown_twice() -> None:
+    rows = [made_up("late-64", "lora", 90.0), made_up("late-64", "eager", 50.0), made_up("deep-64", "eager", 80.0)]
+    lines = step.tables(rows).splitlines()
+    assert [line[:44] for line in lines if "| 90.0 |" in line] == [
+        "| late, LoRA r=16 (peft), eager | 90.0 | 711 "[:44],
+        "| deep, LoRA r=16 (peft), eager | 90.0 | 711 "[:44],
+    ]
+    assert [line for line in lines if line.startswith("| deep, PyTorch, eager | 80.0 |")]
+    assert "deep" not in step.tables(rows[:2])
+    assert not step.measured_at(PROVIDERS["frozen"], CASES["deep-64"])
+    assert step.measured_at(PROVIDERS["eager"], CASES["deep-64"])
+    same = [
+        step_cases.useful_flops(Setting.make(CPU, torch.float32, tiny=True), CASES[name], "lora") for name in TINY[:2]
+    ]
+    assert same[0] == same[1]
 
 
 def test_the_figure_is_drawn_from_rows(tmp_path: Path) -> None:
