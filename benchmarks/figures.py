@@ -209,7 +209,8 @@ def _step_panel(panel: Any, rows: dict[str, dict[str, Any]], heights: dict[str, 
         row, kind = rows.get(name), _step_kind(PROVIDERS[name])
         if row is None or row["kind"] != "time":
             why = "numerics fail" if row and row["kind"] == "failed" else "not run" if row is None else "cannot run"
-            panel.text(0.01 * longest, height, why, va="center", fontsize=7, color=QUIET, backgroundcolor="white")
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            panel.text(0.03 * longest, height, why, va="center", fontsize=7, color=QUIET, bbox=box)
             continue
         value = row["p50_ms"]
         colour = RIVAL if kind is None else STEP_COLOURS[kind]
