@@ -239,6 +239,7 @@ def test_copies_that_autocast_keeps_are_no_part_of_a_graph(fake):
     call = graphed(model)
     weight = model.hub.text_to_vision[0].weight
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        call(**batch_of(0, 1))
         model(**batch_of(0, 1))
         weight.mul_(3.0)  # autocast still holds a copy of what it was
         found = call(**batch_of(0, 1)).logits
