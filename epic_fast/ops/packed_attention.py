@@ -235,14 +235,40 @@ def _mask(
     qkv: Tensor, prompts: int, lengths: Tensor | None, prefix: bool, causal: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """What PyTorch's attention adds to the scores ``(B or 1, 1, S, S)``, and which rows count ``(B, S, 1, 1)``."""
-    rows = qkv.shape[1]
     if lengths is None and not causal and not (prefix and prompts):
         return None, None
-    limit = visible_keys(rows, prompts, lengths, prefix, causal, qkv.device)
-    position = torch.arange(rows, device=qkv.device)
+    rows = qkv.shape[1]
+    if qkv.device.type == "cpu":
+        # The layers of a tower, there and back, ask for the same one.
+        return _mask_of_numbers(
+            None if lengths is None else tuple(lengths.tolist()), rows, prompts, prefix, causal, qkv.dtype
+        )
+    return _make_mask(lengths, rows, prompts, prefix, causal, qkv.dtype, qkv.device)
+
+
+@functools.lru_cache(maxsize=4)
+def _mask_of_numbers(
+    lengths: tuple[int, ...] | None, rows: int, prompts: int, prefix: bool, causal: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    ends = None if lengths is None else torch.tensor(lengths)
+    with torch.inference_mode(False):
+        return _make_mask(ends, rows, prompts, prefix, causal, dtype, torch.device("cpu"))
+
+
+def _make_mask(
+    lengths: Tensor | None,
+    rows: int,
+    prompts: int,
+    prefix: bool,
+    causal: bool,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor | None]:
+    limit = visible_keys(rows, prompts, lengths, prefix, causal, device)
+    position = torch.arange(rows, device=device)
     hidden = position >= limit[:, :, None]
-    mask = torch.zeros(hidden.shape, dtype=qkv.dtype, device=qkv.device).masked_fill_(hidden, float("-inf"))[:, None]
-    counts = None if lengths is None else (position < lengths.to(qkv.device)[:, None] + prompts)[:, :, None, None]
+    mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))[:, None]
+    counts = None if lengths is None else (position < lengths.to(device)[:, None] + prompts)[:, :, None, None]
     return mask, counts
 
 
