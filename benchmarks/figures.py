@@ -26,6 +26,7 @@ from epic_fast.plots.style import BLUE, INK, ORANGE, QUIET, SKY, figure_style, n
 COLUMNS = {
     "p50_ms": ("time on the GPU", "ms"),
     "launched_ms": ("time a call, launched from Python", "ms"),
+    "launched_one_thread_ms": ("time a call, launched from Python, backward in the calling thread", "ms"),
     "graph_ms": ("time a call, in a CUDA graph", "ms"),
     "peak_mib": ("memory added", "MiB"),
 }

@@ -8,7 +8,8 @@ At every case ours is held against its error budget first (``epic_fast.testing.n
 speed-up is printed, and the command ends with status 1.  A row is one case, provider and mode:
 
 - ``p20_ms``, ``p50_ms``, ``p80_ms``: on the device, L2 flushed before each call (``triton.testing.do_bench``);
-- ``launched_ms``: a call when Python launches one after the other;
+- ``launched_ms``: a call when Python launches one after the other; ``launched_one_thread_ms``: the same with the
+  backward pass in the calling thread (``torch.autograd.set_multithreading_enabled(False)``), for everybody;
 - ``graph_ms``: a call inside a CUDA graph;
 - ``peak_mib``: memory that the call adds;
 - ``floor_ms``: bytes moved once or products done, whichever takes longer, at the rates of a copy and a product in the
@@ -33,6 +34,7 @@ from benchmarks.registry import MODES, OPERATIONS, OURS, Call, CannotRun, Operat
 from epic_fast.testing.cases import LAYOUTS, AttentionCase, Case
 from epic_fast.testing.numerics import Measured, measure_operation
 
+COLUMNS = ("p50_ms", "launched_ms", "launched_one_thread_ms", "graph_ms", "peak_mib")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -55,6 +57,7 @@ def measure(provider: Provider, call: Call, mode: str, device: torch.device) -> 
     row: dict[str, Any] = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "launched_ms": None, "graph_ms": None}
     if mode != "backward":  # alone it is never launched, and cannot be captured apart from its forward pass
         row["launched_ms"] = timing.measure_launched(run, device)
+        row["launched_one_thread_ms"] = timing.measure_launched(run, device, one_thread=True)
         try:
             row["graph_ms"] = timing.measure_graph(run, device)
         except RuntimeError as error:
@@ -308,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = commands.add_parser("table", help="Markdown out of rows")
     table.add_argument("files", nargs="+", type=Path)
     table.add_argument("--every", action="store_true", help="a column for every provider")
-    table.add_argument("--column", default="p50_ms", choices=["p50_ms", "launched_ms", "graph_ms", "peak_mib"])
+    table.add_argument("--column", default="p50_ms", choices=COLUMNS)
     given = parser.parse_args(arguments)
     if given.command == "table":
         print(tables(read(*given.files), given.column, every=given.every))

@@ -35,17 +35,23 @@ def measure_device(call: Callable[[], Any], device: torch.device) -> list[float]
     return [statistics.quantiles(times, n=10, method="inclusive")[round(10 * each) - 1] for each in QUANTILES]
 
 
-def measure_launched(call: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds a call when Python launches one after the other, waiting once at the end: the median of 5 rounds."""
+def measure_launched(call: Callable[[], Any], device: torch.device, *, one_thread: bool = False) -> float:
+    """Milliseconds a call when Python launches one after the other, waiting once at the end: the median of 5 rounds.
+
+    Args:
+        one_thread: a backward pass runs in the calling thread, as in this project's training loop on one GPU, and not
+            in the thread that PyTorch keeps for a device.
+    """
     _wait(device)
     launches, rounds = (LAUNCHES, 5) if device.type == "cuda" else (1, 3)
     times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(launches):
-            call()
-        _wait(device)
-        times.append(1e3 * (time.perf_counter() - start) / launches)
+    with torch.autograd.set_multithreading_enabled(not one_thread):
+        for _ in range(rounds):
+            start = time.perf_counter()
+            for _ in range(launches):
+                call()
+            _wait(device)
+            times.append(1e3 * (time.perf_counter() - start) / launches)
     return statistics.median(times)
 
 
