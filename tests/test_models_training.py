@@ -417,3 +417,11 @@ def test_prefix_in_place_of_inputs_gives_the_same_bits() -> None:
     assert torch.equal(found.logits, wanted.logits)
     assert torch.equal(found.loss, wanted.loss)
     assert model(**batch).loss is None
+
+
+def test_the_first_step_may_be_a_compiled_one() -> None:
+    """Whether a head still waits for statistics is no question for a traced graph."""
+    model = make_model().train()
+    batch = {**make_batch([8, 5, 6]), "labels": LABELS}
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**batch).loss, model(**batch).loss)

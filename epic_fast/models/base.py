@@ -133,7 +133,7 @@ class PromptedModel(nn.Module, ABC):
             prefix = self.extract(pixel_values, input_ids, attention_mask, token_type_ids, text_lengths)
         elif not torch.compiler.is_compiling():
             self.backbone.ensure_eval()
-        if labels is not None and self.training and not self._statistics_checked:
+        if labels is not None and self.training and not (self._statistics_checked or torch.compiler.is_compiling()):
             self._check_statistics()
         logits = self.head(self.features(self._measured(prefix)))
         return PromptedModelOutput(loss=None if labels is None else self.loss(logits, labels), logits=logits)
