@@ -20,7 +20,7 @@ import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -202,7 +202,7 @@ class PrefixStore(ABC):
         """The prefix in the type in which the model made it; to be called where it is used, after any copy."""
         assert self.forms is not None
         text, vision = (
-            TowerState(state.hidden.to(self.forms[tower].given_type), state.layer, state.valid, state.pool_index)
+            replace(state, hidden=state.hidden.to(self.forms[tower].given_type))
             for tower, state in (("text", prefix.text), ("vision", prefix.vision))
         )
         return Prefix(text=text, vision=vision)
@@ -224,9 +224,10 @@ class PrefixStore(ABC):
             rows[row, record.tokens :] = 0
         if not any(record.masked for record in records) and min(lengths) == longest:
             return TowerState(hidden, form.layer)
-        valid = torch.arange(longest) < torch.tensor(lengths)[:, None]
+        ends = torch.tensor(lengths, dtype=torch.int32)
+        valid = torch.arange(longest) < ends[:, None]
         pool = None if records[0].pool < 0 else torch.tensor([record.pool for record in records])
-        return TowerState(hidden, form.layer, _pinned(valid, pin), _pinned(pool, pin))
+        return TowerState(hidden, form.layer, _pinned(valid, pin), _pinned(pool, pin), lengths=_pinned(ends, pin))
 
     def bytes_for(self, prefix: Prefix, pictures: int, text_tokens: int) -> int:
         """Bytes that so many pictures like those of ``prefix``, and texts of so many tokens in all, will take."""
