@@ -18,6 +18,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_causal_
 from epic_fast.engine import EngineConfig, TowerState, call_layer, call_layer_with_prompts, prompted_visibility
 from epic_fast.engine.fused import FrozenBlock, Geometry, run_blocks
 from epic_fast.engine.packed import FrozenTower, PackedRun, say_plain
+from epic_fast.engine.products import eight_bit_kind
 from epic_fast.engine.rows import MOST_ROWS, RowSelection
 from epic_fast.engine.state import measure
 from epic_fast.errors import ConfigError
@@ -157,7 +158,8 @@ class Tower(ABC):
         """Whether the engine is to take the place of the layers, if it can."""
         if engine is None or engine.blocks == "plain":
             return False
-        return engine.blocks == "fused" or next(self.model.parameters()).device.type != "cpu"
+        fused = engine.blocks == "fused" or engine.weights != "frozen"
+        return fused or next(self.model.parameters()).device.type != "cpu"
 
     def fused_blocks(self, state: TowerState, engine: EngineConfig | None) -> list[FrozenBlock] | None:
         """The blocks that run these tokens; None where the model's own layers do."""
@@ -169,7 +171,8 @@ class Tower(ABC):
             else:
                 say_plain(self.modality, "it is not known where texts end")
             return None
-        return self.frozen.blocks()
+        assert engine is not None
+        return self.frozen.blocks(eight_bit_kind(engine.weights, state.hidden.device))
 
     def rows_read(
         self, state: TowerState, reads: str | None, engine: EngineConfig | None, prompts: int = 0

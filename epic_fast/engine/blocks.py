@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from epic_fast.engine.products import FrozenWeight
+from epic_fast.ops.frozen_linear import (
+    EightBitWeight,  # pyright: ignore[reportAttributeAccessIssue]
+    quantise_rows,
+    quantise_weight,
+)
 
 # Where the parts of a layer are, by the class of the layer.
 _PRE_NORM_MLP = {"up": "mlp.fc1", "down": "mlp.fc2", "activation": "mlp.activation_fn"}
@@ -52,22 +59,57 @@ SCALES = ("scale", "scaling")
 WEIGHT_TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LINEARS = ("query", "key", "value", "output", "up", "down")
 NORMS = ("first_norm", "second_norm")
+PRODUCTS = ("qkv", "output", "up", "down")
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of one layer in the type of its products; the norms keep their own."""
+    """The weights of one layer in the type of its products, or in 8 bits; the norms keep their own.
 
-    qkv: Tensor
+    Attributes:
+        dtype: of what the products give, and of the biases.
+        inner: width of the queries.
+        eight_bit: None; or ``"fp8"`` or ``"int8"``, and the four products' weights are in 8 bits.
+        backward: whether they can be had for backward products too.
+    """
+
+    dtype: torch.dtype
+    inner: int
+    qkv: FrozenWeight
     qkv_bias: Tensor | None
-    output: Tensor
+    output: FrozenWeight
     output_bias: Tensor | None
-    up: Tensor
+    up: FrozenWeight
     up_bias: Tensor | None
-    down: Tensor
+    down: FrozenWeight
     down_bias: Tensor | None
     first_norm: tuple[Tensor, Tensor, float]
     second_norm: tuple[Tensor, Tensor, float]
+    eight_bit: str | None = None
+    backward: bool = True
+    _parts: dict[bool, EightBitWeight] = field(default_factory=dict, repr=False, compare=False)
+
+    def query(self) -> tuple[FrozenWeight, Tensor | None]:
+        """Weight and bias of the queries alone."""
+        return self._part(True)
+
+    def key_value(self) -> tuple[FrozenWeight, Tensor | None]:
+        """Weight and bias of keys and values alone."""
+        return self._part(False)
+
+    def _part(self, first: bool) -> tuple[FrozenWeight, Tensor | None]:
+        rows = slice(self.inner) if first else slice(self.inner, None)
+        bias = None if self.qkv_bias is None else self.qkv_bias[rows]
+        if not isinstance(self.qkv, EightBitWeight):
+            return self.qkv[rows], bias
+        if first not in self._parts:
+            whole = self.qkv
+            # The transposed form has a scale a row, of which a part of the columns needs no larger one.
+            transposed = None if whole.transposed is None else whole.transposed[:, rows].contiguous()
+            self._parts[first] = EightBitWeight(
+                whole.kind, whole.data[rows], whole.scale[rows], transposed, whole.transposed_scale
+            )
+        return self._parts[first], bias
 
 
 class LayerParts:
@@ -93,7 +135,7 @@ class LayerParts:
         self._layer = layer
         holders = [self.parts[name] for name in (*LINEARS, *NORMS)]
         self._tensors = [(each._parameters, name) for each in holders for name in ("weight", "bias")]
-        self._cache: dict[torch.dtype, tuple[Any, Weights]] = {}
+        self._cache: dict[tuple[torch.dtype, str | None], tuple[Any, Weights]] = {}
 
     def unchanged(self) -> bool:
         """Whether the layer still is what it was when it was read: no module replaced, hooked or trained."""
@@ -106,37 +148,73 @@ class LayerParts:
             )
         )
 
-    def weights(self, dtype: torch.dtype | None = None) -> Weights:
-        """The weights with products in ``dtype`` (None: as they are), made anew when a tensor of the layer changed."""
-        wanted: torch.dtype = self.parts["query"].weight.dtype if dtype is None else dtype
+    def weights(
+        self, dtype: torch.dtype | None = None, eight_bit: str | None = None, *, backward: bool = True
+    ) -> Weights:
+        """The weights with products in ``dtype`` (None: as they are), made anew when a tensor of the layer changed.
+
+        Args:
+            dtype: of what the products give.
+            eight_bit: None; or ``"fp8"`` or ``"int8"``, what the products' weights are kept as.
+            backward: in 8 bits, also the transposed weights of backward products; once made they stay.
+        """
+        wanted = (self.parts["query"].weight.dtype if dtype is None else dtype, eight_bit)
         key = tuple(
             (each.data_ptr(), each._version, each.dtype, each.device)
             for each in (parameters[name] for parameters, name in self._tensors)
             if each is not None
         )
         found = self._cache.get(wanted)
-        if found is None or found[0] != key:
+        if found is None or found[0] != key or (backward and not found[1].backward):
             with torch.inference_mode(False), torch.no_grad():
-                found = (key, self._read(wanted))
+                if found is not None and found[0] == key:
+                    found = (key, self._with_transposed(found[1]))
+                else:
+                    found = (key, self._read(*wanted))
+                    if backward and eight_bit is not None:
+                        found = (key, self._with_transposed(found[1]))
             self._cache = {kept: each for kept, each in self._cache.items() if each[0] == key} | {wanted: found}
         return found[1]
 
-    def _read(self, dtype: torch.dtype) -> Weights:
+    def _read(self, dtype: torch.dtype, eight_bit: str | None) -> Weights:
         def cast(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.detach().to(dtype)
 
+        named: dict[str, Any] = {"dtype": dtype, "eight_bit": eight_bit, "backward": eight_bit is None}
         three = [self.parts[name] for name in ("query", "key", "value")]
+        named["inner"] = len(three[0].weight)
         bias = None
         if any(each.bias is not None for each in three):
             bias = cast(torch.cat([each.weight.new_zeros(len(each.weight)) if each.bias is None else each.bias
                                    for each in three]))  # fmt: skip
-        named: dict[str, Any] = {}
+        named["qkv_bias"] = bias
+        for name in PRODUCTS:
+            if eight_bit is None:
+                named[name] = self._joined(name, dtype)
+            else:
+                named[name] = quantise_weight(self._joined(name, None), eight_bit, backward=False)
         for name in ("output", "up", "down"):
-            named[name], named[f"{name}_bias"] = cast(self.parts[name].weight), cast(self.parts[name].bias)
+            named[f"{name}_bias"] = cast(self.parts[name].bias)
         for name in NORMS:
             norm = self.parts[name]
             named[name] = (norm.weight.detach(), norm.bias.detach(), norm.eps)
-        return Weights(qkv=torch.cat([cast(each.weight) for each in three]), qkv_bias=bias, **named)  # pyright: ignore
+        return Weights(**named)
+
+    def _with_transposed(self, weights: Weights) -> Weights:
+        """With 8 bits for backward products, beside those that there are for forward ones."""
+        made: dict[str, EightBitWeight] = {}
+        for name in PRODUCTS:
+            weight = getattr(weights, name)
+            data, scale = quantise_rows(self._joined(name, None).t().contiguous(), weight.kind)
+            made[name] = replace(weight, transposed=data, transposed_scale=scale)
+        return replace(weights, **made, backward=True, _parts={})  # pyright: ignore[reportArgumentType]
+
+    def _joined(self, name: str, dtype: torch.dtype | None) -> Tensor:
+        """The weight of one of ``PRODUCTS``, (out, in), in ``dtype`` (None: its own)."""
+        names = ("query", "key", "value") if name == "qkv" else (name,)
+        parts = [self.parts[each].weight.detach() for each in names]
+        parts = parts if dtype is None else [each.to(dtype) for each in parts]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _untouched(module: nn.Module) -> bool:

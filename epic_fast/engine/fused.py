@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from epic_fast.engine.blocks import LayerParts, Weights
-from epic_fast.engine.products import product, product_backward
+from epic_fast.engine.products import EightBitRows, Rows, activated_product, product, product_backward
 from epic_fast.engine.rows import RowSelection, row_attention_backward, row_attention_forward
 from epic_fast.ops.packed_attention import packed_attention_backward, packed_attention_forward
 from epic_fast.ops.residual_norm import residual_norm_backward, residual_norm_forward
@@ -55,11 +55,17 @@ class FrozenBlock:
     """One layer, computed from its own weights.
 
     Args:
-        layer: a layer of which :func:`epic_fast.engine.blocks.why_not` says None.
+        layer: a layer of which :func:`epic_fast.engine.blocks.why_not` says None; or what was read of it before.
+        eight_bit: ``"fp8"`` or ``"int8"``: the weights of its products, and what goes into them, are in 8 bits.
     """
 
-    def __init__(self, layer: nn.Module):
-        self.parts = LayerParts(layer)
+    def __init__(self, layer: nn.Module | LayerParts, eight_bit: str | None = None):
+        self.parts = layer if isinstance(layer, LayerParts) else LayerParts(layer)
+        self.eight_bit = eight_bit
+
+    def weights(self, dtype: torch.dtype | None, *, backward: bool = False) -> Weights:
+        """The weights that this block multiplies with, for results in ``dtype``."""
+        return self.parts.weights(dtype, self.eight_bit, backward=backward)
 
     def __call__(
         self, hidden: Tensor, geometry: Geometry, *, prompts: Tensor | None = None, save: str = "full"
@@ -77,7 +83,7 @@ class FrozenBlock:
         if torch.is_grad_enabled() and (hidden.requires_grad or (prompts is not None and prompts.requires_grad)):
             if prompts is not None and hidden.requires_grad:
                 hidden, prompts = torch.cat([prompts.to(hidden.dtype), hidden], dim=1), None
-            return _Block.apply(hidden, prompts, self.parts, geometry, save)  # pyright: ignore[reportReturnType]
+            return _Block.apply(hidden, prompts, self, geometry, save)  # pyright: ignore[reportReturnType]
         if prompts is None:
             return run_blocks([self], hidden, geometry)
         return run_blocks([self], pack(hidden, prompts), geometry, owned=True)
@@ -117,14 +123,14 @@ def run_blocks(
         for index, block in enumerate(blocks):
             following = blocks[index + 1] if index + 1 < len(blocks) else None
             last = geometry if following is None else whole
-            weights = block.parts.weights(dtype)
+            weights = block.weights(dtype)
             if block.parts.post_norm:
                 hidden = _post_norm_step(block.parts, weights, hidden, last, owned)
             else:
-                next_norm = None
+                next_weights = None
                 if following is not None and not following.parts.post_norm:
-                    next_norm = (following.parts.weights(dtype).first_norm, weights.qkv.dtype)
-                hidden, normed = _pre_norm_step(block.parts, weights, hidden, normed, last, next_norm, owned)
+                    next_weights = following.weights(dtype)
+                hidden, normed = _pre_norm_step(block.parts, weights, hidden, normed, last, next_weights, owned)
             owned = True
     return hidden
 
@@ -133,29 +139,27 @@ def _pre_norm_step(
     parts: LayerParts,
     weights: Weights,
     stream: Tensor,
-    normed: Tensor | None,
+    normed: Rows | None,
     geometry: Geometry,
-    next_norm: Any,
+    following: Weights | None,
     owned: bool,
-) -> tuple[Tensor, Tensor | None]:
-    dtype = weights.qkv.dtype
+) -> tuple[Tensor, Rows | None]:
     if normed is None:
-        normed = residual_norm_forward(stream, None, *weights.first_norm, normed_dtype=dtype)[1]
+        normed = _norm(stream, None, weights.first_norm, weights)[1]
     attended, _ = _attend(parts, weights, normed, geometry, save=False)
     del normed
     branch = product(attended, weights.output, weights.output_bias)[0]
     if geometry.rows is not None:
         stream, owned = geometry.rows.take(stream, geometry.prompts), True
-    stream, normed = residual_norm_forward(stream, branch, *weights.second_norm, normed_dtype=dtype, in_place=owned)[:2]
+    stream, normed, _, _ = _norm(stream, branch, weights.second_norm, weights, in_place=owned)
     branch = _mlp(parts, weights, normed, "none")[0]
-    if next_norm is None:
+    if following is None:
         return stream.add_(branch), None
-    norm, dtype = next_norm
-    return residual_norm_forward(stream, branch, *norm, normed_dtype=dtype, in_place=True)[:2]
+    return _norm(stream, branch, following.first_norm, following, in_place=True)[:2]
 
 
 def _post_norm_step(parts: LayerParts, weights: Weights, stream: Tensor, geometry: Geometry, owned: bool) -> Tensor:
-    dtype = weights.qkv.dtype
+    dtype = weights.dtype
     attended, _ = _attend(parts, weights, stream.to(dtype), geometry, save=False)
     branch = product(attended, weights.output, weights.output_bias)[0]
     if geometry.rows is not None:
@@ -167,13 +171,29 @@ def _post_norm_step(parts: LayerParts, weights: Weights, stream: Tensor, geometr
     return residual_norm_forward(stream, branch, *weights.second_norm, normed_dtype=stream.dtype, in_place=True)[1]
 
 
-def _mlp(parts: LayerParts, weights: Weights, normed: Tensor, keep: str) -> tuple[Tensor, Tensor | None]:
-    hidden, kept = product(normed, weights.up, weights.up_bias, activation=parts.activation, keep=keep)
+def _norm(
+    stream: Tensor,
+    branch: Tensor | None,
+    norm: tuple[Tensor, Tensor, float],
+    weights: Weights,
+    *,
+    in_place: bool = False,
+) -> tuple[Tensor, Rows, Tensor, Tensor]:
+    """``stream + branch``, its norm as the products with ``weights`` read it, and the norm's statistics."""
+    total, normed, mean, rstd, scale = residual_norm_forward(
+        stream, branch, *norm, normed_dtype=weights.dtype, in_place=in_place, eight_bit=weights.eight_bit
+    )  # fmt: skip
+    return total, normed if scale is None else EightBitRows(normed, scale, weights.dtype), mean, rstd
+
+
+def _mlp(parts: LayerParts, weights: Weights, normed: Rows, keep: str) -> tuple[Tensor, Tensor | None]:
+    assert parts.activation is not None
+    hidden, kept = activated_product(normed, weights.up, weights.up_bias, parts.activation, keep)
     return product(hidden, weights.down, weights.down_bias)[0], kept
 
 
 def _mlp_backward(
-    parts: LayerParts, weights: Weights, grad: Tensor, kept: Tensor | None, keep: str, normed: Tensor | None
+    parts: LayerParts, weights: Weights, grad: Tensor, kept: Tensor | None, keep: str, normed: Rows | None
 ) -> Tensor:
     """The gradient of the MLP's input; ``normed`` is that input, where nothing was kept."""
     if kept is None:
@@ -187,21 +207,19 @@ def _mlp_backward(
 
 
 def _attend(
-    parts: LayerParts, weights: Weights, normed: Tensor, geometry: Geometry, *, save: bool
+    parts: LayerParts, weights: Weights, normed: Rows, geometry: Geometry, *, save: bool
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Attention of the rows that are read ``(B, R, inner)``, and what its backward needs."""
     batch, rows, _ = normed.shape
     heads = parts.heads
-    inner = weights.qkv.shape[0] // 3
+    inner = weights.inner
     head_dim = inner // heads
     if geometry.rows is None:
         qkv = product(normed, weights.qkv, weights.qkv_bias)[0].view(batch, rows, 3, heads, head_dim)
         output, lse = packed_attention_forward(qkv, **_options(parts, geometry), save_lse=save)
         return output.view(batch, rows, inner), (qkv, output, lse) if save and lse is not None else ()
-    bias = weights.qkv_bias
-    key_value = product(normed, weights.qkv[inner:], None if bias is None else bias[inner:])[0]
-    taken = geometry.rows.take(normed, geometry.prompts)
-    query = product(taken, weights.qkv[:inner], None if bias is None else bias[:inner])[0]
+    key_value = product(normed, *weights.key_value())[0]
+    query = product(_take(normed, geometry.rows, geometry.prompts), *weights.query())[0]
     output, probabilities = row_attention_forward(
         query, key_value.view(batch, rows, 2, inner), heads, parts.scale, _visible(geometry, rows, query.device)
     )
@@ -217,7 +235,7 @@ def _attend_backward(
     prompt_rows_only: bool,
 ) -> Tensor:
     """The gradient of the rows that attention read, ``(B, S, D)`` or ``(B, P, D)``."""
-    inner = weights.qkv.shape[0] // 3
+    inner = weights.inner
     if geometry.rows is None:
         qkv, output, lse = saved
         found = packed_attention_backward(
@@ -232,9 +250,17 @@ def _attend_backward(
     grad_key_value = grad_key_value.flatten(2)
     if prompt_rows_only:
         grad_key_value = grad_key_value[:, : geometry.prompts].contiguous()
-    found = product_backward(grad_key_value, weights.qkv[inner:])
-    geometry.rows.add(found, product_backward(grad_query, weights.qkv[:inner]), geometry.prompts)
+    found = product_backward(grad_key_value, weights.key_value()[0])
+    geometry.rows.add(found, product_backward(grad_query, weights.query()[0]), geometry.prompts)
     return found
+
+
+def _take(rows: Rows, selection: RowSelection, prompts: int) -> Rows:
+    if not isinstance(rows, EightBitRows):
+        return selection.take(rows, prompts)
+    data = selection.take(rows.data.view(torch.uint8), prompts).view(rows.data.dtype)
+    scale = selection.take(rows.scale.view(*rows.shape[:-1], 1), prompts)
+    return EightBitRows(data, scale.reshape(-1), rows.dtype)
 
 
 def _options(parts: LayerParts, geometry: Geometry) -> dict[str, Any]:
@@ -262,13 +288,14 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, prompts: Tensor | None, parts: LayerParts, geometry: Geometry, save: str
+        ctx: Any, hidden: Tensor, prompts: Tensor | None, block: FrozenBlock, geometry: Geometry, save: str
     ) -> Tensor:
         stream = hidden.contiguous() if prompts is None else pack(hidden, prompts)
+        parts = block.parts
         ctx.parts, ctx.geometry, ctx.keep = parts, geometry, KEEP[save]
         ctx.prompt_dtype = None if prompts is None else prompts.dtype
         with _no_autocast(stream) as dtype:
-            ctx.weights = weights = parts.weights(dtype)
+            ctx.weights = weights = block.weights(dtype, backward=True)
             forward = _post_norm_forward if parts.post_norm else _pre_norm_forward
             result, saved = forward(parts, weights, stream, geometry, ctx.keep, prompts is not None)
         ctx.save_for_backward(*saved)
@@ -291,8 +318,8 @@ class _Block(torch.autograd.Function):
 def _pre_norm_forward(
     parts: LayerParts, weights: Weights, stream: Tensor, geometry: Geometry, keep: str, prompt_rows_only: bool
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    dtype, prompts = weights.qkv.dtype, geometry.prompts
-    _, normed, mean, rstd, _ = residual_norm_forward(stream, None, *weights.first_norm, normed_dtype=dtype)
+    prompts = geometry.prompts
+    _, normed, mean, rstd = _norm(stream, None, weights.first_norm, weights)
     attended, attention = _attend(parts, weights, normed, geometry, save=True)
     branch = product(attended, weights.output, weights.output_bias)[0]
     read = stream if geometry.rows is None else geometry.rows.take(stream, prompts)
@@ -301,10 +328,8 @@ def _pre_norm_forward(
     if prompt_rows_only:
         saved_stream = stream[:, :prompts].clone()
         mean, rstd = _first_rows(mean, stream, prompts), _first_rows(rstd, stream, prompts)
-    total, normed, second_mean, second_rstd, _ = residual_norm_forward(
-        read, branch, *weights.second_norm, normed_dtype=dtype,
-        in_place=prompt_rows_only or geometry.rows is not None,
-    )  # fmt: skip
+    in_place = prompt_rows_only or geometry.rows is not None
+    total, normed, second_mean, second_rstd = _norm(read, branch, weights.second_norm, weights, in_place=in_place)
     branch, kept = _mlp(parts, weights, normed, keep)
     return total + branch, (saved_stream, mean, rstd, total, second_mean, second_rstd, kept, *attention)
 
@@ -319,10 +344,10 @@ def _pre_norm_backward(
     prompt_rows_only: bool,
 ) -> Tensor:
     stream, mean, rstd, total, second_mean, second_rstd, kept, *attention = saved
-    dtype, prompts = weights.qkv.dtype, geometry.prompts
+    dtype, prompts = weights.dtype, geometry.prompts
     normed = None
     if kept is None:
-        normed = residual_norm_forward(total, None, *weights.second_norm, normed_dtype=dtype)[1]
+        normed = _norm(total, None, weights.second_norm, weights)[1]
     branch = _mlp_backward(parts, weights, grad.to(dtype), kept, keep, normed)
     grad = residual_norm_backward(branch, grad, total, weights.second_norm[0], second_mean, second_rstd)
     branch = product_backward(grad.to(dtype), weights.output)
@@ -337,7 +362,7 @@ def _pre_norm_backward(
 def _post_norm_forward(
     parts: LayerParts, weights: Weights, stream: Tensor, geometry: Geometry, keep: str, prompt_rows_only: bool
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    dtype = weights.qkv.dtype
+    dtype = weights.dtype
     attended, attention = _attend(parts, weights, stream.to(dtype), geometry, save=True)
     branch = product(attended, weights.output, weights.output_bias)[0]
     read = stream if geometry.rows is None else geometry.rows.take(stream, geometry.prompts)
@@ -362,7 +387,7 @@ def _post_norm_backward(
     prompt_rows_only: bool,
 ) -> Tensor:
     total, mean, rstd, second_total, second_mean, second_rstd, kept, *attention = saved
-    dtype, prompts = weights.qkv.dtype, geometry.prompts
+    dtype, prompts = weights.dtype, geometry.prompts
     normed = None
     if kept is None:
         normed = residual_norm_forward(total, None, *weights.first_norm, normed_dtype=dtype)[1]

@@ -38,18 +38,27 @@ class FrozenTower:
         self._layers = list(layers)
         self._name = name
         self._blocks: list[FrozenBlock] | None = None
+        self._eight_bit: dict[str, list[FrozenBlock]] = {}
 
-    def blocks(self) -> list[FrozenBlock] | None:
-        """The blocks, read anew where a layer was changed; None, saying why once, where a layer cannot have one."""
+    def blocks(self, eight_bit: str | None = None) -> list[FrozenBlock] | None:
+        """The blocks, read anew where a layer was changed; None, saying why once, where a layer cannot have one.
+
+        Args:
+            eight_bit: ``"fp8"`` or ``"int8"``: blocks that multiply in 8 bits.
+        """
         if self._blocks is None or not all(block.parts.unchanged() for block in self._blocks):
-            self._blocks = None
+            self._blocks, self._eight_bit = None, {}
             for layer in self._layers:
                 reason = why_not(layer)
                 if reason is not None:
                     say_plain(self._name, reason)
                     return None
             self._blocks = [FrozenBlock(layer) for layer in self._layers]
-        return self._blocks
+        if eight_bit is None:
+            return self._blocks
+        if eight_bit not in self._eight_bit:
+            self._eight_bit[eight_bit] = [FrozenBlock(block.parts, eight_bit) for block in self._blocks]
+        return self._eight_bit[eight_bit]
 
     def made(self) -> list[Any]:
         """What the blocks have made of their weights; a captured graph knows only where it lies, and has to hold it."""
