@@ -14,6 +14,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from epic_fast.functional import prompt_attention
 from epic_fast.kernels.common import plan  # pyright: ignore[reportMissingImports]
 from epic_fast.kernels.prompt_attention import (  # pyright: ignore[reportMissingImports]
     tiles,
@@ -72,6 +73,16 @@ def kernels(forward_tiles: Tile | None = None, backward_tiles: BackwardTiles | N
     return attention
 
 
+def in_one_graph(**given: Any) -> tuple[Tensor, Tensor | None]:
+    """The operation itself, compiled: whichever kernels this device is given, in a graph without a break."""
+    torch._dynamo.reset()
+
+    def attention(**arguments: Any) -> tuple[Tensor, Tensor | None]:
+        return prompt_attention(**arguments, impl="triton")
+
+    return torch.compile(attention, backend="aot_eager", fullgraph=True)(**given)
+
+
 def check(
     case: AttentionCase, dtype: torch.dtype, candidate: Callable[..., Any] | None = None, **settings: Any
 ) -> None:
@@ -124,6 +135,13 @@ def backward(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_any_call_is_within_the_budget(dtype: torch.dtype, case: AttentionCase) -> None:
     check(case, dtype)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU compiles the production shapes")
+@settings(max_examples=4)
+@given(case=attention_cases(max_batch=2, max_tokens=12, max_prompts=6, head_dims=(16, 24, 48)))
+def test_any_call_in_one_graph_is_within_the_budget(case: AttentionCase) -> None:
+    check(case, torch.float32, in_one_graph)
 
 
 @pytest.mark.parametrize("lengths", [None, (11, 37)], ids=["whole", "lengths"])
@@ -499,20 +517,40 @@ def test_production_shapes_on_the_gpu(case: AttentionCase, dtype: torch.dtype) -
         dataclasses.replace(case, layout="tokens", prefix_tuning=True),
     ):
         check(variant, dtype)
+        check(variant, dtype, in_one_graph)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [16, 32, 48, 72, 80, 96, 128, 160, 256])
+@pytest.mark.parametrize("head_dim", [16, 24, 32, 48, 64, 72, 80, 96, 128, 160, 256])
 def test_head_dims_on_the_gpu(head_dim: int, dtype: torch.dtype) -> None:
     for prompts, tokens, causal in ((16, 77, True), (8, 257, False), (0, 130, False), (256, 300, True)):
-        check(AttentionCase(2, 2, tokens, prompts, head_dim, causal=causal, layout="tokens"), dtype)
+        case = AttentionCase(2, 2, tokens, prompts, head_dim, causal=causal, layout="tokens")
+        check(case, dtype)
+        check(case, dtype, in_one_graph)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 72, 80, 96, 128, 256])
+def test_masks_of_every_head_dim_on_the_gpu(head_dim: int, dtype: torch.dtype) -> None:
+    """Those that :func:`test_head_dims_on_the_gpu` leaves out."""
+    for case in (
+        AttentionCase(3, 2, 77, 16, head_dim, "prefix", True, (77, 0, 30), layout="packed"),
+        AttentionCase(3, 2, 197, 8, head_dim, "prefix", lengths=(197, 1, 64), shared=True, layout="tokens"),
+        AttentionCase(2, 2, 50, 32, head_dim, prefix_tuning=True, shared=True, scale=-0.2),
+        AttentionCase(2, 2, 1, 1, head_dim, causal=True),
+    ):
+        check(case, dtype, in_one_graph)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_long_sequences_on_the_gpu(causal: bool) -> None:
-    check(AttentionCase(1, 1, 8192, 256, 64, causal=causal, lengths=(8000,)), torch.bfloat16)
+def test_long_sequences_on_the_gpu(causal: bool, dtype: torch.dtype) -> None:
+    case = AttentionCase(1, 1, 8192, 256, 64, causal=causal, lengths=(8000,))
+    check(case, dtype)
+    check(case, dtype, in_one_graph)
 
 
 @pytest.mark.gpu

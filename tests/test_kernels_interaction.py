@@ -15,6 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from epic_fast.functional import prompt_interaction
 from epic_fast.kernels.common import launch as launch_module
 from epic_fast.kernels.common import plan
 from epic_fast.kernels.prompt_interaction import reference, triton_backward, triton_forward
@@ -56,7 +57,23 @@ def fused(*, keep: bool = False, eps: float = 1e-8, **inputs: Tensor) -> tuple[T
     return Fused.apply(keep, eps, *inputs.values())  # pyright: ignore[reportReturnType]
 
 
-def check(case: InteractionCase, dtype: torch.dtype, options: dict[str, Any] | None = None, **changed: Tensor) -> None:
+def in_one_graph(**given: Tensor) -> tuple[Tensor, Tensor]:
+    """The operation itself, compiled: in a graph without a break."""
+    torch._dynamo.reset()
+
+    def interaction(**arguments: Any) -> Any:
+        return prompt_interaction(**arguments, impl="triton")
+
+    return torch.compile(interaction, backend="aot_eager", fullgraph=True)(**given)
+
+
+def check(
+    case: InteractionCase,
+    dtype: torch.dtype,
+    options: dict[str, Any] | None = None,
+    candidate: Any = fused,
+    **changed: Tensor,
+) -> None:
     inputs = {**case.make(dtype, DEVICE), **changed}
     options = options or {}
 
@@ -64,7 +81,7 @@ def check(case: InteractionCase, dtype: torch.dtype, options: dict[str, Any] | N
         return reference.prompt_interaction(**{key: each for key, each in tensors.items() if key != "keep"})
 
     check_operation(
-        fused, specification, inputs, options, reduction=case.reductions, output_names=InteractionCase.outputs
+        candidate, specification, inputs, options, reduction=case.reductions, output_names=InteractionCase.outputs
     )
 
 
@@ -99,6 +116,12 @@ CHANNELS = InteractionCase(3, 5, 2, 24, 17, channel_gates=True, temperature=0.5)
 @pytest.mark.parametrize("keep", [False, True], ids=["again", "kept"])
 def test_within_the_budget(case: InteractionCase, dtype: torch.dtype, keep: bool) -> None:
     check(case, dtype, {"keep": keep})
+
+
+@pytest.mark.parametrize("case", [CHANNELS, InteractionCase(1, 17, 2, 16, 16)], ids=["channels", "many prompts"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_in_one_graph_within_the_budget(case: InteractionCase, dtype: torch.dtype) -> None:
+    check(case, dtype, candidate=in_one_graph)
 
 
 def patterns() -> list[tuple[bool, ...]]:
@@ -528,6 +551,7 @@ gpu = pytest.mark.gpu
 )
 def test_on_a_gpu_within_the_budget(case: InteractionCase, dtype: torch.dtype) -> None:
     check(case, dtype)
+    check(case, dtype, candidate=in_one_graph)
 
 
 @gpu

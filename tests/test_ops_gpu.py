@@ -188,8 +188,9 @@ def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a new process: what other tests have compiled is not there."""
     from triton.runtime.jit import JITFunction
 
-    from epic_fast.kernels.common import launch  # pyright: ignore[reportMissingImports]
+    from epic_fast.kernels.common import launch, plan  # pyright: ignore[reportMissingImports]
 
+    plan.forget()
     monkeypatch.setattr(launch, "_compiled", {})
     for name, module in sys.modules.copy().items():
         if name.startswith("epic_fast.kernels."):
@@ -198,8 +199,26 @@ def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
                     each.device_caches.clear()
 
 
-@pytest.mark.parametrize("kind", OPERATIONS)
-def test_triton_compiles_nothing_for_a_new_size(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+SHORT = [(tokens, prompts) for tokens in (8, 20, 50) for prompts in (8, 20, 50)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "seen", "tokens", "prompts"),
+    [
+        ("attention", SHORT, (2, 60), (2, 60)),
+        # Heads that Hopper's kernels hold whole (257 to 288 rows), and longer ones.
+        ("attention", [(257, 16), (305, 16), (577, 16)], (245, 600), (12, 40)),
+        ("interaction", SHORT, (2, 60), (2, 60)),
+    ],
+    ids=["attention", "attention, long", "interaction"],
+)
+def test_triton_compiles_nothing_for_a_new_size(
+    kind: str,
+    seen: list[tuple[int, int]],
+    tokens: tuple[int, int],
+    prompts: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Tiles come in few classes of rows; once a class has been seen, no size in it compiles again.
 
     The interaction's classes are pairs, of text and vision prompts: up to 16, up to 32, up to 64 each.
@@ -209,22 +228,16 @@ def test_triton_compiles_nothing_for_a_new_size(kind: str, monkeypatch: pytest.M
     compiled: list[Any] = []
     monkeypatch.setattr(knobs.compilation, "listener", lambda *args, **kwargs: compiled.append((args, kwargs)))
     call = by_kernel(OPERATIONS[kind][0])
-    train(call, kind, 2, 8, 8)
+    train(call, kind, 2, *seen[0])
     forget_kernels(monkeypatch)
     compiled.clear()
-    for tokens in (8, 20, 50):
-        for prompts in (8, 20, 50):
-            train(call, kind, 2, tokens, prompts)
+    for size in seen:
+        train(call, kind, 2, *size)
     assert len(compiled) > 0
     compiled.clear()
     random = torch.Generator().manual_seed(0)
-    sizes = [
-        (1, 1, 1),
-        (3, 59, 59),
-        (2, 16, 17),
-        (2, 33, 32),
-        *torch.randint(2, 60, (20, 3), generator=random).tolist(),
-    ]
+    drawn = [torch.randint(*bounds, (20,), generator=random).tolist() for bounds in ((1, 6), tokens, prompts)]
+    sizes = [*zip(*drawn, strict=True), *(((1, 1, 1), (3, 59, 59), (2, 16, 17), (2, 33, 32)) if seen is SHORT else ())]
     for size in sizes:
         train(call, kind, *size)
     assert len(compiled) == 0
@@ -282,14 +295,15 @@ def profiled(call: Callable[[], Any]) -> tuple[list[str], int]:
 
 
 @pytest.mark.parametrize("compiled", [None, "inductor"])
-def test_frozen_keys_and_values_cost_no_kernel_and_no_memory(compiled: str | None) -> None:
+@pytest.mark.parametrize("tokens", [77, 257, 1024])
+def test_frozen_keys_and_values_cost_no_kernel_and_no_memory(tokens: int, compiled: str | None) -> None:
     """The gradient of the queries alone: one kernel, and no more memory than that gradient and the row sums.
 
     Heads are merged inside the call, as in a model.  A compiled backward may take the gradient of what its region
     returns in that tensor's own order of memory only: PyTorch 2.11 copies it where the operator's result, with its
     heads inside its rows, is itself returned (``torch._functorch.config.guess_tangent_strides_as_outputs``).
     """
-    case = AttentionCase(8, 8, 1024, 16, 64, layout="tokens")
+    case = AttentionCase(8, 8, tokens, 16, 64, layout="tokens")
     found = {}
 
     def merged(**inputs: Any) -> list[Tensor]:
@@ -308,12 +322,12 @@ def test_frozen_keys_and_values_cost_no_kernel_and_no_memory(compiled: str | Non
         found[len(needed)] = names, peak
     names, peak = found[2]
     assert any("_query_kernel" in name for name in names), names
-    assert not any("_key_kernel" in name or "_one_pass" in name for name in names), names
+    assert not any("_key_kernel" in name or "_one_pass" in name or "_short" in name for name in names), names
     rows, row = case.prompts + case.tokens, case.batch * case.heads
     gradient, sums = row * rows * 64 * 2, row * rows * 4
     assert peak <= gradient + sums + 2**16, f"{peak} bytes for a gradient of {gradient}"
     names, all_peak = found[6]
-    assert any("_key_kernel" in name for name in names), names
+    assert any("_key_kernel" in name or "_one_pass" in name or "_short" in name for name in names), names
     assert all_peak >= 3 * gradient
 
 
@@ -443,8 +457,9 @@ def test_devices_may_not_differ() -> None:
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])
-def test_a_broken_sample_stays_alone(poison: float) -> None:
-    case = AttentionCase(3, 2, 77, 16, 64, lengths=(77, 30, 77))
+@pytest.mark.parametrize("tokens", [77, 257, 577])
+def test_a_broken_sample_stays_alone(tokens: int, poison: float) -> None:
+    case = AttentionCase(3, 2, tokens, 16, 64, lengths=(tokens, 30, tokens))
     results = []
     for broken in (False, True):
         inputs = case.make(torch.bfloat16, "cuda")
