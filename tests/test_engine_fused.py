@@ -305,6 +305,26 @@ def test_a_changed_layer_takes_the_plain_path_and_says_so_once(caplog: pytest.Lo
     assert "hooks" in said[0]
 
 
+def test_a_release_that_computes_something_else_takes_the_plain_path(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The modules' names and classes are those of a known layer, but the layer's class calls them in another way."""
+    batch = make_batch([4, 6])
+    model = model_of("clip", EngineConfig(blocks="fused"))
+    kind = type(model.backbone.text.layers[0])
+    original = kind.forward
+
+    def forward(layer: Any, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden + 0.8 * (original(layer, hidden, *args, **kwargs) - hidden)
+
+    monkeypatch.setattr(kind, "forward", forward)
+    say_plain.cache_clear()
+    with caplog.at_level("INFO", logger="epic_fast"):
+        found = model(**batch).logits
+    assert relative(found, model_of("clip", None)(**batch).logits) <= 1e-5
+    assert sum("differs from its fused block" in each.getMessage() for each in caplog.records) == 2
+
+
 # -- whole models -----------------------------------------------------------------------------------------------------
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,12 +19,16 @@ from torch.autograd.function import once_differentiable
 
 from epic_fast.engine.blocks import why_not
 from epic_fast.engine.fused import FrozenBlock, Geometry, run_blocks
+from epic_fast.engine.plain import call_layer
 from epic_fast.engine.rows import RowSelection
 from epic_fast.engine.state import TowerState
 from epic_fast.ops import prompt_interaction as interaction
 from epic_fast.ops.prompt_interaction import BACKWARD as INTERACTION_BACKWARD
 
 logger = logging.getLogger("epic_fast")
+
+# What a layer adds to its rows may differ by so much from what its block adds: products in TF32 or bfloat16 do.
+SAME = 0.05
 
 
 class FrozenTower:
@@ -54,6 +59,11 @@ class FrozenTower:
                     say_plain(self._name, reason)
                     return None
             self._blocks = [FrozenBlock(layer) for layer in self._layers]
+            self._error = differs(self._layers[0], self._blocks[0]) if self._blocks else 0.0
+        if self._error > SAME:
+            name = type(self._layers[0]).__name__
+            say_plain(self._name, f"this release's {name} differs from its fused block by {self._error:.1e}")
+            return None
         if eight_bit is None:
             return self._blocks
         if eight_bit not in self._eight_bit:
@@ -63,6 +73,18 @@ class FrozenTower:
     def made(self) -> list[Any]:
         """What the blocks have made of their weights; a captured graph knows only where it lies, and has to hold it."""
         return [dict(block.parts._cache) for block in self._blocks or ()]
+
+
+@torch.no_grad()
+def differs(layer: nn.Module, block: FrozenBlock) -> float:
+    """How far apart a layer and its block are on a few rows, relative: what the names of modules cannot tell."""
+    weight = block.parts.parts["query"].weight
+    rows = torch.arange(4 * weight.shape[1], device=weight.device).view(1, 4, -1).sin().to(weight.dtype)
+    with torch.autocast(weight.device.type, enabled=False):
+        wanted = call_layer(layer, rows, None).double() - rows
+        found = block(rows, Geometry()).double() - rows
+    error = float((found - wanted).norm() / wanted.norm())
+    return error if math.isfinite(error) else math.inf
 
 
 @functools.cache
@@ -224,7 +246,7 @@ class _Exchange(torch.autograd.Function):
         needs = [*ctx.needs_input_grad[:2], *ctx.needs_input_grad[5:]]
         slots = [None if grad is None else grad[:, :count] for grad in grads]
         if ctx.kernel:
-            found: Sequence[Any] = INTERACTION_BACKWARD(*slots, *saved, ctx.eps, needs)
+            found = INTERACTION_BACKWARD(*slots, *saved, ctx.eps, needs)
         else:
             found = _reference_backward(slots, saved, ctx.eps, needs, ctx.autocast)
         buffers: list[Tensor | None] = []
@@ -235,7 +257,9 @@ class _Exchange(torch.autograd.Function):
             # The gradient of a buffer comes from the one layer that read it, which made it for nobody else.
             buffer = saved[index].new_zeros(shape) if grad is None else grad
             buffer = buffer if buffer.is_contiguous() else buffer.contiguous()
-            buffer[:, :count] = found[index]
+            gradient = found[index]
+            assert gradient is not None
+            buffer[:, :count] = gradient
             buffers.append(buffer)
         rest = [gradient if needed else None for gradient, needed in zip(found[2:], needs[2:], strict=True)]
         return (*buffers, None, None, None, *rest)
