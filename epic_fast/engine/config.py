@@ -17,7 +17,7 @@ class EngineConfig:
 
     Attributes:
         blocks: ``"fused"`` runs the layers that the engine knows as fused frozen blocks, ``"plain"`` runs the
-            backbone's own modules; ``"auto"`` is fused on a GPU and plain on a CPU.
+            backbone's own modules; ``"auto"`` is fused on a GPU, and plain on a CPU but with ``weights`` in 8 bits.
         save: what a fused block keeps of the MLP for its backward pass: ``"full"`` (the pre-activation),
             ``"eight_bit"`` (the activation's derivative in 8 bits: a quarter of the memory of float32, half of that of
             bfloat16) or ``"recompute"`` (nothing: one more product in the backward pass).
@@ -26,7 +26,7 @@ class EngineConfig:
         prefix_cache: None; ``"memory"``; or a folder, for what the layers below the first prompts compute, filled in
             the first epoch or by ``epic-fast data cache``.
         weights: ``"frozen"`` (as the backbone has them), or the frozen products in 8 bits: ``"fp8"`` (Hopper and
-            newer), ``"int8"``, ``"8bit"`` (whichever the card has).
+            newer), ``"int8"``, ``"8bit"`` (whichever the card has).  A CPU computes the same numbers, slowly.
         graphs: capture whole steps as CUDA graphs, one per shape; falls back with a reason.
     """
 
@@ -49,6 +49,11 @@ class EngineConfig:
                     raise ConfigError(f"EngineConfig.prefix_cache={value!r}; wanted None, 'memory' or a folder")
             elif choices and value not in choices:
                 raise ConfigError(f"EngineConfig.{field.name}={value!r}; wanted one of {', '.join(map(repr, choices))}")
+        if self.weights != "frozen" and self.blocks == "plain":
+            raise ConfigError(
+                f"EngineConfig.weights={self.weights!r} with blocks='plain', whose modules multiply with their own "
+                "weights; wanted blocks='auto' or 'fused'"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values of all fields."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from epic_fast.data import Collator, PairDataset
 from epic_fast.engine import DamagedRecords, DiskStore, MemoryStore, Prefix, PrefixStore, SampleKey
+from epic_fast.engine.products import eight_bit_kind
 from epic_fast.errors import ConfigError
 from epic_fast.training.batches import Batch, SeededBatches, collator_for, length_of, loader, ordered_batches
 from epic_fast.training.config import TrainingConfig
@@ -283,7 +284,7 @@ def cache_key(model: Any, collator: Any, precision: str) -> dict[str, Any]:
     return {
         "first_layers": {"text": text, "vision": vision},
         "precision": precision,
-        "weights": model.engine.weights,
+        "weights": eight_bit_kind(model.engine.weights, model.device) or "frozen",
         "processors": collator.settings() if isinstance(collator, Collator) else "of the data set",
         "backbone": model.backbone.fingerprint(),
     }
