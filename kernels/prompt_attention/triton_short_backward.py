@@ -63,6 +63,52 @@ def sees(
 
 
 @triton.jit
+def load_tile(
+    prompt_base,  # pointer to (prompts, D), or None: those rows count as zeros
+    token_base,  # pointer to (tokens, D), or None: those rows count as zeros
+    rows,  # [BLOCK]
+    prompts,
+    stop,
+    prompt_stride,
+    token_stride,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    WIDE: tl.constexpr,
+    ONCE: tl.constexpr,
+):
+    """``load_rows``; if ONCE, of what nobody reads again: it is the first to leave the cache."""
+    if not ONCE or (prompt_base is not None and token_base is not None and prompt_base.dtype != token_base.dtype):
+        return load_rows(
+            prompt_base, token_base, rows, prompts, stop, prompt_stride, token_stride,
+            HEAD_DIM, BLOCK_D, True, ALIGN, WIDE,
+        )  # fmt: skip
+    else:
+        columns = tl.arange(0, BLOCK_D)  # [BLOCK_D]
+        inside = rows < stop  # [BLOCK]
+        if prompt_base is None:
+            inside = inside & (rows >= prompts)
+            start = token_base + row_offsets(rows - prompts, token_stride, ALIGN, WIDE)  # [BLOCK]
+        elif token_base is None:
+            inside = inside & (rows < prompts)
+            start = prompt_base + row_offsets(rows, prompt_stride, ALIGN, WIDE)
+        else:
+            apart = (prompt_base.to(tl.int64) - token_base.to(tl.int64)) // (
+                token_base.dtype.element_ty.primitive_bitwidth // 8
+            )
+            offset = tl.where(
+                rows < prompts,
+                apart + row_offsets(rows, prompt_stride, ALIGN, WIDE),
+                row_offsets(rows - prompts, token_stride, ALIGN, WIDE).to(tl.int64),
+            )  # [BLOCK]
+            start = token_base + tl.multiple_of(offset, ALIGN)
+        mask = inside[:, None]
+        if HEAD_DIM != BLOCK_D:
+            mask = mask & (columns < HEAD_DIM)[None, :]
+        return tl.load(start[:, None] + columns[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
 def store_tile(
     prompt_base,  # pointer to (prompts, D), or None: not wanted
     token_base,  # pointer to (tokens, D), or None: not wanted
@@ -322,7 +368,8 @@ def _head(
     PACKED: tl.constexpr,  # tokens lie behind prompts, row after row, in every tensor
     LOOP: tl.constexpr,  # head after head
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr,  # what of a later head is brought to the L2 cache, as Variant.parts
+    ONCE: tl.constexpr,  # what is read is not kept in the cache
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -394,15 +441,15 @@ def _head(
     for tile in tl.static_range(KEY_TILES):
         columns = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         keys += (
-            load_rows(
+            load_tile(
                 prompt_key_base, key_base, columns, key_split, stop, prompt_key_row, key_row,
-                HEAD_DIM, BLOCK_D, True, ALIGN, WIDE,
+                HEAD_DIM, BLOCK_D, ALIGN, WIDE, ONCE,
             ),  # [BLOCK_N, BLOCK_D]
         )  # fmt: skip
         values += (
-            load_rows(
+            load_tile(
                 prompt_value_base, value_base, columns, key_split, stop, prompt_value_row, value_row,
-                HEAD_DIM, BLOCK_D, True, ALIGN, WIDE,
+                HEAD_DIM, BLOCK_D, ALIGN, WIDE, ONCE,
             ),  # [BLOCK_N, BLOCK_D]
         )  # fmt: skip
     queries = ()
@@ -413,18 +460,18 @@ def _head(
     for tile in tl.static_range(ROW_TILES):
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         queries += (
-            load_rows(
+            load_tile(
                 prompt_query_base, query_base, rows, row_split, live, prompt_query_row, query_row,
-                HEAD_DIM, BLOCK_D, True, ALIGN, WIDE,
+                HEAD_DIM, BLOCK_D, ALIGN, WIDE, ONCE,
             ),  # [BLOCK_M, BLOCK_D]
         )  # fmt: skip
-        grad_tile = load_rows(
+        grad_tile = load_tile(
             prompt_grad_base, grad_base, rows, row_split, live, prompt_grad_row, grad_row,
-            HEAD_DIM, BLOCK_D, True, ALIGN, WIDE,
+            HEAD_DIM, BLOCK_D, ALIGN, WIDE, ONCE,
         )  # [BLOCK_M, BLOCK_D]  # fmt: skip
-        output_tile = load_rows(
+        output_tile = load_tile(
             prompt_output_base, output_base, rows, row_split, live, prompt_output_row, output_row,
-            HEAD_DIM, BLOCK_D, True, ALIGN, WIDE,
+            HEAD_DIM, BLOCK_D, ALIGN, WIDE, ONCE,
         )  # [BLOCK_M, BLOCK_D]  # fmt: skip
         grads += (grad_tile,)
         deltas += (tl.sum(output_tile.to(tl.float32) * grad_tile.to(tl.float32), 1),)  # [BLOCK_M]
@@ -445,31 +492,33 @@ def _head(
             later_head = (later % heads).to(tl.int64)
             later_length = valid_tokens(lengths, later_batch, tokens)
             if later_length > 0:
-                _prefetch_head(
-                    query, prompt_query, later_batch, later_head, query_batch, query_head, query_row,
-                    prompt_query_batch, prompt_query_head, prompt_query_row, prompt_rows, prompt_rows + later_length,
-                    128, PACKED, ALIGN, WIDE,
-                )  # fmt: skip
-                _prefetch_head(
-                    key, prompt_key, later_batch, later_head, key_batch, key_head, key_row,
-                    prompt_key_batch, prompt_key_head, prompt_key_row, prompts, prompts + later_length,
-                    128, PACKED, ALIGN, WIDE,
-                )  # fmt: skip
-                _prefetch_head(
-                    value, prompt_value, later_batch, later_head, value_batch, value_head, value_row,
-                    prompt_value_batch, prompt_value_head, prompt_value_row, prompts, prompts + later_length,
-                    128, PACKED, ALIGN, WIDE,
-                )  # fmt: skip
-                _prefetch_head(
-                    grad, prompt_grad, later_batch, later_head, grad_batch, grad_head, grad_row,
-                    prompt_grad_batch, prompt_grad_head, prompt_grad_row, prompt_rows, prompt_rows + later_length,
-                    128, PACKED, ALIGN, WIDE,
-                )  # fmt: skip
-                _prefetch_head(
-                    output, prompt_output, later_batch, later_head, output_batch, output_head, output_row,
-                    prompt_output_batch, prompt_output_head, prompt_output_row, prompt_rows, prompt_rows + later_length,
-                    128, PACKED, ALIGN, WIDE,
-                )  # fmt: skip
+                if AHEAD & 1:
+                    _prefetch_head(
+                        query, prompt_query, later_batch, later_head, query_batch, query_head, query_row,
+                        prompt_query_batch, prompt_query_head, prompt_query_row,
+                        prompt_rows, prompt_rows + later_length, 128, PACKED, ALIGN, WIDE,
+                    )  # fmt: skip
+                    _prefetch_head(
+                        key, prompt_key, later_batch, later_head, key_batch, key_head, key_row,
+                        prompt_key_batch, prompt_key_head, prompt_key_row, prompts, prompts + later_length,
+                        128, PACKED, ALIGN, WIDE,
+                    )  # fmt: skip
+                    _prefetch_head(
+                        value, prompt_value, later_batch, later_head, value_batch, value_head, value_row,
+                        prompt_value_batch, prompt_value_head, prompt_value_row, prompts, prompts + later_length,
+                        128, PACKED, ALIGN, WIDE,
+                    )  # fmt: skip
+                if AHEAD & 2:
+                    _prefetch_head(
+                        grad, prompt_grad, later_batch, later_head, grad_batch, grad_head, grad_row,
+                        prompt_grad_batch, prompt_grad_head, prompt_grad_row, prompt_rows, prompt_rows + later_length,
+                        128, PACKED, ALIGN, WIDE,
+                    )  # fmt: skip
+                    _prefetch_head(
+                        output, prompt_output, later_batch, later_head, output_batch, output_head, output_row,
+                        prompt_output_batch, prompt_output_head, prompt_output_row,
+                        prompt_rows, prompt_rows + later_length, 128, PACKED, ALIGN, WIDE,
+                    )  # fmt: skip
     if not LOOP:
         tl.debug_barrier()  # the sums above are finished, and their registers free, before the first product
     for key_tile in tl.static_range(KEY_TILES):
@@ -632,7 +681,8 @@ def _short_kernel(
     PACKED: tl.constexpr,  # tokens lie behind prompts, row after row, in every tensor
     LOOP: tl.constexpr,  # head after head
     STAGES: tl.constexpr,
-    AHEAD: tl.constexpr,
+    AHEAD: tl.constexpr,  # what of a later head is brought to the L2 cache, as Variant.parts
+    ONCE: tl.constexpr,  # what is read is not kept in the cache
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -658,8 +708,8 @@ def _short_kernel(
                 d_key_row, d_value_batch, d_value_head, d_value_row, d_prompt_key_batch, d_prompt_key_head,
                 d_prompt_key_row, d_prompt_value_batch, d_prompt_value_head, d_prompt_value_row, heads, tokens,
                 prompts, prompt_rows, total, step, ahead, scale, factor, BLOCK_M, ROW_TILES, BLOCK_N, KEY_TILES,
-                BY_KEYS, TURNED, SKIP, PACKED, LOOP, STAGES, AHEAD, HEAD_DIM, BLOCK_D, CAUSAL, PREFIX, NEGATE, ALIGN,
-                WIDE, PRECISION,
+                BY_KEYS, TURNED, SKIP, PACKED, LOOP, STAGES, AHEAD, ONCE, HEAD_DIM, BLOCK_D,
+                CAUSAL, PREFIX, NEGATE, ALIGN, WIDE, PRECISION,
             )  # fmt: skip
     else:
         _head(
@@ -675,7 +725,7 @@ def _short_kernel(
             d_value_batch, d_value_head, d_value_row, d_prompt_key_batch, d_prompt_key_head, d_prompt_key_row,
             d_prompt_value_batch, d_prompt_value_head, d_prompt_value_row, heads, tokens, prompts, prompt_rows,
             total, step, ahead, scale, factor, BLOCK_M, ROW_TILES, BLOCK_N, KEY_TILES, BY_KEYS, TURNED, SKIP, PACKED,
-            LOOP, STAGES, AHEAD, HEAD_DIM, BLOCK_D, CAUSAL, PREFIX, NEGATE, ALIGN, WIDE, PRECISION,
+            LOOP, STAGES, AHEAD, ONCE, HEAD_DIM, BLOCK_D, CAUSAL, PREFIX, NEGATE, ALIGN, WIDE, PRECISION,
         )  # fmt: skip
 
 
@@ -693,6 +743,8 @@ class Variant:
         programs: how many there are a multiprocessor, each taking head after head; 0 for one a head.
         prefetch: a program asks for the rows of the head that lies so many heads a multiprocessor further on to be
             brought to the L2 cache while it multiplies its own; 0 for not (nor where the card is not NVIDIA's).
+        parts: of what is brought to the L2 cache: 1 queries, keys and values, 2 gradients and outputs, 3 all.
+        once: what is read is the first to leave the cache.
         stages: loads of so many heads are on their way at once.
     """
 
@@ -705,6 +757,8 @@ class Variant:
     registers: int | None = None
     programs: int = 0
     prefetch: int = 0
+    parts: int = 3
+    once: bool = False
     stages: int = 1
 
     @property
@@ -714,7 +768,9 @@ class Variant:
         return {"num_warps": self.warps, **limit}
 
 
-DEFAULT = Variant(rows=64, keys=32, by_keys=False, turned=True, warps=4, skip=True, registers=168)
+# Forms of 4 warps want the PTX assembler of CUDA 12.9 or later: that of 12.8 (Triton 3.6's for this card) runs out of the
+# registers that threads share and hands some of the products the address of another tile.
+DEFAULT = Variant(rows=128, keys=32, by_keys=False, turned=True, warps=8, skip=True, registers=128, prefetch=2)
 
 
 def limits(query: Tensor, prompt_key: Tensor, needs: tuple[bool, ...]) -> str:
@@ -806,7 +862,8 @@ def short_backward(
     if variant.programs:
         step = min(total, variant.programs * _processors(query.device))
     ahead = 0
-    if variant.prefetch and query.is_cuda and torch.version.hip is None:
+    compiled = query.device.type != "cpu" and torch.version.hip is None
+    if variant.prefetch and compiled:
         ahead = variant.prefetch * _processors(query.device)
     constants = (
         variant.rows,
@@ -819,7 +876,8 @@ def short_backward(
         _joined(read, written, prompts),
         variant.programs > 0,
         variant.stages,
-        ahead > 0,
+        variant.parts * (ahead > 0),
+        variant.once,
         head_dim,
         width,
         causal,
