@@ -768,8 +768,8 @@ class Variant:
         return {"num_warps": self.warps, **limit}
 
 
-# Forms of 4 warps want the PTX assembler of CUDA 12.9 or later: that of 12.8 (Triton 3.6's for this card) runs out of the
-# registers that threads share and hands some of the products the address of another tile.
+# Forms of 4 warps want the PTX assembler of CUDA 12.9 or later: that of 12.8, which Triton 3.6 takes for compute
+# capability 9.0, runs out of uniform registers and hands some of the products the address of another tile.
 DEFAULT = Variant(rows=128, keys=32, by_keys=False, turned=True, warps=8, skip=True, registers=128, prefetch=2)
 
 
