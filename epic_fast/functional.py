@@ -16,7 +16,7 @@ from epic_fast.errors import ConfigError
 
 Implementation = Literal["auto", "triton", "reference"]
 
-__all__ = ["prompt_attention", "prompt_interaction"]
+__all__ = ["mix_prompt_experts", "prompt_attention", "prompt_interaction", "window_prompt_attention"]
 
 
 def prompt_attention(
@@ -131,6 +131,83 @@ def prompt_interaction(
     if out is not None:
         _check_out("prompt_interaction", out, ("next_text", "next_vision"), tensors[:2], text_prompt, tensors)
     return ops.prompt_interaction(*tensors, eps=eps, out=out, impl=impl)
+
+
+def window_prompt_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_query: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    *,
+    relative_position_bias: Tensor | None = None,
+    window_mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: Implementation = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Attention inside windows, each of which also holds the prompts of its sample.
+
+    A token row sees the sample's prompts and the tokens of its window (those that ``window_mask`` lets it see); a
+    prompt row sees the prompts and all tokens of the window.  Prompts come once a sample, and what they get is the
+    mean over its windows.  The window attention of a Swin block (arXiv 2103.14030) with the prompts of MoPE (arXiv
+    2403.10568), every window with the prompts of its own sample; the derivation stands in
+    ``kernels/window_prompt_attention/README.md``.
+
+    Args:
+        query, key, value: windows of tokens, ``(B * nW, H, M, D)``, batch-major: window w of sample b is row
+            ``b * nW + w``.
+        prompt_query, prompt_key, prompt_value: ``(B, H, P, D)``.  ``P = 0`` is plain window attention.
+        relative_position_bias: ``(H, M, M)``, added to the scores between tokens; those with a prompt have none.
+        window_mask: ``(nW, M, M)`` boolean, True = attend, between tokens; prompts are seen by and see everybody.
+            A row that sees nothing gives output 0 and gradient 0, never NaN.
+        scale: factor on the scores before the bias, default ``D ** -0.5``.
+        impl: ``"auto"``, ``"triton"`` (raises if it cannot run) or ``"reference"``.
+
+    Returns:
+        ``output`` ``(B * nW, H, M, D)``, and ``prompt_output`` ``(B, H, P, D)``, the mean over windows.  Under
+        ``torch.autocast`` they have its type.
+
+    Raises:
+        ConfigError: shapes, types, devices or strides that do not fit together, naming what was wanted and found.
+    """
+    tensors = (query, key, value, prompt_query, prompt_key, prompt_value)
+    _check_window_prompt_attention(*tensors, relative_position_bias, window_mask)
+    return ops.window_prompt_attention(
+        *tensors, relative_position_bias=relative_position_bias, window_mask=window_mask, scale=scale, impl=impl
+    )
+
+
+def mix_prompt_experts(
+    router_logits: Tensor,
+    experts: Tensor,
+    *,
+    temperature: float = 0.1,
+    top_k: int | None = None,
+    impl: Implementation = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Prompts as a mixture of experts, weighted for each sample by the softmax of its routing logits.
+
+    ``scores = softmax(router_logits / temperature)``, ``prompts = Σ_j scores_j experts_j``: the dynamic prompts of
+    MoPE (arXiv 2403.10568); the derivation stands in ``kernels/mix_prompt_experts/README.md``.
+
+    Args:
+        router_logits: ``(B, E)``.
+        experts: ``(E, L, C)``, prompts of L rows.
+        temperature: divides the logits; greater than zero.
+        top_k: None mixes all experts; else the ``top_k`` with the largest logits of a sample (of equal ones the first),
+            their scores adding up to one and the others' being exactly 0 with gradient 0 (the sparse gate of arXiv
+            1701.06538).  1 leaves the logits without gradient.
+        impl: ``"auto"``, ``"triton"`` (raises if it cannot run) or ``"reference"``.
+
+    Returns:
+        ``prompts`` ``(B, L, C)`` in the type of ``experts`` and ``scores`` ``(B, E)`` in that of ``router_logits``.
+
+    Raises:
+        ConfigError: shapes, types, devices or options that do not fit together, naming what was wanted and found.
+    """
+    _check_mix_prompt_experts(router_logits, experts, temperature, top_k)
+    return ops.mix_prompt_experts(router_logits, experts, temperature=temperature, top_k=top_k, impl=impl)
 
 
 def _wrong(operation: str, found: str, wanted: str) -> ConfigError:
@@ -367,3 +444,84 @@ def _check_prompt_interaction(
                 f"{label} has type {tensor.dtype}",
                 f"{prompt_label}'s {prompt.dtype} (outside torch.autocast nothing is converted)",
             )
+
+
+def _check_window_prompt_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prompt_query: Tensor,
+    prompt_key: Tensor,
+    prompt_value: Tensor,
+    relative_position_bias: Tensor | None,
+    window_mask: Tensor | None,
+) -> None:
+    name = "window_prompt_attention"
+    if query.dim() != 4:
+        raise _wrong(name, f"query has shape {_shape(query)}", "(batch * windows, heads, window tokens, head_dim)")
+    rows, heads, tokens, head_dim = query.shape
+    for label, tensor in (("key", key), ("value", value)):
+        if tensor.shape != query.shape:
+            raise _wrong(name, f"{label} has shape {_shape(tensor)}", f"query's {_shape(query)}")
+    if prompt_key.dim() != 4 or prompt_key.shape[1] != heads or prompt_key.shape[3] != head_dim:
+        raise _wrong(name, f"prompt_key has shape {_shape(prompt_key)}", f"(batch, {heads}, prompts, {head_dim})")
+    for label, tensor in (("prompt_query", prompt_query), ("prompt_value", prompt_value)):
+        if tensor.shape != prompt_key.shape:
+            raise _wrong(name, f"{label} has shape {_shape(tensor)}", f"prompt_key's {_shape(prompt_key)}")
+    batch = prompt_key.shape[0]
+    if rows % batch if batch else rows:
+        raise _wrong(name, f"{rows} windows and prompts of {batch} samples", "as many windows for every sample")
+    named = [
+        ("query", query),
+        ("key", key),
+        ("value", value),
+        ("prompt_query", prompt_query),
+        ("prompt_key", prompt_key),
+        ("prompt_value", prompt_value),
+    ]
+    for label, tensor in named:
+        if not tensor.is_floating_point():
+            raise _wrong(name, f"{label} has type {tensor.dtype}", "a floating-point type")
+        if tensor.dtype != query.dtype and not _converted_by_autocast(tensor, query):
+            raise _wrong(name, f"{label} has type {tensor.dtype}", f"query's {query.dtype}")
+        if tensor.shape[-1] != 1 and tensor.stride(-1) != 1 and tensor.numel():
+            raise _wrong(name, f"{label} has last stride {tensor.stride(-1)}", "1 (call .contiguous())")
+    if relative_position_bias is not None:
+        if relative_position_bias.shape != (heads, tokens, tokens):
+            found = f"relative_position_bias has shape {_shape(relative_position_bias)}"
+            raise _wrong(name, found, f"({heads}, {tokens}, {tokens}): (heads, window tokens, window tokens)")
+        if not relative_position_bias.is_floating_point():
+            raise _wrong(
+                name, f"relative_position_bias has type {relative_position_bias.dtype}", "a floating-point type"
+            )
+        named.append(("relative_position_bias", relative_position_bias))
+    if window_mask is not None:
+        if window_mask.shape[1:] != (tokens, tokens) or window_mask.shape[0] * batch != rows:
+            windows = rows // batch if batch else "windows"
+            found = f"window_mask has shape {_shape(window_mask)}"
+            raise _wrong(name, found, f"({windows}, {tokens}, {tokens}): (windows of a sample, tokens, tokens)")
+        if window_mask.dtype != torch.bool:
+            raise _wrong(name, f"window_mask has type {window_mask.dtype}", "torch.bool, True = attend (mask == 0)")
+        named.append(("window_mask", window_mask))
+    for label, tensor in named:
+        if tensor.device != query.device:
+            raise _wrong(name, f"{label} is on {tensor.device}", f"{query.device}, as query")
+
+
+def _check_mix_prompt_experts(router_logits: Tensor, experts: Tensor, temperature: float, top_k: int | None) -> None:
+    name = "mix_prompt_experts"
+    if experts.dim() != 3 or not experts.shape[0]:
+        raise _wrong(name, f"experts has shape {_shape(experts)}", "(experts, prompts, width), at least one expert")
+    if router_logits.dim() != 2 or router_logits.shape[1] != experts.shape[0]:
+        raise _wrong(name, f"router_logits has shape {_shape(router_logits)}", f"(batch, {experts.shape[0]} experts)")
+    for label, tensor in (("router_logits", router_logits), ("experts", experts)):
+        if not tensor.is_floating_point():
+            raise _wrong(name, f"{label} has type {tensor.dtype}", "a floating-point type")
+    if experts.device != router_logits.device:
+        raise _wrong(name, f"experts is on {experts.device}", f"{router_logits.device}, as router_logits")
+    if not 0 < temperature < float("inf"):
+        raise _wrong(name, f"temperature={temperature!r}", "a finite number greater than 0")
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise _wrong(name, f"top_k={top_k!r}", f"an integer of 1 to {experts.shape[0]} experts, or None for all")
+    if top_k is not None and top_k > experts.shape[0]:
+        raise _wrong(name, f"top_k={top_k}", f"1 to the {experts.shape[0]} experts there are, or None for all")

@@ -13,7 +13,12 @@ from torch._dynamo.testing import CompileCounter
 
 from epic_fast import ops
 from epic_fast.errors import ConfigError, ImplementationError
-from epic_fast.functional import prompt_attention, prompt_interaction
+from epic_fast.functional import (
+    mix_prompt_experts,
+    prompt_attention,
+    prompt_interaction,
+    window_prompt_attention,
+)
 from epic_fast.ops import dispatch, library
 from epic_fast.ops.dispatch import Operation
 
@@ -38,9 +43,23 @@ def interaction_inputs(batch: int = 2, text: int = 3, vision: int = 4) -> list[T
     return [*tensors, torch.tensor(0.5, requires_grad=True)]
 
 
+def window_inputs(batch: int = 2, tokens: int = 4, prompts: int = 3) -> list[Tensor]:
+    random = torch.Generator().manual_seed(0)
+    own = [torch.randn(4 * batch, 2, tokens, 8, generator=random, requires_grad=True) for _ in range(3)]
+    return own + [torch.randn(batch, 2, prompts, 8, generator=random, requires_grad=True) for _ in range(3)]
+
+
+def expert_inputs(batch: int = 2, experts: int = 4, length: int = 3) -> list[Tensor]:
+    random = torch.Generator().manual_seed(0)
+    shapes = ((batch, experts), (experts, length, 5))
+    return [torch.randn(shape, generator=random, requires_grad=True) for shape in shapes]
+
+
 CALLS = {
     "prompt_attention": (prompt_attention, attention_inputs),
     "prompt_interaction": (prompt_interaction, interaction_inputs),
+    "window_prompt_attention": (window_prompt_attention, window_inputs),
+    "mix_prompt_experts": (mix_prompt_experts, expert_inputs),
 }
 
 

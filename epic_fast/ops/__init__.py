@@ -1,7 +1,15 @@
 """The operations as PyTorch sees them: one function each, dispatched to an implementation by ``impl``."""
 
 from epic_fast.ops.dispatch import available_implementations
+from epic_fast.ops.mix_prompt_experts import mix_prompt_experts
 from epic_fast.ops.prompt_attention import prompt_attention
 from epic_fast.ops.prompt_interaction import prompt_interaction
+from epic_fast.ops.window_prompt_attention import window_prompt_attention
 
-__all__ = ["available_implementations", "prompt_attention", "prompt_interaction"]
+__all__ = [
+    "available_implementations",
+    "mix_prompt_experts",
+    "prompt_attention",
+    "prompt_interaction",
+    "window_prompt_attention",
+]

@@ -104,10 +104,12 @@ def _log_once(name: str, reasons: tuple[str, ...]) -> None:
 
 def available_implementations() -> dict[str, list[str]]:
     """For every operation, the implementations that this installation has (``epic-fast doctor`` prints them)."""
+    from epic_fast.ops.mix_prompt_experts import mix_prompt_experts
     from epic_fast.ops.prompt_attention import prompt_attention
     from epic_fast.ops.prompt_interaction import prompt_interaction
+    from epic_fast.ops.window_prompt_attention import window_prompt_attention
 
-    operations = (prompt_attention, prompt_interaction)
+    operations = (prompt_attention, prompt_interaction, window_prompt_attention, mix_prompt_experts)
     return {
         operation.name: ["reference"] + (["triton"] if operation.triton is not None and _TRITON_INSTALLED else [])
         for operation in operations
