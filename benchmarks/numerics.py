@@ -3,6 +3,7 @@
     python -m benchmarks.numerics --output docs/numerics.md
 
 writes the page and, to ``--rows`` (``benchmarks/results/numerics.json``), every tensor's errors that it was made of.
+Nearly all of its time is compilation, so on a GPU several processes share the cases.
 """
 
 from __future__ import annotations
@@ -10,8 +11,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import multiprocessing
+import os
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -50,8 +54,13 @@ CASES: dict[str, tuple[Case, ...]] = {
             for case in ATTENTION_PRODUCTION[1::3]
         ),
         *(replace(case, prefix_tuning=True, name=f"{case.name}, prefix tuning") for case in ATTENTION_PRODUCTION[1::3]),
-        *(AttentionCase(2, 4, 197, 16, head_dim, name=f"head_dim {head_dim}") for head_dim in (16, 48, 80, 128, 256)),
+        *(
+            AttentionCase(2, 4, 197, 16, head_dim, name=f"head_dim {head_dim}")
+            for head_dim in (16, 48, 72, 80, 96, 128, 256)
+        ),
         AttentionCase(1, 2, 2048, 64, causal=True, name="2048 tokens, causal"),
+        AttentionCase(1, 1, 8192, 16, name="8192 tokens"),
+        AttentionCase(2, 4, 300, 256, causal=True, name="256 prompts, causal"),
         AttentionCase(2, 4, 257, 0, name="no prompts"),
     ),
     "interaction": INTERACTION_PRODUCTION,
@@ -82,19 +91,29 @@ def tf32() -> Iterator[None]:
 
 
 def measure(
-    operation: str, dtypes: Sequence[str], device: torch.device, impl: str, *, smoke: bool
+    operation: str, dtypes: Sequence[str], device: torch.device, impl: str, *, smoke: bool, workers: int = 1
 ) -> list[dict[str, Any]]:
-    """A row for every case, type and tensor."""
-    rows = []
-    for kind in dtypes:
-        for case in (SMOKE if smoke else CASES)[operation]:
-            with tf32() if kind == "tf32" else contextlib.nullcontext():
-                tensors = gate(OPERATIONS[operation], case, KINDS[kind], device, impl)
-            for each in tensors:
-                row = {"operation": operation, "case": case.name, "shape": case.row(), **each.row()}
-                row |= {"passes": each.passes} | ({"dtype": "float32 (TF32)"} if kind == "tf32" else {})
-                rows.append(row)
-    return rows
+    """A row for every case, type and tensor, in this order whatever the number of processes."""
+    calls = [
+        (operation, kind, case, device, impl) for kind in dtypes for case in (SMOKE if smoke else CASES)[operation]
+    ]
+    if workers == 1:
+        found = list(map(_measure_one, calls))
+    else:
+        # Neighbours share kernels: whole stretches go to one process, short enough for the last ones to be shared out.
+        stretch = max(1, len(calls) // (4 * workers))
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            found = list(pool.map(_measure_one, calls, chunksize=stretch))
+    return [row for rows in found for row in rows]
+
+
+def _measure_one(call: tuple[str, str, Case, torch.device, str]) -> list[dict[str, Any]]:
+    operation, kind, case, device, impl = call
+    with tf32() if kind == "tf32" else contextlib.nullcontext():
+        tensors = gate(OPERATIONS[operation], case, KINDS[kind], device, impl)
+    common = {"operation": operation, "case": case.name, "shape": case.row()}
+    other_name = {"dtype": "float32 (TF32)"} if kind == "tf32" else {}
+    return [{**common, **each.row(), "passes": each.passes, **other_name} for each in tensors]
 
 
 def page(found: dict[str, Any]) -> str:
@@ -143,10 +162,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--impl", default="triton", choices=["triton", "reference"])
     parser.add_argument("--smoke", action="store_true", help="tiny shapes: does everything run?")
+    parser.add_argument("--workers", type=int, help="processes; default: on a GPU up to 12, else 1")
     given = parser.parse_args(arguments)
+    device = torch.device(given.device)
+    workers = given.workers or (max(1, min(12, (os.cpu_count() or 1) - 2)) if device.type == "cuda" else 1)
     rows = []
     for operation in given.operations:
-        rows += measure(operation, given.dtype, torch.device(given.device), given.impl, smoke=given.smoke)
+        rows += measure(operation, given.dtype, device, given.impl, smoke=given.smoke, workers=workers)
     found = {"run": timing.machine(" ".join(["python -m benchmarks.numerics", *arguments])), "rows": rows}
     target = given.rows or Path(__file__).parent / "results" / "numerics.json"
     for path, text in ((target, json.dumps(found, indent=1) + "\n"), (given.output, page(found))):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import pickle
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +228,47 @@ def test_the_numerics_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert part in text
     found["rows"][0]["passes"] = False
     assert "**fails**" in numerics.page(found)
+
+
+def test_numerics_by_several_workers_are_those_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same rows in the same order; threads stand for the processes, which get nothing that cannot be pickled."""
+
+    class Threads(ThreadPoolExecutor):
+        def __init__(self, workers: int, context: Any) -> None:
+            assert context.get_start_method() == "spawn"
+            super().__init__(workers)
+
+        def map(self, function: Any, calls: Any, chunksize: int = 1) -> Any:
+            assert chunksize >= 1
+            return super().map(pickle.loads(pickle.dumps(function)), pickle.loads(pickle.dumps(calls)))
+
+    monkeypatch.setattr(numerics, "ProcessPoolExecutor", Threads)
+    device = torch.device("cpu")
+    one, two = (
+        numerics.measure("interaction", ["bf16", "fp32"], device, "reference", smoke=True, workers=workers)
+        for workers in (1, 2)
+    )
+    assert one == two
+    assert len(one) == 2 * 2 * 11
+
+
+def test_the_numerics_page_of_the_tree_is_that_of_its_rows() -> None:
+    """Made on a GPU of what is committed, of every operation and type, and found from the README."""
+    page, rows = ROOT / "docs/numerics.md", ROOT / "benchmarks/results/numerics.json"
+    assert page.exists() == rows.exists() == ("(docs/numerics.md)" in (ROOT / "README.md").read_text(encoding="utf-8"))
+    if not page.exists():
+        return
+    found = json.loads(rows.read_text())
+    assert page.read_text(encoding="utf-8") == numerics.page(found)
+    assert found["run"]["gpu"]
+    assert found["run"]["commit"]
+    assert not found["run"]["modified"]
+    assert all(row["passes"] for row in found["rows"])
+    kinds = ("float32", "float32 (TF32)", "float16", "bfloat16")
+    shown = {(row["operation"], row["dtype"], row["case"]) for row in found["rows"]}
+    assert shown == {
+        (operation, kind, case.name) for operation, cases in numerics.CASES.items() for kind in kinds for case in cases
+    }
 
 
 def test_commands_say_what_there_is() -> None:
