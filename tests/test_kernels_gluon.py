@@ -218,6 +218,29 @@ def test_results_are_written_into_views(rows: int) -> None:
         assert (packed[:, rows] == 7).all()
 
 
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("rows", [93, 273, 593])
+def test_samples_more_than_32_bits_apart(rows: int) -> None:
+    case = replace(variants(rows)["plain"], batch=2, heads=1, layout="heads")
+    inputs = case.make(torch.bfloat16, "cuda")
+    want = run(case, inputs)
+    memory = torch.empty(2**31 + 2**20, dtype=torch.bfloat16, device="cuda")
+
+    def distant(place: int) -> Tensor:
+        return memory[place * 2**17 :].as_strided((2, 1, case.tokens, 64), (2**31, 64, 64, 1))
+
+    far_key, far_output, far_gradient = (distant(place) for place in range(3))
+    assert inputs["key"] is not None
+    inputs["key"] = far_key.copy_(inputs["key"])
+    assert not gluon_forward.limits(*inputs.values(), scale=1.0, output=far_output)
+    assert_bits_equal(run(case, inputs, grads=(None, None, far_gradient, None, None, None)), want)
+    gluon_forward.prompt_attention_forward(*inputs.values(), None, **flags(case), output=far_output)
+    assert_bits_equal(far_output, want[0])
+    if has_backward(case):
+        assert_bits_equal(far_gradient, want[5])
+
+
 @pytest.fixture
 def a_hopper_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gluon_forward, "is_hopper", lambda device: True)

@@ -598,6 +598,27 @@ def test_on_a_gpu_new_sizes_compile_nothing() -> None:
 
 
 @gpu
+@pytest.mark.parametrize(("batch", "apart"), [(3, 2**30), (2, 2**31)], ids=["their sum", "each stride"])
+def test_on_a_gpu_samples_more_than_32_bits_apart(batch: int, apart: int) -> None:
+    inputs = InteractionCase(batch, 8, 8, 96, 160).make(torch.bfloat16, DEVICE)
+    grads = cotangents(inputs)
+    wanted = (*forward(*inputs.values(), eps=1e-8), *gradients(inputs))
+    memory = torch.empty((batch - 1) * apart + 2**20, dtype=torch.bfloat16, device=DEVICE)
+
+    def distant(tensor: Tensor, place: int) -> Tensor:
+        _, prompts, width = tensor.shape
+        view = memory[place * 2**16 :].as_strided((batch, prompts, width), (apart, width, 1))
+        return view.copy_(tensor)
+
+    far = {**inputs, **{name: distant(inputs[name], place) for place, name in enumerate(NAMES[:2])}}
+    slots = [distant(torch.zeros_like(inputs[name]), 2 + place) for place, name in enumerate(NAMES[:2])]
+    far_grads = [distant(each, 4 + place) for place, each in enumerate(grads)]
+    found = forward(*far.values(), eps=1e-8, next_text=slots[0], next_vision=slots[1])
+    found = (*found, *backward(*far_grads, *far.values(), eps=1e-8, needs=ALL))
+    assert_bits_equal([each.contiguous() for each in found if each is not None], list(wanted))
+
+
+@gpu
 def test_on_a_gpu_within_a_graph() -> None:
     inputs = InteractionCase(64, 8, 8).make(torch.bfloat16, DEVICE)
 

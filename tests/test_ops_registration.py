@@ -557,6 +557,11 @@ def test_every_limit_of_the_kernels_is_named() -> None:
     empty, some = torch.zeros(1, 2, 0), torch.zeros(1, 2, 3)
     assert interaction_operation.limits(some, empty, *[some] * 7) == ["vision_prompt has width 0"]
 
+    wide = torch.empty(1, 2, 2**16, device="meta"), torch.empty(1, 2, 2**15, device="meta")
+    (reason,) = interaction_operation.limits(*wide, *[some] * 7)
+    assert reason == "a projection's weight has 2147483648 elements; the kernel takes fewer than 2**31"
+    assert not interaction_operation.limits(wide[0], wide[1][..., 1:], *[some] * 7)
+
     from epic_fast.kernels.prompt_interaction import triton_forward  # pyright: ignore[reportMissingImports]
 
     assert interaction_module.MOST_PROMPTS == triton_forward.MAX_PROMPTS

@@ -32,6 +32,8 @@ NAMES = (
 )
 INPUTS = len(NAMES)
 MOST_PROMPTS = 64
+# Offsets inside a weight are of 32 bits.
+LARGEST_WEIGHT = 2**31
 
 _INPUTS = ", ".join(f"Tensor {name}" for name in NAMES)
 
@@ -202,6 +204,9 @@ def _limits(text_prompt: Tensor, vision_prompt: Tensor, *parameters: Tensor) -> 
             reasons.append(f"{NAMES[index]} has {prompts} prompts; the kernel takes up to {MOST_PROMPTS}")
         if width == 0:
             reasons.append(f"{NAMES[index]} has width 0")
+    elements = text_prompt.shape[2] * vision_prompt.shape[2]
+    if elements >= LARGEST_WEIGHT:
+        reasons.append(f"a projection's weight has {elements} elements; the kernel takes fewer than 2**31")
     return reasons
 
 
