@@ -555,8 +555,10 @@ def test_on_a_gpu_within_the_budget(case: InteractionCase, dtype: torch.dtype) -
 
 
 @gpu
-def test_on_a_gpu_bits_repeat_and_do_not_depend_on_the_batch() -> None:
-    inputs = InteractionCase(64, 8, 8).make(torch.bfloat16, DEVICE)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("case", [InteractionCase(64, 8, 8), InteractionCase(64, 16, 20, channel_gates=True)], ids=str)
+def test_on_a_gpu_bits_repeat_and_do_not_depend_on_the_batch(case: InteractionCase, dtype: torch.dtype) -> None:
+    inputs = case.make(dtype, DEVICE)
     grads = cotangents(inputs)
     runs = [
         (*forward(*inputs.values(), eps=1e-8), *backward(*grads, *inputs.values(), eps=1e-8, needs=ALL))
