@@ -24,6 +24,7 @@ from epic_fast.kernels.activation.reference import (
     decode_derivative,
     derivative,
 )
+from epic_fast.kernels.common import plan
 from epic_fast.kernels.common.eight_bit import EIGHT_BIT_TYPES
 from epic_fast.kernels.frozen_linear import reference, tiles, triton_product, triton_quantise
 from epic_fast.kernels.frozen_linear.tiles import ProductTile
@@ -120,22 +121,27 @@ def test_the_specification_is_the_gradient_of_an_mlp() -> None:
         torch.testing.assert_close(reference.linear_backward(grad_pre, up), leaf.grad)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
+# Every activation where operands come by pointers and where they come by descriptors; how tiles are gone through is
+# nothing that an activation knows of.
+EPILOGUES = [
+    *((tile, kind, torch.float32) for tile in TILES if tile in ("pointers", "two parts") for kind in ACTIVATIONS),
+    *((tile, "quick_gelu", torch.float32) for tile in TILES if tile not in ("pointers", "two parts")),
+    *((tile, "quick_gelu", HALF) for tile in TILES if tile in ("pointers", "two parts")),
+]
+
+
 @pytest.mark.parametrize("keep", KEEPS)
-@pytest.mark.parametrize("kind", ACTIVATIONS)
-@pytest.mark.parametrize("tile", TILES)
-def test_forward(tile: str, kind: str, keep: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("tile", "kind", "dtype"), EPILOGUES, ids=str)
+def test_forward(tile: str, kind: str, dtype: torch.dtype, keep: str) -> None:
     def run(input: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Any:
         return product(input, weight, bias=bias, tile=TILES[tile], **options)
 
     check_forward(run, dtype, (70, 40, 112), kind, keep)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 @pytest.mark.parametrize("keep", ["full", "eight_bit"])
-@pytest.mark.parametrize("kind", ACTIVATIONS)
-@pytest.mark.parametrize("tile", TILES)
-def test_backward(tile: str, kind: str, keep: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("tile", "kind", "dtype"), EPILOGUES, ids=str)
+def test_backward(tile: str, kind: str, dtype: torch.dtype, keep: str) -> None:
     def run(grad: Tensor, weight: Tensor, **options: Any) -> Tensor:
         return product(grad, weight, depth_last=False, tile=TILES[tile], **options)[0]
 
@@ -195,11 +201,109 @@ def test_what_descriptors_cannot_reach_goes_by_pointers() -> None:
     within(got, odd.double() @ weight.double().t(), odd @ weight.t(), 17)
 
 
-def test_tiles_do_not_depend_on_rows() -> None:
-    import inspect
+@pytest.mark.parametrize("shared", [65_536, 99_000, 166_912, 232_448])
+@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("itemsize", [1, 2, 4])
+def test_sums_have_the_same_steps_whatever_the_number_of_rows(itemsize: int, descriptors: bool, shared: int) -> None:
+    found = {
+        tiles.product_tile(itemsize, descriptors, shared, rows, columns, 132)
+        for rows in (1, 265, 2120, 5440, 16960)
+        for columns in (768, 1024, 3072, 4096)
+    }
+    assert found <= set(tiles.product_tiles(itemsize, descriptors, shared))
+    assert len({(each.depth, each.descriptors) for each in found}) == 1
 
-    assert "rows" not in inspect.signature(tiles.product_tile).parameters
-    assert "rows" not in inspect.signature(tiles.hopper_tile).parameters
+
+def test_the_last_round_chooses_the_tile() -> None:
+    """On a card of 132: wide tiles where there are many, small ones where wide ones leave a round nearly empty."""
+    small, wide = tiles.product_tiles(2, True, 232_448)
+    assert (small.columns, wide.columns) == (128, 256)
+
+    def chosen(rows: int, columns: int) -> ProductTile:
+        return tiles.product_tile(2, True, 232_448, rows, columns, 132)
+
+    assert chosen(16960, 4096) is wide
+    # 272 wide tiles are three rounds, 544 small ones four rounds of half the time and a tenth.
+    assert chosen(2120, 4096) is small
+    assert chosen(1, 4096) is small
+    # 132 wide tiles are one round.
+    assert chosen(128 * 33, 1024) is wide
+    assert chosen(128 * 34, 1024) is small
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep", KEEPS)
+@pytest.mark.parametrize("shape", [(2120, 1024, 4096), (333, 72, 208)], ids=str)
+@pytest.mark.parametrize("operands", [torch.bfloat16, torch.float16, "fp8", "int8"], ids=str)
+def test_every_tile_of_a_table_gives_the_same_bits(operands: Any, shape: tuple[int, int, int], keep: str) -> None:
+    """So that the number of rows, which chooses the tile, changes no row."""
+    rows, width, hidden = shape
+    eight_bit = operands in EIGHT_BIT_TYPES
+    device = torch.device("cuda")
+    table = tiles.product_tiles(1 if eight_bit else 2, tiles.has_descriptors(device), tiles.shared_memory(device))
+    if len(table) == 1:
+        pytest.skip("one tile is all that this card has")
+    if eight_bit and width % 16:
+        pytest.skip("descriptors do not reach such rows of eight bits")
+    input, weight, bias = layer(rows, width, hidden, torch.bfloat16 if eight_bit else operands)
+    options: dict[str, Any] = {"bias": bias}
+    if eight_bit:
+        options["out_dtype"] = torch.bfloat16
+        (input, scale), (weight, weight_scale) = (reference.quantise_rows(each, operands) for each in (input, weight))
+        options["scales"] = (scale, weight_scale)
+    for kind in ACTIVATIONS:
+        first, *others = (product(input, weight, activation=kind, keep=keep, tile=tile, **options) for tile in table)
+        for other in others:
+            assert_bits_equal(other, first)
+        if keep == "none":
+            continue
+        if eight_bit:
+            backward = [product(input, weight, kept=first[1], activation=kind, keep=keep, tile=tile, **options)
+                        for tile in table]  # fmt: skip
+        else:
+            flat = weight.t().contiguous()
+            backward = [product(input, flat, depth_last=False, kept=first[1], activation=kind, keep=keep, tile=tile)
+                        for tile in table]  # fmt: skip
+        for other in backward[1:]:
+            assert_bits_equal(other[0], backward[0][0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("keep", KEEPS)
+def test_a_row_has_the_same_bits_in_any_number_of_rows(keep: str) -> None:
+    input, weight, bias = layer(16960, 1024, 4096, torch.bfloat16)
+    options = {"activation": "quick_gelu", "keep": keep}
+    output, kept = ops.linear_forward(input, weight, bias, **options)
+    grad, down = draw(16960, 1024, dtype=HALF, seed=5), draw(1024, 4096, dtype=HALF, seed=6, scale=1 / 32)
+    back = None if kept is None else ops.linear_backward(grad, down, kept=kept, **options)
+    for rows in (1, 265, 2120, 8480):
+        fewer, fewer_kept = ops.linear_forward(input[:rows], weight, bias, **options)
+        assert_bits_equal(fewer, output[:rows])
+        if kept is not None:
+            assert_bits_equal(fewer_kept, kept[:rows])
+            part = ops.linear_backward(grad[:rows], down, kept=kept[:rows], **options)
+            assert_bits_equal(part, back[:rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_DESCRIPTORS, reason="needs tensor descriptors")
+def test_plans_and_graphs_of_products() -> None:
+    """A product again, from its plan, on other memory, and captured: the bits of the first."""
+    input, weight, bias = layer(2120, 1024, 4096, torch.bfloat16)
+    options = {"bias": bias, "activation": "quick_gelu", "keep": "eight_bit"}
+    first = product(input, weight, **options)
+    for _ in range(3):
+        assert_bits_equal(product(input.clone(), weight, **options), first)
+    plans = [each for each in plan._plans.values() if each._ready is not None]
+    assert plans
+    still = input.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = product(still, weight, **options)
+    for seed in (7, 8):
+        still.copy_(draw(2120, 1024, dtype=torch.bfloat16, seed=seed))
+        graph.replay()
+        assert_bits_equal(captured, product(still, weight, **options))
 
 
 @pytest.mark.parametrize("kind", EIGHT_BIT_TYPES)

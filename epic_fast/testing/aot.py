@@ -214,9 +214,12 @@ def recorded_launches(target: Target) -> Iterator[list[Build]]:
             arguments = launched[-len(compiled.src.fn.arg_names) :]
             options = {
                 name: value
-                for name in ("num_warps", "num_stages", "num_ctas", "maxnreg")
+                for name in ("num_stages", "num_ctas", "maxnreg")
                 if (value := getattr(compiled.metadata, name, None)) is not None
             }
+            # The metadata counts the warps of all partitions.
+            warps = re.search(r'"ttg.num-warps" = (\d+)', compiled.asm["ttgir"])
+            options["num_warps"] = int(warps[1]) if warps else compiled.metadata.num_warps
             fresh = run(compiled.src.fn, *arguments, grid=(1,), warmup=True, **options)
             if fresh is None or fresh.hash != compiled.hash:
                 raise AssertionError(
@@ -557,7 +560,14 @@ OPERATIONS: dict[str, tuple[Callable[[Any, torch.dtype], None], tuple[Case | Row
             RowsCase(8, 265, 1024, "width 1024"),
         ),
     ),
-    "linear": (launch_linear, (RowsCase(64, 265, 1024, "vision L/14"), RowsCase(64, 85, 768, "text L/14"))),
+    "linear": (
+        launch_linear,
+        (
+            RowsCase(64, 265, 1024, "vision L/14"),
+            RowsCase(8, 265, 1024, "vision L/14, 8 samples"),
+            RowsCase(64, 85, 768, "text L/14"),
+        ),
+    ),
     "attention-wide": (
         launch_attention,
         tuple(AttentionCase(2, 4, 257, 16, head_dim, name=f"head_dim {head_dim}") for head_dim in (80, 128, 256)),

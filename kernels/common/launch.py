@@ -19,6 +19,8 @@ from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 
+from epic_fast.kernels.common.descriptors import Described  # pyright: ignore[reportMissingImports]
+
 # What Triton specialises pointers for: those that are multiples of as many bytes.
 VECTOR_BYTES = 16
 # From here on an integer is passed in 64 bits.
@@ -32,13 +34,17 @@ def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict
 
     Args:
         kernel: a ``triton.jit`` function.
-        arguments: all of its parameters in order, constexprs included; the first is a tensor.
+        arguments: all of its parameters in order, constexprs included; the first is a tensor, described or not.
         options: ``num_warps`` and the like.
         facts: everything that Triton would specialise the kernel for: the types of the pointers and which of them are
             None, whether each is a multiple of 16 bytes, whether an integer needs 64 bits, every constexpr, every
             option.  None: ask Triton, which is slower and always right.
     """
-    if facts is None or not arguments[0].is_cuda or is_watched():
+    first = arguments[0]
+    if isinstance(first, Described):
+        first = first.tensor
+        arguments = tuple([each.make(each.tensor) if isinstance(each, Described) else each for each in arguments])
+    if facts is None or not first.is_cuda or is_watched():
         kernel[(programs,)](*arguments, **options)
         return
     device = torch.cuda.current_device()

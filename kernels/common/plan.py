@@ -17,6 +17,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import reduce
 from operator import itemgetter, or_
 from typing import Any
@@ -25,6 +26,7 @@ import torch
 import triton
 from torch import Tensor
 
+from epic_fast.kernels.common.descriptors import Described, Encoded, behind_encoding
 from epic_fast.kernels.common.launch import VECTOR_BYTES, is_watched, kept, launch
 
 # Signatures beyond these push out the oldest: a loader whose batches differ in length must not fill the memory.
@@ -161,11 +163,13 @@ class Tape:
     def launch(
         self, kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any], facts: Hashable
     ) -> None:
-        """As :func:`epic_fast.kernels.common.launch.launch`; pointers stand before numbers."""
+        """As :func:`epic_fast.kernels.common.launch.launch`; pointers and descriptors stand before numbers."""
         launch(kernel, programs, arguments, options, facts)
-        pointers = max(index for index, each in enumerate(arguments) if isinstance(each, Tensor)) + 1
-        places = self._look_up(arguments[:pointers])
-        self._steps.append(("launch", kernel, programs, places, arguments[pointers:], options, facts))
+        pointers = max(index for index, each in enumerate(arguments) if isinstance(each, (Tensor, Described))) + 1
+        given = arguments[:pointers]
+        places = self._look_up([each.tensor if isinstance(each, Described) else each for each in given])
+        forms = tuple(_Form.of(each) if isinstance(each, Described) else None for each in given)
+        self._steps.append(("launch", kernel, programs, places, forms, arguments[pointers:], options, facts))
 
     def plan(self, results: tuple[Tensor | None, ...]) -> Plan | None:
         """What was done; None if it was done with tensors of which the tape knows nothing."""
@@ -302,21 +306,55 @@ class _Launch:
         kernel: Any,
         programs: int,
         places: tuple[int, ...],
+        forms: tuple[_Form | None, ...],
         numbers: tuple[Any, ...],
         options: dict[str, Any],
         facts: Hashable,
     ) -> None:
         self.kernel, self.programs, self.numbers, self.options, self.facts = kernel, programs, numbers, options, facts
         self.pick = _picker(places)
+        self.forms = forms if any(forms) else None
 
     def __call__(self, tensors: list[Any]) -> None:
-        launch(self.kernel, self.programs, (*self.pick(tensors), *self.numbers), self.options, self.facts)
+        given = self.pick(tensors)
+        if self.forms is not None:
+            given = [
+                each if form is None else Described(each, form.make)
+                for each, form in zip(given, self.forms, strict=True)
+            ]
+        launch(self.kernel, self.programs, (*given, *self.numbers), self.options, self.facts)
 
     def ready(self, device: int) -> tuple[Any, ...] | None:
         compiled = kept(self.kernel, device, self.facts)
         if compiled is None:
             return None
-        return compiled.run, self.programs, compiled.function, compiled.packed_metadata, self.pick, self.numbers
+        run, pick = compiled.run, self.pick
+        if self.forms is not None:
+            run = behind_encoding(run)
+            about = iter(compiled.metadata.tensordesc_meta or ())
+            encoded = [
+                None if form is None else Encoded(form.make, form.shape, form.stride, form.dtype, next(about, None))
+                for form in self.forms
+            ]
+            if run is None:
+                return None
+            pick = _encoding_picker(pick, encoded)
+        return run, self.programs, compiled.function, compiled.packed_metadata, pick, self.numbers
+
+
+@dataclass(frozen=True)
+class _Form:
+    """Of a tensor that goes by a descriptor: everything but its address."""
+
+    make: Callable[[Tensor], Any]
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, described: Described) -> _Form:
+        tensor = described.tensor
+        return cls(described.make, tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
 
 class _Torch:
@@ -338,6 +376,21 @@ def _picker(places: tuple[int, ...]) -> Callable[[list[Any]], tuple[Any, ...]]:
     if len(places) > 1:
         return itemgetter(*places)
     return lambda tensors: tuple([tensors[place] for place in places])
+
+
+def _encoding_picker(
+    pick: Callable[[list[Any]], tuple[Any, ...]], encoded: list[Encoded | None]
+) -> Callable[[list[Any]], list[Any]]:
+    def picked(places: list[Any]) -> list[Any]:
+        arguments: list[Any] = []
+        for address, known in zip(pick(places), encoded, strict=True):
+            if known is None:
+                arguments.append(address)
+            else:
+                arguments += known[address]
+        return arguments
+
+    return picked
 
 
 def _empty(memory: _Memory, device: torch.device) -> Tensor:

@@ -2,7 +2,8 @@
 
 Each group owns a tile of its own, so that one group's epilogue (bias, activation, derivative, stores) runs while the
 other multiplies.  Both take their operands from one ring in shared memory, in the order in which the loading warp fills
-it; that order alone makes them take turns.  Operands and results move by tensor descriptors.
+it.  A group begins when the other has met its last step: a barrier's phase is one bit, so who waits for a slot of the
+ring must not be more than one filling behind or ahead.  Operands and results move by tensor descriptors.
 """
 
 # pyright: basic, reportArgumentType=false, reportAssignmentType=false, reportCallIssue=false
@@ -27,8 +28,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from epic_fast.kernels.activation import triton_functions
+from epic_fast.kernels.common import launch, plan
+from epic_fast.kernels.common.descriptors import Described
+from epic_fast.kernels.common.plan import Tape
 from epic_fast.kernels.frozen_linear.tiles import HopperTile, hopper_tile, processors
-from epic_fast.kernels.frozen_linear.triton_product import describable, kept_type, on_device, rows_of
+from epic_fast.kernels.frozen_linear.triton_product import describable, rows_of
 
 # Triton 3.9 has other names for these than 3.6.
 load_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -191,6 +195,7 @@ def multiply_all(
     places,  # shared memory of this group, [4, HALF, BLOCK_N]: two halves of each group's result
     ready,
     free,
+    turns,
     knowns,
     rows,
     columns,
@@ -219,6 +224,7 @@ def multiply_all(
     steps = gl.cdiv(depth, BLOCK_K)
     step = GROUP_INDEX * steps
     known_phase = 0
+    turn_phase = 1 - GROUP_INDEX  # the first group's first turn is now
     known_1, known_2 = knowns.index(2 * GROUP_INDEX), knowns.index(2 * GROUP_INDEX + 1)
     for tile in range(gl.program_id(0) + GROUP_INDEX * gl.num_programs(0), tiles_m * tiles_n, 2 * gl.num_programs(0)):
         tile_m, tile_n = tile_place(tile, tiles_m, tiles_n, GROUP)
@@ -237,6 +243,8 @@ def multiply_all(
         slot = step % STAGES
         phase = (step // STAGES) & 1
         previous = slot
+        mbarrier.wait(turns.index(GROUP_INDEX), turn_phase)
+        turn_phase ^= 1
         for k in range(steps):
             mbarrier.wait(ready.index(slot), phase)
             if DEPTH_LAST:
@@ -245,6 +253,8 @@ def multiply_all(
                 b = rights.index(slot)
             total_1 = warpgroup_mma(lefts.index(2 * slot), b, total_1, is_async=True)
             total_2 = warpgroup_mma(lefts.index(2 * slot + 1), b, total_2, is_async=True)
+            if k == steps - 1:
+                mbarrier.arrive(turns.index(1 - GROUP_INDEX), count=1)
             # All but the two products just begun are done: their operands may be overwritten.
             total_1, total_2 = warpgroup_mma_wait(2, deps=(total_1, total_2))
             if k > 0:
@@ -300,20 +310,23 @@ def _hopper_kernel(
     places = gl.allocate_shared_memory(output.dtype, [4, HALF, BLOCK_N], output.layout)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     knowns = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
         mbarrier.init(ready.index(slot), count=1)
         mbarrier.init(free.index(slot), count=1)
+    for group in gl.static_range(2):
+        mbarrier.init(turns.index(group), count=1)
     for half in gl.static_range(4):
         mbarrier.init(knowns.index(half), count=1)
     fence_async_shared()
     gl.warp_specialize(
         [
             (multiply_all, (left_scale, right_scale, bias, output, kept, lefts, rights, places, ready, free,
-                            knowns, rows, columns, depth, 0, DEPTH_LAST, SCALED, HAS_BIAS, ACTIVATION, KEEP,
+                            turns, knowns, rows, columns, depth, 0, DEPTH_LAST, SCALED, HAS_BIAS, ACTIVATION, KEEP,
                             BACKWARD, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP)),
             (multiply_all, (left_scale, right_scale, bias, output, kept, lefts, rights, places, ready, free,
-                            knowns, rows, columns, depth, 1, DEPTH_LAST, SCALED, HAS_BIAS, ACTIVATION, KEEP,
+                            turns, knowns, rows, columns, depth, 1, DEPTH_LAST, SCALED, HAS_BIAS, ACTIVATION, KEEP,
                             BACKWARD, EVEN, BLOCK_M, BLOCK_N, BLOCK_K, STAGES, GROUP)),
             (load_all, (left, right, lefts, rights, ready, free, rows, columns, depth, DEPTH_LAST, BLOCK_M, BLOCK_N,
                         BLOCK_K, STAGES, GROUP)),
@@ -332,8 +345,16 @@ def layout_for(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLay
     return gl.NVMMASharedLayout.get_default_for([rows, columns], _TYPES[dtype])
 
 
-def described(tensor: Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor.from_tensor(tensor, [rows, columns], layout_for(rows, columns, tensor.dtype))
+@functools.cache
+def describer(rows: int, columns: int, dtype: torch.dtype):
+    """What makes a descriptor of a matrix, in blocks."""
+    return functools.partial(
+        TensorDescriptor.from_tensor, block_shape=[rows, columns], layout=layout_for(rows, columns, dtype)
+    )
+
+
+def described(tensor: Tensor, rows: int, columns: int) -> Described:
+    return Described(tensor, describer(rows, columns, tensor.dtype))
 
 
 @functools.cache
@@ -386,16 +407,35 @@ def product(
     tile: HopperTile | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As ``triton_product.product``, for calls to which :func:`limits` has no objection."""
-    left, right = rows_of(left), rows_of(right)
+    options = (depth_last, activation, keep, out_dtype or left.dtype, tile)
+    return plan.run(multiply, (left, right, *(scales or (None, None)), bias, kept), options)
+
+
+def multiply(
+    tape: Tape,
+    left: Tensor,
+    right: Tensor,
+    left_scale: Tensor | None,
+    right_scale: Tensor | None,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    depth_last: bool,
+    activation: str | None,
+    keep: str,
+    out_dtype: torch.dtype,
+    tile: HopperTile | None,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`product` on a tape."""
+    left, right = rows_of(tape, left), rows_of(tape, right)
     rows, depth = left.shape
     columns = right.shape[0 if depth_last else 1]
-    output = torch.empty(rows, columns, dtype=out_dtype or left.dtype, device=left.device)
+    output = tape.empty((rows, columns), out_dtype)
     backward = kept is not None
     made = None
     if backward:
-        kept = rows_of(kept)
+        kept = rows_of(tape, kept)
     elif keep != "none":
-        kept = made = torch.empty(rows, columns, dtype=kept_type(keep, output.dtype), device=left.device)
+        kept = made = tape.empty((rows, columns), torch.uint8 if keep == "eight_bit" else out_dtype)
     if output.numel() == 0:
         return output, made
     if tile is None:
@@ -406,13 +446,17 @@ def product(
         described(left, tile.rows // 2, tile.depth),
         described(right, tile.columns, tile.depth) if depth_last else described(right, tile.depth, tile.columns),
     )
-    results = [described(each, tile.rows // 2, tile.columns) for each in (output, output if kept is None else kept)]
+    results = (output, output if kept is None else kept)
     # A pointer that the kernel never follows still has to be one.
-    vectors = tuple(output if each is None else each for each in (*(scales or (None, None)), bias))
-    flags = (depth_last, scales is not None, bias is not None, activation, keep, backward, columns % tile.columns == 0)
-    with on_device(left):
-        _hopper_kernel[(min(tiles, processors(left.device)),)](
-            *descriptors, *vectors, *results, rows, columns, depth, *flags, *blocks, tile.stages, tile.group,
-            tile.registers, num_warps=4, maxnreg=tile.maximum,
-        )  # fmt: skip
+    vectors = tuple(output if each is None else each for each in (left_scale, right_scale, bias))
+    flags = (
+        depth_last, left_scale is not None, bias is not None, activation, keep, backward, columns % tile.columns == 0
+    )  # fmt: skip
+    sizes = (rows, columns, depth)
+    constants = (*flags, *blocks, tile.stages, tile.group, tile.registers)
+    facts = launch.facts_of((left, right, *vectors, *results), (), sizes, (constants, tile.maximum))
+    arguments = (*descriptors, *vectors, *(described(each, tile.rows // 2, tile.columns) for each in results), *sizes,
+                 *constants)  # fmt: skip
+    options = {"num_warps": 4, "maxnreg": tile.maximum}
+    tape.launch(_hopper_kernel, min(tiles, processors(left.device)), arguments, options, facts)
     return output, made

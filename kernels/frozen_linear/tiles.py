@@ -1,5 +1,8 @@
-"""Tile sizes, from a table: type, card and what the epilogue does.  Never the number of rows, so that a row's bits do
-not depend on how many others there are."""
+"""Tile sizes, from a table: type and card; where two are given, the number of tiles chooses.
+
+A row's bits must not depend on how many others there are.  So the tiles of one entry differ in their extent alone: the
+steps of a sum are as long and come in the same order, and a test on the GPU holds all of them to the same bits.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,10 @@ class ProductTile:
     persistent: bool = False
     specialised: bool = False
 
+    def count(self, rows: int, columns: int) -> int:
+        """Tiles of a result."""
+        return -(-rows // self.rows) * -(-columns // self.columns)
+
     @functools.cached_property
     def options(self) -> dict[str, int]:
         """Launch options."""
@@ -40,6 +47,8 @@ class ProductTile:
 _DEFAULT_SHARED = 232448
 # From here on (H100, B200) products read both operands from shared memory, and there are descriptors.
 _MUCH_SHARED = 200_000
+# Time of a wide tile in that of two small ones: one H100, 16960 x 4096 x 1024 in bfloat16 (README.md has the times).
+WIDE_TIME = 0.93
 # Up to here (MI300) one buffer an operand is what fits.
 _LITTLE_SHARED = 70_000
 
@@ -65,17 +74,44 @@ def has_descriptors(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+def product_tile(
+    itemsize: int, descriptors: bool, shared: int, rows: int, columns: int, processors: int
+) -> ProductTile:
+    """The tile for a result of ``rows`` x ``columns``.
+
+    Args:
+        itemsize: of the operands.
+        descriptors: card and layout allow them.
+        shared: bytes of shared memory that a block may have.
+        rows, columns: of the result.
+        processors: multiprocessors of the card.
+    """
+    tiles = product_tiles(itemsize, descriptors, shared)
+    if len(tiles) == 1:
+        return tiles[0]
+    small, wide = tiles
+    # A multiprocessor takes a wide tile in the time of two small ones; the last round need not be full.
+    rounds = -(-small.count(rows, columns) // processors)
+    wide_rounds = -(-wide.count(rows, columns) // processors)
+    return wide if 2 * WIDE_TIME * wide_rounds < rounds else small
+
+
 @functools.cache
-def product_tile(itemsize: int, descriptors: bool, shared: int) -> ProductTile:
-    """``itemsize`` of the operands; ``descriptors`` says that card and layout allow them."""
+def product_tiles(itemsize: int, descriptors: bool, shared: int) -> tuple[ProductTile, ...]:
+    """All tiles among which :func:`product_tile` chooses: one, or a small and a wide one."""
     if itemsize == 4:
-        return ProductTile(rows=64, columns=64, depth=32, warps=8, stages=2)
+        return (ProductTile(rows=64, columns=64, depth=32, warps=8, stages=2),)
     depth = 64 if itemsize == 2 else 128
     if descriptors and shared >= _MUCH_SHARED:
-        return ProductTile(rows=128, columns=128, depth=depth, warps=4, stages=3, parts=2, descriptors=True)
+        return (
+            ProductTile(rows=128, columns=128, depth=depth, warps=4, stages=3, parts=2, descriptors=True),
+            ProductTile(
+                rows=128, columns=256, depth=depth, warps=8, stages=3, parts=2, descriptors=True, persistent=True
+            ),
+        )
     if shared <= _LITTLE_SHARED:
-        return ProductTile(rows=128, columns=128, depth=depth // 2, warps=4, stages=2)
-    return ProductTile(rows=128, columns=128 if itemsize == 2 else 64, depth=depth // 2, warps=8, stages=4)
+        return (ProductTile(rows=128, columns=128, depth=depth // 2, warps=4, stages=2),)
+    return (ProductTile(rows=128, columns=128 if itemsize == 2 else 64, depth=depth // 2, warps=8, stages=4),)
 
 
 @dataclass(frozen=True)

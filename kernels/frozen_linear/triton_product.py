@@ -10,7 +10,7 @@ of the activation below.  Two forms of one computation: operands by pointers (an
 
 from __future__ import annotations
 
-import contextlib
+import functools
 
 import torch
 import triton
@@ -25,7 +25,9 @@ from epic_fast.kernels.activation.triton_functions import (
     derivative,
     encode_derivative,
 )
-from epic_fast.kernels.common.launch import launch
+from epic_fast.kernels.common import launch, plan
+from epic_fast.kernels.common.descriptors import Described
+from epic_fast.kernels.common.plan import Tape
 from epic_fast.kernels.frozen_linear.tiles import (
     ProductTile,
     has_descriptors,
@@ -285,16 +287,14 @@ def _descriptor_kernel(
                  BLOCK_M, BLOCK_N, BLOCK_K, PARTS)  # fmt: skip
 
 
-def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Launches go to the current device, which has to be the tensor's."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(tensor.device)
-
-
-def rows_of(tensor: Tensor) -> Tensor:
+def matrix_rows(tensor: Tensor) -> Tensor:
     """The matrix itself if its rows are contiguous, else a copy."""
     return tensor if tensor.stride(1) == 1 or tensor.shape[1] == 1 else tensor.contiguous()
+
+
+def rows_of(tape: Tape, tensor: Tensor) -> Tensor:
+    """:func:`matrix_rows` on a tape."""
+    return tensor if tensor.stride(1) == 1 else tape.derive(matrix_rows, tensor)
 
 
 def describable(*tensors: Tensor | None) -> bool:
@@ -305,8 +305,10 @@ def describable(*tensors: Tensor | None) -> bool:
     )
 
 
-def kept_type(keep: str, dtype: torch.dtype) -> torch.dtype:
-    return torch.uint8 if keep == "eight_bit" else dtype
+@functools.cache
+def describer(*block: int):
+    """What makes a descriptor of a matrix, in blocks."""
+    return functools.partial(TensorDescriptor.from_tensor, block_shape=list(block))
 
 
 def product(
@@ -338,48 +340,74 @@ def product(
     Returns:
         The output ``(M, N)``, and what was kept: ``(M, N)``, uint8 with ``"eight_bit"``; or None.
     """
-    left, right = rows_of(left), rows_of(right)
+    options = (depth_last, activation, keep, out_dtype or left.dtype, plan.precision(left.dtype), tile)
+    return plan.run(multiply, (left, right, *(scales or (None, None)), bias, kept), options)  # pyright: ignore[reportReturnType]
+
+
+def multiply(
+    tape: Tape,
+    left: Tensor,
+    right: Tensor,
+    left_scale: Tensor | None,
+    right_scale: Tensor | None,
+    bias: Tensor | None,
+    kept: Tensor | None,
+    depth_last: bool,
+    activation: str | None,
+    keep: str,
+    out_dtype: torch.dtype,
+    precision: str,
+    tile: ProductTile | None,
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`product` on a tape."""
+    left, right = rows_of(tape, left), rows_of(tape, right)
     rows, depth = left.shape
     columns = right.shape[0 if depth_last else 1]
-    output = torch.empty(rows, columns, dtype=out_dtype or left.dtype, device=left.device)
+    output = tape.empty((rows, columns), out_dtype)
     backward = kept is not None
     made = None
     if backward:
-        kept = rows_of(kept)
+        kept = rows_of(tape, kept)
     elif keep != "none":
-        kept = made = torch.empty(rows, columns, dtype=kept_type(keep, output.dtype), device=left.device)
+        kept = made = tape.empty((rows, columns), torch.uint8 if keep == "eight_bit" else out_dtype)
     if output.numel() == 0:
         return output, made
-    operands = (left, right, output, kept)
     if tile is None:
-        describes = has_descriptors(left.device) and describable(*operands) and depth > 0
-        tile = product_tile(left.element_size(), describes, shared_memory(left.device))
+        describes = has_descriptors(left.device) and describable(left, right, output, kept) and depth > 0
+        tile = product_tile(
+            left.element_size(), describes, shared_memory(left.device), rows, columns, processors(left.device)
+        )
     total = tl.int32 if left.dtype == torch.int8 else tl.float32
-    precision = "tf32" if left.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
-    flags = (depth_last, scales is not None, bias is not None, activation, keep, backward, total, precision)
-    tiles = -(-rows // tile.rows) * -(-columns // tile.columns)
+    flags = (depth_last, left_scale is not None, bias is not None, activation, keep, backward, total, precision)
+    tiles = tile.count(rows, columns)
     # A pointer that the kernel never follows still has to be one.
-    vectors = tuple(output if each is None else each for each in (*(scales or (None, None)), bias))
+    vectors = tuple(output if each is None else each for each in (left_scale, right_scale, bias))
+    results = (output, output if kept is None else kept)
     sizes = (rows, columns, depth)
     blocks = (tile.rows, tile.columns, tile.depth)
-    with on_device(left):
-        if tile.descriptors:
-            part = [tile.rows, tile.columns // tile.parts]
-            described = (
-                TensorDescriptor.from_tensor(left, [tile.rows, tile.depth]),
-                TensorDescriptor.from_tensor(
-                    right, [tile.columns, tile.depth] if depth_last else [tile.depth, tile.columns]
-                ),
-            )
-            results = [TensorDescriptor.from_tensor(each, part) for each in (output, output if kept is None else kept)]
-            programs = min(tiles, processors(left.device)) if tile.persistent else tiles
-            arguments = (*described, *vectors, *results, *sizes, *flags, *blocks, tile.parts, tile.group,
-                         tile.persistent, tile.specialised)  # fmt: skip
-            _descriptor_kernel[(programs,)](*arguments, **tile.options)
-        else:
-            strides = (left.stride(0), right.stride(0), output.stride(0), 0 if kept is None else kept.stride(0))
-            even = depth % tile.depth == 0
-            arguments = (left, right, *vectors, output, output if kept is None else kept, *sizes, *strides, *flags,
-                         even, *blocks, tile.group)  # fmt: skip
-            launch(_product_kernel, tiles, arguments, tile.options, None)
+    if tile.descriptors:
+        part = describer(tile.rows, tile.columns // tile.parts)
+        described = (
+            Described(left, describer(tile.rows, tile.depth)),
+            Described(
+                right, describer(tile.columns, tile.depth) if depth_last else describer(tile.depth, tile.columns)
+            ),
+        )
+        programs = min(tiles, processors(left.device)) if tile.persistent else tiles
+        constants = (*flags, *blocks, tile.parts, tile.group, tile.persistent, tile.specialised)
+        facts = launch.facts_of((left, right, *vectors, *results), (), sizes, (constants, tile.warps, tile.stages))
+        arguments = (*described, *vectors, *(Described(each, part) for each in results), *sizes, *constants)
+        tape.launch(_descriptor_kernel, programs, arguments, tile.options, facts)
+    else:
+        strides = (left.stride(0), right.stride(0), output.stride(0), 0 if kept is None else kept.stride(0))
+        constants = (*flags, depth % tile.depth == 0, *blocks, tile.group)
+        # Depth and strides are compiled for where they are multiples of 16.
+        facts = launch.facts_of(
+            (left, right, *vectors, *results),
+            (),
+            (*sizes, *strides),
+            (depth, strides, constants, tile.warps, tile.stages),
+        )
+        arguments = (left, right, *vectors, *results, *sizes, *strides, *constants)
+        tape.launch(_product_kernel, tiles, arguments, tile.options, facts)
     return output, made

@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from epic_fast.kernels.activation.tiles import MAX_QUANTISED_WIDTH, activation_tile
+from epic_fast.kernels.common import plan
 from epic_fast.kernels.common.eight_bit import EIGHT_BIT_TYPES
-from epic_fast.kernels.common.launch import launch
-from epic_fast.kernels.common.rows import as_rows, facts_of, on_device_of, row_strides
+from epic_fast.kernels.common.plan import Tape
+from epic_fast.kernels.common.rows import facts_of, row_strides, rows_of
 from epic_fast.kernels.common.triton_eight_bit import quantise, row_scales
 from epic_fast.kernels.common.triton_rows import row_offsets
 
@@ -45,21 +46,26 @@ def quantise_kernel(
 
 def quantise_rows(values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """As :func:`epic_fast.kernels.common.eight_bit.quantise_rows`, bit for bit, for up to 16384 columns."""
-    width, device = values.shape[-1], values.device
+    width = values.shape[-1]
     if width > MAX_QUANTISED_WIDTH:
         raise ValueError(f"quantise_rows: rows have {width} elements; the kernel takes up to {MAX_QUANTISED_WIDTH}")
+    return plan.run(quantise_all, (values,), (kind,))  # pyright: ignore[reportReturnType]
+
+
+def quantise_all(tape: Tape, values: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """:func:`quantise_rows` on a tape."""
+    width = values.shape[-1]
     rows = values.numel() // width if width else 0
-    data = torch.empty(values.shape, dtype=EIGHT_BIT_TYPES[kind], device=device)
-    scale = torch.empty(rows, dtype=torch.float32, device=device)
+    data = tape.empty(values.shape, EIGHT_BIT_TYPES[kind])
+    scale = tape.empty((rows,), torch.float32)
     if not rows:
         return data, scale
     tile = activation_tile(width, True)
-    values = as_rows(values)
+    values = rows_of(tape, values)
     inner_rows, strides, unit = row_strides((values,))
     constants = (width, unit, kind, tile.rows, tile.block)
     tensors = (values, data, scale)
     integers = (rows, inner_rows, *strides)
     facts = facts_of(tensors, integers, (constants, tile.warps))
-    with on_device_of(values):
-        launch(quantise_kernel, -(-rows // tile.rows), (*tensors, *integers, *constants), tile.options, facts)
+    tape.launch(quantise_kernel, -(-rows // tile.rows), (*tensors, *integers, *constants), tile.options, facts)
     return data, scale
