@@ -16,6 +16,7 @@ from torch import Tensor
 import epic_fast
 from epic_fast import functional, hf
 from epic_fast.errors import ConfigError, ImplementationError
+from epic_fast.ops import dispatch
 from epic_fast.testing import tiny_bert, tiny_clip, tiny_vit
 from epic_fast.testing.probes import lively, make_batch
 
@@ -99,6 +100,26 @@ def test_padded_batches_give_what_sdpa_gives(name: str, calls: list[dict[str, An
     else:
         assert calls  # the vision tower
         assert all(each["lengths"] is None for each in calls)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["bert", "clip", "vit"])  # siglip's text reads its padding: that stays sdpa's
+def test_on_a_gpu_the_kernels_give_what_sdpa_gives(
+    name: str, dtype: torch.dtype, calls: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = build(name).to("cuda", dtype)
+    batch = {
+        key: each.cuda().to(dtype) if each.is_floating_point() else each.cuda() for key, each in batch_for(name).items()
+    }
+    wanted = run(name, model, batch)
+    dispatch._log_once.cache_clear()
+    with hf.enable(model), caplog.at_level(logging.INFO, logger="epic_fast"):
+        found = run(name, model, batch)
+    assert calls
+    assert not caplog.records  # neither sdpa nor the reference was taken instead
+    close = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(found, wanted, rtol=close, atol=close)
 
 
 @pytest.mark.parametrize("name", ["bert", "siglip", "clip"])
