@@ -79,8 +79,8 @@ class DualEncoder(nn.Module):
         else:
             raise ConfigError(
                 f"a backbone of type {type(backbone).__module__}.{type(backbone).__name__} was given; wanted a "
-                "transformers CLIPModel, a VisionTextDualEncoderModel, a pair (ViTModel, BertModel), or the name or "
-                "folder of one. Weights of other libraries usually exist in transformers' format on model hubs"
+                "transformers CLIPModel, a VisionTextDualEncoderModel, a pair (ViTModel or SwinModel, BertModel), or the "
+                "name or folder of one. Weights of other libraries usually exist in transformers' format on model hubs"
             )
         whole = self.model if self._whole else self
         vision, text = (
@@ -227,7 +227,8 @@ class DualEncoder(nn.Module):
         for tower, state, expected in ((self.vision, vision, expected_vision), (self.text, text, expected_text)):
             wanted = expected.pooler_output
             if wanted is None:
-                wanted = expected.last_hidden_state[:, 0]
+                rows = expected.last_hidden_state
+                wanted = rows[:, 0] if "cls" in tower.feature_widths else rows.mean(dim=1)
             found = tower.pool(state)
             tolerance = 1e-5 if tower.dtype in (torch.float32, torch.float64) else 2e-2
             error = (found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)

@@ -23,6 +23,7 @@ class TowerState:
         has_native_mask: whether ``native_mask`` was made.
         lengths: ``(B,)`` int32, how many tokens of each sample are valid, where those are known to come first.
         irregular: whether it is known that they do not: padding on the left or in the middle.
+        grid: (rows, columns) that the tokens fill, where a tower needs to know and the input said so.
     """
 
     hidden: Tensor
@@ -33,6 +34,7 @@ class TowerState:
     has_native_mask: bool = False
     lengths: Tensor | None = None
     irregular: bool = False
+    grid: tuple[int, int] | None = None
 
     def after(self, hidden: Tensor, layer: int) -> TowerState:
         """The same input, further along."""
@@ -56,7 +58,9 @@ class TowerState:
             for each in (self.hidden, self.valid, self.pool_index, self.lengths)
         )
         assert hidden is not None
-        return TowerState(hidden, self.layer, valid, pool_index, lengths=lengths, irregular=self.irregular)
+        return TowerState(
+            hidden, self.layer, valid, pool_index, lengths=lengths, irregular=self.irregular, grid=self.grid
+        )
 
 
 def measure(valid: Tensor, pool_index: Tensor | None = None) -> tuple[Tensor, bool, int]:

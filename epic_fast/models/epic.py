@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from epic_fast.backbones import DualEncoder
+from epic_fast.backbones import DualEncoder, stages_of
 from epic_fast.backbones.towers import PlainRun
 from epic_fast.engine import Prefix
 from epic_fast.engine.packed import PackedRun, exchange
@@ -183,6 +183,7 @@ class EpicModel(PromptedModel):
         text, vision = backbone.text, backbone.vision
         self.layer_pairs = config.resolve_layer_pairs(text.num_layers, vision.num_layers)
         if config.prompt_length:
+            self._check_widths()
             projected = config.vision_prompt_init == "projected"
             self.text_prompt = nn.Parameter(torch.empty(config.prompt_length, text.hidden_size))
             nn.init.normal_(self.text_prompt, std=config.prompt_init_std)
@@ -216,6 +217,18 @@ class EpicModel(PromptedModel):
             dropout=config.head_dropout,
             norm=config.feature_norm,
         )
+
+    def _check_widths(self) -> None:
+        for side, tower in enumerate((self.backbone.text, self.backbone.vision)):
+            *narrow, last = stages_of(tower)
+            first = self.layer_pairs[0][side]
+            for stage in narrow:
+                if stage.start <= first < stage.stop:
+                    raise ConfigError(
+                        f"EpicConfig.layer_pairs names {tower.modality} layer {first} (None takes the last "
+                        f"num_layer_pairs), whose tokens have width {stage.width}; wanted layers {last.start} to "
+                        f"{last.stop - 1}, the last stage of this tower: EPIC's prompts keep their width"
+                    )
 
     def first_layers(self) -> tuple[int, int]:
         return self.layer_pairs[0]

@@ -107,6 +107,36 @@ def tiny_vit(folder: str | Path | None = None, *, layers: int = 4, width: int = 
     return model
 
 
+def tiny_swin(
+    folder: str | Path | None = None,
+    *,
+    image_size: int = 32,
+    window: int = 4,
+    depths: tuple[int, ...] = (2, 2),
+    width: int = 16,
+    pooler: bool = True,
+    seed: int = 0,
+) -> Any:
+    """A random ``SwinModel``, patches of 4: at 32 pixels 8 x 8 tokens in 4 windows, then 4 x 4 in one."""
+    from transformers import SwinConfig, SwinModel, ViTImageProcessor
+
+    torch.manual_seed(seed)
+    config = SwinConfig(
+        image_size=image_size,
+        patch_size=4,
+        embed_dim=width,
+        depths=depths,
+        num_heads=[2 * 2**stage for stage in range(len(depths))],
+        window_size=window,
+        mlp_ratio=2.0,
+    )
+    model = SwinModel(config, add_pooling_layer=pooler).eval()
+    if folder is not None:
+        model.save_pretrained(folder)
+        ViTImageProcessor(size={"height": image_size, "width": image_size}).save_pretrained(folder)
+    return model
+
+
 def tiny_bert(folder: str | Path | None = None, *, layers: int = 3, width: int = 24, seed: int = 1) -> Any:
     """A random ``BertModel`` with pooler: 16 positions."""
     from transformers import BertConfig, BertModel

@@ -30,13 +30,13 @@ def window_prompt_attention(
     """
     batch, _, prompts, head_dim = prompt_key.shape
     windows = query.shape[0] // max(batch, 1)
-    scale = head_dim**-0.5 if scale is None else scale
+    factor = head_dim**-0.5 if scale is None else scale
 
     def joined(prompt: Tensor, tokens: Tensor) -> Tensor:
         # Windows are batch-major: window w of sample b is row b * windows + w, and so must its prompts be.
         return torch.cat([prompt.repeat_interleave(windows, dim=0), tokens], dim=2)
 
-    scores = (joined(prompt_query, query) @ joined(prompt_key, key).transpose(-1, -2)) * scale
+    scores = (joined(prompt_query, query) @ joined(prompt_key, key).transpose(-1, -2)) * factor
     wide = torch.promote_types(scores.dtype, torch.float32)
     scores = scores.to(wide)
     if relative_position_bias is not None:

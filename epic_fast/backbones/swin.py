@@ -1,0 +1,166 @@
+"""Swin: a tower in stages, whose blocks attend inside windows; each window can hold the sample's prompts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from epic_fast.backbones.towers import TOWERS, Tower, VisionTower
+from epic_fast.engine import TowerState
+from epic_fast.engine.windows import call_swin_block, call_swin_block_with_prompts, merge_prompts
+from epic_fast.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers ``start`` to ``stop - 1`` of a tower, whose tokens and prompts have one width."""
+
+    start: int
+    stop: int
+    width: int
+
+
+def stages_of(tower: Tower) -> list[Stage]:
+    """The stages of a tower; a tower that knows of none is one."""
+    if isinstance(tower, SwinTower):
+        return tower.stages
+    return [Stage(0, tower.num_layers, tower.hidden_size)]
+
+
+class SwinTower(VisionTower):
+    """``SwinModel``: layers are its blocks, a stage's last one together with the merging of patches behind it.
+
+    Pooled by the mean over the grid, which is what its pooler does.
+    """
+
+    def __init__(self, model: nn.Module, projection: nn.Linear | None = None):
+        super().__init__(model, projection)
+        self.stages: list[Stage] = []
+        for stage in self.model.encoder.layers:
+            start = self.stages[-1].stop if self.stages else 0
+            width = stage.blocks[0].layernorm_before.normalized_shape[0]
+            self.stages.append(Stage(start, start + len(stage.blocks), width))
+
+    def find_layers(self) -> Sequence[nn.Module]:
+        return [block for stage in self.model.encoder.layers for block in stage.blocks]
+
+    def start(self, pixel_values: Tensor) -> TowerState:
+        hidden, grid = self.model.embeddings(pixel_values.to(self.dtype))
+        smallest = grid
+        for number in range(len(self.stages)):
+            if number:
+                smallest = halved(smallest)
+            if min(smallest) < self.window:
+                raise ConfigError(
+                    f"pixel_values has shape {tuple(pixel_values.shape)}: in stage {number} of this Swin "
+                    f"{smallest[0]} x {smallest[1]} tokens are left, fewer than a window of {self.window} x "
+                    f"{self.window}; wanted larger pictures, such as the {self.image_size} pixels that it was made for"
+                )
+        return TowerState(hidden, grid=grid)
+
+    @property
+    def window(self) -> int:
+        """Tokens along a side of a window."""
+        return self.config.window_size
+
+    def stage_at(self, layer: int) -> int:
+        """The number of the stage whose tokens layer ``layer`` takes; after the last layer, the last one's."""
+        return next((number for number, stage in enumerate(self.stages) if layer < stage.stop), len(self.stages) - 1)
+
+    def grid(self, state: TowerState) -> tuple[int, int]:
+        """(Rows, columns) that the tokens of ``state`` fill."""
+        if state.grid is not None:
+            return state.grid
+        # A prefix that was kept: of the size that the model was made for, or square.
+        tokens = state.hidden.shape[1]
+        rows, columns = self.model.embeddings.patch_grid
+        for _ in range(self.stage_at(state.layer)):
+            rows, columns = halved((rows, columns))
+        if rows * columns == tokens:
+            return rows, columns
+        side = math.isqrt(tokens)
+        if side * side != tokens:
+            raise ConfigError(
+                f"{tokens} tokens of a Swin tower came without their grid; wanted those of pictures of "
+                f"{self.image_size} pixels, or square ones (else leave the prefix cache out)"
+            )
+        return side, side
+
+    # -- layers -----------------------------------------------------------------------------------------------
+
+    def run(self, state: TowerState, stop: int) -> TowerState:
+        if state.layer >= stop:
+            return super().run(state, stop)
+        for index in range(state.layer, stop):
+            grid = self.grid(state)
+            hidden = call_swin_block(
+                self.layers[index], state.hidden, grid, window=self.window, shift=self._shift(index)
+            )
+            state = self._leave(index, state, hidden, grid)
+        return state
+
+    def run_prompted(
+        self, state: TowerState, index: int, prompts: Tensor, prompt_mask: str
+    ) -> tuple[TowerState, Tensor]:
+        """As in any tower; prompts of a stage's last layer come out in the width of the next stage."""
+        if prompt_mask != "full":
+            raise ConfigError(
+                f"prompt_mask={prompt_mask!r} with a Swin tower, whose prompts see every token of each window; wanted "
+                "'full'"
+            )
+        state = self.run(state, index)
+        merge = self._merge(index)
+        if prompts.shape[1] == 0:
+            width = prompts.shape[2] if merge is None else 2 * prompts.shape[2]
+            return self.run(state, index + 1), prompts.new_zeros(len(prompts), 0, width)
+        grid = self.grid(state)
+        hidden, prompts = call_swin_block_with_prompts(
+            self.layers[index], state.hidden, prompts, grid, window=self.window, shift=self._shift(index)
+        )
+        return self._leave(index, state, hidden, grid), prompts if merge is None else merge_prompts(merge, prompts)
+
+    def _shift(self, index: int) -> int:
+        """Every second block of a stage is built with a shift of half a window."""
+        first = self.stages[self.stage_at(index)].start
+        return 0 if (index - first) % 2 == 0 else self.window // 2
+
+    def _merge(self, index: int) -> Any:
+        """The merging of patches behind a layer, if there is one."""
+        number = self.stage_at(index)
+        return self.model.encoder.layers[number].downsample if index + 1 == self.stages[number].stop else None
+
+    def _leave(self, index: int, state: TowerState, hidden: Tensor, grid: tuple[int, int]) -> TowerState:
+        merge = self._merge(index)
+        if merge is not None:
+            hidden, grid = merge(hidden, grid), halved(grid)
+        return replace(state.after(hidden, index + 1), grid=grid)
+
+    # -- features ---------------------------------------------------------------------------------------------
+
+    @property
+    def feature_widths(self) -> dict[str, int]:
+        # No row stands for the whole picture.
+        return {kind: width for kind, width in super().feature_widths.items() if kind != "cls"}
+
+    def normalise(self, hidden: Tensor) -> Tensor:
+        return self.model.layernorm(hidden)
+
+    def pool(self, state: TowerState) -> Tensor:
+        if self.model.pooler is None:
+            return self.mean(state)
+        return self.model.pooler(self.normalise(state.hidden).transpose(1, 2)).flatten(1)
+
+    def mean(self, state: TowerState) -> Tensor:
+        return self.normalise(state.hidden).mean(dim=1)
+
+
+def halved(grid: tuple[int, int]) -> tuple[int, int]:
+    """What a merging of patches leaves of a grid."""
+    return (grid[0] + 1) // 2, (grid[1] + 1) // 2
+
+
+TOWERS["swin"] = SwinTower

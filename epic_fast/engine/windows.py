@@ -1,0 +1,123 @@
+"""Plain execution of Swin's blocks: as they are, and with prompts that all windows of a sample share."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from epic_fast import functional
+
+
+def call_swin_block(block: Any, hidden: Tensor, grid: tuple[int, int], *, window: int, shift: int) -> Tensor:
+    """One unmodified block on tokens ``(B, N, C)`` that fill ``grid``.
+
+    A block whose grid is no larger than its window drops its shift for good: it is given back the one that it was
+    built with, so that what a picture gives does not depend on the sizes of those before it.
+    """
+    if (block.window_size, block.shift_size) != (window, shift):
+        block.window_size, block.shift_size = window, shift
+    output = block(hidden, grid)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def call_swin_block_with_prompts(
+    block: Any, hidden: Tensor, prompts: Tensor, grid: tuple[int, int], *, window: int, shift: int
+) -> tuple[Tensor, Tensor]:
+    """The same block with prompts in each of its windows.
+
+    Every window holds its tokens and all prompts of its sample; what a prompt gets from the attention is the mean over
+    the windows.  Query, key, value and output of prompts are projected once a sample, which is the same
+    (``kernels/window_prompt_attention/README.md``).
+
+    Args:
+        block: the block; its weights are used as they are.
+        hidden: ``(B, N, C)`` tokens, row by row of the grid.
+        prompts: ``(B, P, C)``.
+        grid: (rows, columns), N in all.
+        window: tokens along a side of a window.
+        shift: by how much a shifted block moves the grid; not done where one window covers a side of it.
+
+    Returns:
+        tokens ``(B, N, C)`` and prompts ``(B, P, C)`` after the block.
+    """
+    (batch, tokens, width), (rows, columns) = hidden.shape, grid
+    shift = 0 if min(grid) <= window else shift
+    prompts = prompts.to(hidden.dtype)
+    windows = to_windows(block.layernorm_before(hidden).view(batch, rows, columns, width), window, shift)
+    attention = block.attention
+    down, across = -(-rows // window), -(-columns // window)
+    mask = shift_mask(down, across, window, shift, hidden.device) if shift else None
+    output, prompt_output = functional.window_prompt_attention(
+        *_projected(attention, windows),
+        *_projected(attention, block.layernorm_before(prompts)),
+        relative_position_bias=attention.relative_position_bias()[0],
+        window_mask=mask,
+        scale=attention.scaling,
+    )
+    output, prompt_output = (attention.o_proj(each.transpose(1, 2).flatten(2)) for each in (output, prompt_output))
+    hidden = hidden + from_windows(output, batch, grid, window, shift).reshape(batch, tokens, width)
+    prompts = prompts + prompt_output
+    return tuple(each + block.mlp(block.layernorm_after(each)) for each in (hidden, prompts))  # pyright: ignore[reportReturnType]
+
+
+def merge_prompts(downsample: nn.Module, prompts: Tensor) -> Tensor:
+    """Prompts ``(B, P, C)`` through the merging of patches, each as if it were all four neighbours: ``(B, P, 2 C)``."""
+    parts: Any = downsample
+    return parts.reduction(parts.norm(prompts.repeat(1, 1, 4)))
+
+
+def to_windows(tokens: Tensor, window: int, shift: int) -> Tensor:
+    """``(B, rows, columns, C)``, filled up with zeros and shifted, to ``(B * nW, window ** 2, C)``, batch-major."""
+    _, rows, columns, _ = tokens.shape
+    tokens = pad(tokens, (0, 0, 0, -columns % window, 0, -rows % window))
+    if shift:
+        tokens = tokens.roll((-shift, -shift), dims=(1, 2))
+    return _cut(tokens, window)
+
+
+def _cut(tokens: Tensor, window: int) -> Tensor:
+    # (B, down, window, across, window, C)
+    tokens = tokens.unflatten(2, (-1, window)).unflatten(1, (-1, window))
+    return tokens.transpose(2, 3).flatten(0, 2).flatten(1, 2)
+
+
+def from_windows(windows: Tensor, batch: int, grid: tuple[int, int], window: int, shift: int) -> Tensor:
+    """The inverse of :func:`to_windows`: ``(B, rows, columns, C)``."""
+    rows, columns = grid
+    down, across = -(-rows // window), -(-columns // window)
+    tokens = windows.reshape(batch, down, across, window, window, -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    if shift:
+        tokens = tokens.roll((shift, shift), dims=(1, 2))
+    return tokens[:, :rows, :columns]
+
+
+def shift_mask(down: int, across: int, window: int, shift: int, device: torch.device) -> Tensor:
+    """Who sees whom in shifted windows: ``(down * across, window ** 2, window ** 2)`` boolean, True = attend.
+
+    The shift brings the first rows and columns of the grid behind the last ones; they do not see each other.
+    """
+    with torch.inference_mode(False):
+        return _shift_mask(down, across, window, shift, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _shift_mask(down: int, across: int, window: int, shift: int, device: torch.device) -> Tensor:
+    def region(count: int) -> Tensor:
+        position = torch.arange(count * window, device=device)
+        return (position >= count * window - window).long() + (position >= count * window - shift).long()
+
+    regions = region(down)[:, None] * 3 + region(across)
+    of_tokens = _cut(regions[None, :, :, None], window)[:, :, 0]
+    return of_tokens[:, :, None] == of_tokens[:, None, :]
+
+
+def _projected(attention: Any, rows: Tensor) -> list[Tensor]:
+    """Query, key and value of rows ``(B, M, C)``, each ``(B, H, M, head_dim)``."""
+    return [
+        projection(rows).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    ]
