@@ -236,7 +236,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(tensors: Sequence[Tensor | None], itemsize: int) -> Layout:
-    """Looks at each tensor once: this runs at every launch."""
+    """Looks at each tensor once."""
     strides: list[int] = []
     types: list[torch.dtype | None] = []
     lowest = addresses = farthest = 0
