@@ -21,6 +21,8 @@ from epic_fast.testing.cases import AttentionCase, InteractionCase
 
 pytest.importorskip("triton")
 
+# Where there is a GPU, kernels take nothing else (and no interpreter stands in for them).
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # In calls of `torch.add` with a gradient; two to three times what was found when the bounds were set.
 LIMITS = {("attention", False): 30, ("attention", True): 200, ("interaction", False): 70, ("interaction", True): 250}
 
@@ -88,7 +90,7 @@ CALLS = {
 def make_call(operation: str, *, gradients: bool) -> Callable[[], Any]:
     function, case = CALLS[operation]
     inputs: dict[str, Any] = {
-        name: each.requires_grad_(gradients) for name, each in case.make().items() if each is not None
+        name: each.requires_grad_(gradients) for name, each in case.make(device=DEVICE).items() if each is not None
     }
     leaves = list(inputs.values())
 

@@ -21,6 +21,7 @@ pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import figures, gpu_tests, numerics, registry, run, timing
+from benchmarks.test_dispatch import no_kernels, test_dispatch_stays_cheap  # noqa: F401  (collected here as well)
 
 sys.path.pop()
 ROOT = Path(__file__).resolve().parent.parent
