@@ -243,13 +243,18 @@ def test_triton_compiles_nothing_for_a_new_size(
     assert len(compiled) == 0
 
 
+IN_GRAPHS = {**OPERATIONS, "attention, long": (prompt_attention, AttentionCase(2, 2, 257, 16, 64))}
+
+
 @pytest.mark.filterwarnings("error:The AccumulateGrad node's stream")
 @pytest.mark.parametrize("training", [False, True], ids=["forward", "training"])
-@pytest.mark.parametrize("kind", OPERATIONS)
+@pytest.mark.parametrize("kind", IN_GRAPHS)
 def test_a_cuda_graph_captures_it(kind: str, training: bool) -> None:
-    function, case = OPERATIONS[kind]
+    function, case = IN_GRAPHS[kind]
     inputs = make(case) if training else case.make(torch.bfloat16, "cuda")
-    options = {"lengths": torch.tensor([20, 11], device="cuda")} if kind == "attention" else {}
+    options = {}
+    if isinstance(case, AttentionCase):
+        options["lengths"] = torch.tensor([case.tokens, 11], device="cuda")
     leaves = [each for each in inputs.values() if training]
 
     def step() -> list[Tensor]:
