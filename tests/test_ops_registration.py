@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from epic_fast.errors import ConfigError, ImplementationError
 from epic_fast.functional import prompt_attention, prompt_interaction
-from epic_fast.ops import library
+from epic_fast.ops import frozen_linear, library
 from epic_fast.ops import prompt_attention as attention_operation
 from epic_fast.ops import prompt_interaction as interaction_operation
 from epic_fast.testing.cases import AttentionCase, InteractionCase
@@ -185,9 +185,39 @@ def prompt_interaction_backward_of_some() -> Any:
     return (torch.randn(2, 3, 16), None, *inputs.values(), 1e-6, [index % 3 == 0 for index in range(9)]), {}
 
 
+@operator
+def linear_forward() -> Any:
+    return (torch.randn(5, 16).half(), torch.randn(24, 16).half(), torch.randn(24).half(), "gelu", "eight_bit"), {}
+
+
+@operator
+def linear_forward_without_more() -> Any:
+    return (torch.randn(5, 16).half(), torch.randn(24, 16).half(), None, None, "none"), {}
+
+
+@operator
+def linear_backward() -> Any:
+    grad, weight, kept = torch.randn(5, 24).half(), torch.randn(24, 16).half(), torch.randn(5, 16).half()
+    return (grad, weight, kept, "full", "gelu"), {}
+
+
+@operator
+def linear_8bit() -> Any:
+    data, weight = (torch.randint(-127, 128, (rows, 16), dtype=torch.int8) for rows in (5, 24))
+    scales = torch.rand(5), torch.rand(24)
+    bias = torch.randn(24).half()
+    return (data, scales[0], weight, scales[1], bias, None, torch.float16, "gelu", "full"), {}
+
+
+@operator
+def quantise_rows() -> Any:
+    return (torch.randn(5, 16).half(), "int8"), {}
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str) -> None:
     arguments, options = OPERATORS[name]()
+    assert frozen_linear.FORWARD  # its operators are registered where it is imported
     packet = name.split("_without")[0].split("_of_")[0]
     torch.library.opcheck(getattr(torch.ops.epic_fast, packet).default, arguments, options)
 
@@ -201,6 +231,7 @@ def test_fakes_have_the_strides_of_what_is_launched(name: str) -> None:
     with torch._subclasses.FakeTensorMode(allow_non_fake_inputs=True) as mode:
         faked = [mode.from_tensor(each) if isinstance(each, Tensor) else each for each in arguments]
         wanted = packet(*faked, **{key: mode.from_tensor(each) for key, each in options.items()})
+    found, wanted = ((each,) if isinstance(each, Tensor) else each for each in (found, wanted))
     for index, (one, other) in enumerate(zip(found or (), wanted or (), strict=True)):
         assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype), index
 
