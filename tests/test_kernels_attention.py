@@ -522,7 +522,7 @@ def test_production_shapes_on_the_gpu(case: AttentionCase, dtype: torch.dtype) -
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [16, 24, 32, 48, 64, 72, 80, 96, 128, 160, 256])
+@pytest.mark.parametrize("head_dim", [16, 32, 48, 72, 80, 96, 128, 160, 256])
 def test_head_dims_on_the_gpu(head_dim: int, dtype: torch.dtype) -> None:
     for prompts, tokens, causal in ((16, 77, True), (8, 257, False), (0, 130, False), (256, 300, True)):
         case = AttentionCase(2, 2, tokens, prompts, head_dim, causal=causal, layout="tokens")
@@ -532,14 +532,13 @@ def test_head_dims_on_the_gpu(head_dim: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", GPU_DTYPES, ids=str)
-@pytest.mark.parametrize("head_dim", [16, 48, 64, 72, 80, 96, 128, 256])
-def test_masks_of_every_head_dim_on_the_gpu(head_dim: int, dtype: torch.dtype) -> None:
-    """Those that :func:`test_head_dims_on_the_gpu` leaves out."""
+@pytest.mark.parametrize("head_dim", [48, 72, 80, 96])
+def test_masks_of_odd_head_dims_on_the_gpu(head_dim: int, dtype: torch.dtype) -> None:
+    """Those that :func:`test_head_dims_on_the_gpu` leaves out; each is compiled for itself."""
     for case in (
         AttentionCase(3, 2, 77, 16, head_dim, "prefix", True, (77, 0, 30), layout="packed"),
         AttentionCase(3, 2, 197, 8, head_dim, "prefix", lengths=(197, 1, 64), shared=True, layout="tokens"),
         AttentionCase(2, 2, 50, 32, head_dim, prefix_tuning=True, shared=True, scale=-0.2),
-        AttentionCase(2, 2, 1, 1, head_dim, causal=True),
     ):
         check(case, dtype, in_one_graph)
 
