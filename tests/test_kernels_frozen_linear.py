@@ -43,8 +43,8 @@ POINTERS = ProductTile(32, 32, 16, 4, 2, group=2)
 DESCRIPTORS = {
     "descriptors": ProductTile(32, 64, 16, 4, 2, group=2, descriptors=True),
     "two parts": ProductTile(32, 64, 16, 4, 2, group=2, descriptors=True, parts=2),
+    "four parts": ProductTile(32, 64, 16, 4, 2, group=2, descriptors=True, parts=4),
     "persistent": ProductTile(32, 64, 16, 4, 2, group=3, descriptors=True, parts=2, persistent=True),
-    "specialised": ProductTile(64, 64, 16, 4, 2, descriptors=True, persistent=True, specialised=True),
 }
 HAS_DESCRIPTORS = DEVICE == "cpu" or tiles.has_descriptors(torch.device("cuda"))
 TILES = {"pointers": POINTERS, **(DESCRIPTORS if HAS_DESCRIPTORS else {})}

@@ -19,7 +19,6 @@ class ProductTile:
     ``group``: so many rows of tiles go through all columns before the next ones, so that their operands stay in the L2
     cache.  ``parts``: the epilogue takes a tile in so many parts.  ``descriptors``: operands and results go by
     tensor descriptors (TMA).  ``persistent``: as many programs as the card runs at once, each with several tiles.
-    ``specialised``: some warps load while others multiply (a persistent kernel only).
     """
 
     rows: int
@@ -31,7 +30,6 @@ class ProductTile:
     parts: int = 1
     descriptors: bool = False
     persistent: bool = False
-    specialised: bool = False
 
     def count(self, rows: int, columns: int) -> int:
         """Tiles of a result."""
@@ -47,7 +45,7 @@ class ProductTile:
 _DEFAULT_SHARED = 232448
 # From here on (H100, B200) products read both operands from shared memory, and there are descriptors.
 _MUCH_SHARED = 200_000
-# Time of a wide tile in that of two small ones: one H100, 16960 x 4096 x 1024 in bfloat16 (README.md has the times).
+# Time of a wide tile in that of two small ones, from one H100 at 16960 x 4096 x 1024 in bfloat16.
 WIDE_TIME = 0.93
 # Up to here (MI300) one buffer an operand is what fits.
 _LITTLE_SHARED = 70_000

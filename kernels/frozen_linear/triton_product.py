@@ -191,6 +191,13 @@ def finish_part(
 
 
 @triton.jit
+def left_and_right(total):
+    """Both halves of a tile's columns."""
+    WIDTH: tl.constexpr = total.shape[1] // 2
+    return tl.split(tl.permute(tl.reshape(total, (total.shape[0], 2, WIDTH)), (0, 2, 1)))
+
+
+@triton.jit
 def one_tile(
     left,
     right,
@@ -229,13 +236,21 @@ def one_tile(
         finish_part(total, left_scale, right_scale, bias, output, kept, first_row, first_column, rows, columns,
                     SCALED, HAS_BIAS, ACTIVATION, KEEP, BACKWARD)  # fmt: skip
     else:
-        tl.static_assert(PARTS == 2, "a tile has one part or two")
-        halves = tl.permute(tl.reshape(total, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1))
-        one, two = tl.split(halves)
-        finish_part(one, left_scale, right_scale, bias, output, kept, first_row, first_column, rows, columns,
-                    SCALED, HAS_BIAS, ACTIVATION, KEEP, BACKWARD)  # fmt: skip
-        finish_part(two, left_scale, right_scale, bias, output, kept, first_row, first_column + BLOCK_N // 2, rows,
-                    columns, SCALED, HAS_BIAS, ACTIVATION, KEEP, BACKWARD)  # fmt: skip
+        QUARTERED: tl.constexpr = PARTS == 4
+        tl.static_assert(PARTS == 2 or QUARTERED, "a tile has one part, two or four")
+        one, two = left_and_right(total)
+        for part in tl.static_range(2):
+            half = one if part == 0 else two
+            column = first_column + part * (BLOCK_N // 2)
+            if QUARTERED:
+                start, end = left_and_right(half)
+                finish_part(start, left_scale, right_scale, bias, output, kept, first_row, column, rows, columns,
+                            SCALED, HAS_BIAS, ACTIVATION, KEEP, BACKWARD)  # fmt: skip
+                finish_part(end, left_scale, right_scale, bias, output, kept, first_row, column + BLOCK_N // 4, rows,
+                            columns, SCALED, HAS_BIAS, ACTIVATION, KEEP, BACKWARD)  # fmt: skip
+            else:
+                finish_part(half, left_scale, right_scale, bias, output, kept, first_row, column, rows, columns,
+                            SCALED, HAS_BIAS, ACTIVATION, KEEP, BACKWARD)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "columns", "depth"])
@@ -264,18 +279,11 @@ def _descriptor_kernel(
     PARTS: tl.constexpr,
     GROUP: tl.constexpr,
     PERSISTENT: tl.constexpr,
-    SPECIALISED: tl.constexpr,
 ):
     """One program: one tile of the result, or every so manieth.  Grid: (tiles,), or (programs,) if PERSISTENT."""
     tiles_m, tiles_n = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N)
     if PERSISTENT:
-        for tile in tl.range(
-            tl.program_id(0),
-            tiles_m * tiles_n,
-            tl.num_programs(0),
-            flatten=not SPECIALISED,
-            warp_specialize=SPECIALISED,
-        ):
+        for tile in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=True):
             tile_m, tile_n = tile_place(tile, tiles_m, tiles_n, GROUP)
             one_tile(left, right, left_scale, right_scale, bias, output, kept, tile_m * BLOCK_M, tile_n * BLOCK_N,
                      rows, columns, depth, DEPTH_LAST, SCALED, HAS_BIAS, ACTIVATION, KEEP, BACKWARD, TOTAL, PRECISION,
@@ -394,7 +402,7 @@ def multiply(
             ),
         )
         programs = min(tiles, processors(left.device)) if tile.persistent else tiles
-        constants = (*flags, *blocks, tile.parts, tile.group, tile.persistent, tile.specialised)
+        constants = (*flags, *blocks, tile.parts, tile.group, tile.persistent)
         facts = launch.facts_of((left, right, *vectors, *results), (), sizes, (constants, tile.warps, tile.stages))
         arguments = (*described, *vectors, *(Described(each, part) for each in results), *sizes, *constants)
         tape.launch(_descriptor_kernel, programs, arguments, tile.options, facts)
