@@ -1,0 +1,72 @@
+"""The benchmark of 8-bit weights: whose logits it compares, and what it makes of its rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.eight_bit import engines, layer_errors, report, summarise
+from epic_fast import EpicConfig, wrap
+from epic_fast.engine import EngineConfig
+from epic_fast.testing import tiny_clip
+from epic_fast.testing.probes import lively, make_batch, perturb
+
+
+def rows_of(fp8: list[float], frozen: list[float], name: str = "films") -> list[dict[str, Any]]:
+    return [
+        {"data": name, "kind": "fp8", "metric": "f1_micro", "seed": seed, "engine": engine, "test": {"f1_micro": value}}
+        for engine, values in (("frozen", frozen), ("fp8", fp8))
+        for seed, value in enumerate(values)
+    ]
+
+
+def test_the_errors_are_those_of_each_layer() -> None:
+    torch.manual_seed(0)
+    model = perturb(wrap(lively(tiny_clip()), EpicConfig(head_dropout=0.0), 3, engine=EngineConfig(weights="fp8")))
+    engine = model.engine
+    batches = [make_batch([3, 9]), make_batch([5, 4], seed=1)]
+    rows = layer_errors(model, batches, "fp8", torch.device("cpu"))
+    assert model.engine is engine
+    towers = {"text": model.backbone.text, "vision": model.backbone.vision}
+    names = [f"{name} {index}" for name, tower in towers.items() for index in range(tower.num_layers)]
+    assert [row["layers"] for row in rows] == ["none", *names, "all"]
+    errors = {row["layers"]: row["error"] for row in rows}
+    # bfloat16 itself errs less than any layer in 8 bits, and one layer less than all of them.
+    assert 0 < errors["none"] < max(errors[name] for name in names) < errors["all"] < 0.5
+    assert all(errors[name] > 0 for name in names)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        found = torch.cat([model(**batch).logits.float() for batch in batches])
+        model.engine = EngineConfig(blocks="fused")
+        wanted = torch.cat([model(**batch).logits.float() for batch in batches])
+    assert errors["all"] == pytest.approx(float((found - wanted).norm() / wanted.norm()), rel=1e-6)
+
+
+def test_the_difference_is_that_of_the_same_seeds() -> None:
+    rows = rows_of([0.500, 0.610, 0.700], [0.502, 0.606, 0.704])
+    rows += [{**rows[0], "engine": "switched", "test": {"f1_micro": 0.51}}]
+    found = summarise(rows)["films"]
+    assert found["table"]["fp8"]["mean"] == pytest.approx(1.81 / 3)
+    assert found["table"]["fp8"]["difference"] == pytest.approx(-0.002 / 3)
+    assert found["table"]["switched"]["difference"] == pytest.approx(0.008)
+    assert found["table"]["frozen"]["difference"] == 0
+    assert found["passed"]
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_more_than_three_tenths_of_a_point_is_said(sign: int) -> None:
+    rows = rows_of([0.5 + 0.004 * sign] * 3, [0.5] * 3)
+    assert not summarise(rows)["films"]["passed"]
+    assert "fp8 is more than 0.3 points from frozen" in report(rows)
+    assert f"{0.4 * sign:+.2f}" in report(rows)
+    rows = rows_of([0.5 + 0.0029 * sign] * 3, [0.5] * 3)
+    assert "fp8 is within 0.3 points from frozen" in report(rows)
+
+
+def test_the_engines() -> None:
+    assert list(engines("int8", False)) == ["frozen", "int8"]
+    found = engines("fp8", True)
+    assert found["plain"].blocks == "plain"
+    assert found["fp8"].weights == "fp8"
+    assert found["frozen"].weights == "frozen"
