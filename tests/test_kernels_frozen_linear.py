@@ -202,25 +202,25 @@ def test_what_descriptors_cannot_reach_goes_by_pointers() -> None:
 
 
 @pytest.mark.parametrize("shared", [65_536, 99_000, 166_912, 232_448])
-@pytest.mark.parametrize("descriptors", [False, True])
+@pytest.mark.parametrize("hopper", [False, True])
 @pytest.mark.parametrize("itemsize", [1, 2, 4])
-def test_sums_have_the_same_steps_whatever_the_number_of_rows(itemsize: int, descriptors: bool, shared: int) -> None:
+def test_sums_have_the_same_steps_whatever_the_number_of_rows(itemsize: int, hopper: bool, shared: int) -> None:
     found = {
-        tiles.product_tile(itemsize, descriptors, shared, rows, columns, 132)
+        tiles.product_tile(itemsize, hopper, hopper, shared, rows, columns, 132)
         for rows in (1, 265, 2120, 5440, 16960)
         for columns in (768, 1024, 3072, 4096)
     }
-    assert found <= set(tiles.product_tiles(itemsize, descriptors, shared))
+    assert found <= set(tiles.product_tiles(itemsize, hopper, hopper, shared))
     assert len({(each.depth, each.descriptors) for each in found}) == 1
 
 
 def test_the_last_round_chooses_the_tile() -> None:
     """On a card of 132: wide tiles where there are many, small ones where wide ones leave a round nearly empty."""
-    small, wide = tiles.product_tiles(2, True, 232_448)
+    small, wide = tiles.product_tiles(2, True, True, 232_448)
     assert (small.columns, wide.columns) == (128, 256)
 
     def chosen(rows: int, columns: int) -> ProductTile:
-        return tiles.product_tile(2, True, 232_448, rows, columns, 132)
+        return tiles.product_tile(2, True, True, 232_448, rows, columns, 132)
 
     assert chosen(16960, 4096) is wide
     # 272 wide tiles are three rounds, 544 small ones four rounds of half the time and a tenth.
@@ -240,7 +240,8 @@ def test_every_tile_of_a_table_gives_the_same_bits(operands: Any, shape: tuple[i
     rows, width, hidden = shape
     eight_bit = operands in EIGHT_BIT_TYPES
     device = torch.device("cuda")
-    table = tiles.product_tiles(1 if eight_bit else 2, tiles.has_descriptors(device), tiles.shared_memory(device))
+    card = (tiles.has_descriptors(device), tiles.is_hopper(device), tiles.shared_memory(device))
+    table = tiles.product_tiles(1 if eight_bit else 2, *card)
     if len(table) == 1:
         pytest.skip("one tile is all that this card has")
     if eight_bit and width % 16:

@@ -31,7 +31,7 @@ from epic_fast.kernels.activation import triton_functions
 from epic_fast.kernels.common import launch, plan
 from epic_fast.kernels.common.descriptors import Described
 from epic_fast.kernels.common.plan import Tape
-from epic_fast.kernels.frozen_linear.tiles import HopperTile, hopper_tile, processors
+from epic_fast.kernels.frozen_linear.tiles import HopperTile, hopper_tile, is_hopper, processors
 from epic_fast.kernels.frozen_linear.triton_product import describable, rows_of
 
 # Triton 3.9 has other names for these than 3.6.
@@ -355,11 +355,6 @@ def describer(rows: int, columns: int, dtype: torch.dtype):
 
 def described(tensor: Tensor, rows: int, columns: int) -> Described:
     return Described(tensor, describer(rows, columns, tensor.dtype))
-
-
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def limits(

@@ -7,7 +7,7 @@ steps of a sum are as long and come in the same order, and a test on the GPU hol
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -80,11 +80,12 @@ def product_tile(
     Args:
         itemsize: of the operands.
         descriptors: card and layout allow them.
+        hopper: the card is one, where wide tiles were measured.
         shared: bytes of shared memory that a block may have.
         rows, columns: of the result.
         processors: multiprocessors of the card.
     """
-    tiles = product_tiles(itemsize, descriptors, shared)
+    tiles = product_tiles(itemsize, descriptors, hopper, shared)
     if len(tiles) == 1:
         return tiles[0]
     small, wide = tiles
@@ -95,18 +96,17 @@ def product_tile(
 
 
 @functools.cache
-def product_tiles(itemsize: int, descriptors: bool, shared: int) -> tuple[ProductTile, ...]:
+def product_tiles(itemsize: int, descriptors: bool, hopper: bool, shared: int) -> tuple[ProductTile, ...]:
     """All tiles among which :func:`product_tile` chooses: one, or a small and a wide one."""
     if itemsize == 4:
         return (ProductTile(rows=64, columns=64, depth=32, warps=8, stages=2),)
     depth = 64 if itemsize == 2 else 128
     if descriptors and shared >= _MUCH_SHARED:
-        return (
-            ProductTile(rows=128, columns=128, depth=depth, warps=4, stages=3, parts=2, descriptors=True),
-            ProductTile(
-                rows=128, columns=256, depth=depth, warps=8, stages=3, parts=2, descriptors=True, persistent=True
-            ),
-        )
+        small = ProductTile(rows=128, columns=128, depth=depth, warps=4, stages=3, parts=2, descriptors=True)
+        if not hopper:
+            return (small,)
+        wide = replace(small, columns=256, warps=8, persistent=True)
+        return small, wide
     if shared <= _LITTLE_SHARED:
         return (ProductTile(rows=128, columns=128, depth=depth // 2, warps=4, stages=2),)
     return (ProductTile(rows=128, columns=128 if itemsize == 2 else 64, depth=depth // 2, warps=8, stages=4),)

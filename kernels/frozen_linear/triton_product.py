@@ -31,6 +31,7 @@ from epic_fast.kernels.common.plan import Tape
 from epic_fast.kernels.frozen_linear.tiles import (
     ProductTile,
     has_descriptors,
+    is_hopper,
     processors,
     product_tile,
     shared_memory,
@@ -382,9 +383,8 @@ def multiply(
         return output, made
     if tile is None:
         describes = has_descriptors(left.device) and describable(left, right, output, kept) and depth > 0
-        tile = product_tile(
-            left.element_size(), describes, shared_memory(left.device), rows, columns, processors(left.device)
-        )
+        card = (is_hopper(left.device), shared_memory(left.device))
+        tile = product_tile(left.element_size(), describes, *card, rows, columns, processors(left.device))
     total = tl.int32 if left.dtype == torch.int8 else tl.float32
     flags = (depth_last, left_scale is not None, bias is not None, activation, keep, backward, total, precision)
     tiles = tile.count(rows, columns)
