@@ -568,7 +568,7 @@ class ShortForm:
     """A form of the kernel.
 
     Attributes:
-        registers: the most that a thread may have; 168 let three programs share a multiprocessor.
+        registers: the most that a thread may have, or None; 168 let three programs share a multiprocessor.
         held: dq's products take queries and gradients from registers.
         prefetch: a program asks for the rows of the head that lies so many heads a multiprocessor further on to be
             brought to the L2 cache; 0 for not.
@@ -583,7 +583,6 @@ class ShortForm:
         return {"num_warps": 4, "maxnreg": self.registers}
 
 
-DEFAULT = ShortForm()
 _BLOCK = 64
 
 
@@ -591,6 +590,11 @@ def _tiles(count: int) -> tuple[int, int]:
     """Tiles of 64 and the width of the last one (32 or none) that hold ``count`` rows."""
     full, rest = divmod(count, _BLOCK)
     return max(full + (rest > 32), 1), 32 if full > 0 and 0 < rest <= 32 else 0
+
+
+def short_form(rows: int, keys: int) -> ShortForm:
+    """By the numbers of rows and virtual keys, never by the batch: scores of more than 96 keys want more registers."""
+    return ShortForm() if max(rows, keys) <= 96 else ShortForm(registers=None, prefetch=2)
 
 
 @functools.cache
@@ -695,7 +699,7 @@ def backward(
     prompts = prompt_key.shape[2]
     prompt_rows = 0 if prompt_query is None else prompts
     rows, keys = prompt_rows + tokens, prompts + tokens
-    form = form or DEFAULT
+    form = form or short_form(rows, keys)
 
     gradients = begin_gradients(
         tape, inputs, needs, given or None, grad_output is not None, grad_prompt_output is not None
