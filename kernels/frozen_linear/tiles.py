@@ -72,8 +72,14 @@ def has_descriptors(device: torch.device) -> bool:
     return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
 
 
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the card has wgmma."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
+
+
 def product_tile(
-    itemsize: int, descriptors: bool, shared: int, rows: int, columns: int, processors: int
+    itemsize: int, descriptors: bool, hopper: bool, shared: int, rows: int, columns: int, processors: int
 ) -> ProductTile:
     """The tile for a result of ``rows`` x ``columns``.
 
