@@ -79,8 +79,8 @@ class DualEncoder(nn.Module):
         else:
             raise ConfigError(
                 f"a backbone of type {type(backbone).__module__}.{type(backbone).__name__} was given; wanted a "
-                "transformers CLIPModel, a VisionTextDualEncoderModel, a pair (ViTModel or SwinModel, BertModel), or the "
-                "name or folder of one. Weights of other libraries usually exist in transformers' format on model hubs"
+                "transformers CLIPModel, a VisionTextDualEncoderModel, a pair (ViTModel or SwinModel, BertModel), or "
+                "the name or folder of one. Weights of other libraries usually exist in transformers' format on hubs"
             )
         whole = self.model if self._whole else self
         vision, text = (

@@ -149,12 +149,11 @@ def engine_for(choice: Mapping[str, Any] | bool | None, *, gpu: bool) -> Any:
 
 def method_config_class(method: str) -> Any:
     """The config dataclass of a method by its name."""
-    from epic_fast.models import EpicConfig
+    from epic_fast.models import METHODS
 
-    classes = {"epic": EpicConfig}
-    if method not in classes:
-        raise ConfigError(f"the method {method!r} is unknown; wanted one of {', '.join(classes)}")
-    return classes[method]
+    if method not in METHODS:
+        raise ConfigError(f"the method {method!r} is unknown; wanted one of {', '.join(METHODS)}")
+    return METHODS[method][0]
 
 
 def resolve_settings(

@@ -2,6 +2,7 @@
 
 from epic_fast.models.base import PromptedModel, PromptedModelOutput
 from epic_fast.models.epic import EpicConfig, EpicModel
+from epic_fast.models.mope import MopeConfig, MopeModel
 from epic_fast.models.saving import from_pretrained
 from epic_fast.models.wrapping import METHODS, wrap
 
@@ -9,6 +10,8 @@ __all__ = [
     "METHODS",
     "EpicConfig",
     "EpicModel",
+    "MopeConfig",
+    "MopeModel",
     "PromptedModel",
     "PromptedModelOutput",
     "from_pretrained",

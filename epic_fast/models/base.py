@@ -93,6 +93,10 @@ class PromptedModel(nn.Module, ABC):
     def features(self, prefix: Prefix) -> Tensor:
         """From the towers below the first prompts to the head's input, ``(B, F)``."""
 
+    def features_and_penalty(self, prefix: Prefix) -> tuple[Tensor, Tensor | None]:
+        """:meth:`features`, and what the loss has besides in training, ``()``; None: nothing."""
+        return self.features(prefix), None
+
     @abstractmethod
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """All trainable tensors by kind: ``prompts``, ``projections``, ``gates``, ``head``."""
@@ -135,8 +139,12 @@ class PromptedModel(nn.Module, ABC):
             self.backbone.ensure_eval()
         if labels is not None and self.training and not (self._statistics_checked or torch.compiler.is_compiling()):
             self._check_statistics()
-        logits = self.head(self.features(self._measured(prefix)))
-        return PromptedModelOutput(loss=None if labels is None else self.loss(logits, labels), logits=logits)
+        features, penalty = self.features_and_penalty(self._measured(prefix))
+        logits = self.head(features)
+        loss = None if labels is None else self.loss(logits, labels)
+        if loss is not None and penalty is not None and self.training:
+            loss = loss + penalty
+        return PromptedModelOutput(loss=loss, logits=logits)
 
     @torch.no_grad()
     def extract(

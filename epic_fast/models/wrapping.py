@@ -13,8 +13,12 @@ from epic_fast.errors import ConfigError
 from epic_fast.models.base import PromptedModel
 from epic_fast.models.configuration import MethodConfig
 from epic_fast.models.epic import EpicConfig, EpicModel
+from epic_fast.models.mope import MopeConfig, MopeModel
 
-METHODS: dict[str, tuple[type[MethodConfig], type[PromptedModel]]] = {"epic": (EpicConfig, EpicModel)}
+METHODS: dict[str, tuple[type[MethodConfig], type[PromptedModel]]] = {
+    "epic": (EpicConfig, EpicModel),
+    "mope": (MopeConfig, MopeModel),
+}
 
 
 def wrap(
@@ -38,7 +42,7 @@ def wrap(
     Args:
         backbone: a transformers dual encoder, a pair ``(vision, text)`` of models, or whatever string
             :func:`epic_fast.load_backbone` takes: a name, a folder, ``"vision=PATH,text=PATH"``, ``"demo"``.
-        config: the method's configuration; default ``EpicConfig()``.
+        config: the method's configuration, ``EpicConfig`` or ``MopeConfig``; default ``EpicConfig()``.
         num_labels: K, outputs of the head.
         problem_type: ``"single_label_classification"``, ``"multi_label_classification"`` or ``"regression"``.
         labels: K names, saved with the adapter.

@@ -2,5 +2,14 @@
 
 from epic_fast.nn.heads import FeatureNorm, Head
 from epic_fast.nn.interaction_hub import InteractionHub
+from epic_fast.nn.prompt_experts import ExpertRouter, PromptExperts, PromptMapper, importance_loss
 
-__all__ = ["FeatureNorm", "Head", "InteractionHub"]
+__all__ = [
+    "ExpertRouter",
+    "FeatureNorm",
+    "Head",
+    "InteractionHub",
+    "PromptExperts",
+    "PromptMapper",
+    "importance_loss",
+]
