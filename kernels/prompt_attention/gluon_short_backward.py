@@ -225,6 +225,7 @@ def _short_kernel(
     FULL_ROWS: gl.constexpr,
     TAIL_ROWS: gl.constexpr,
     HELD: gl.constexpr,  # dq's products take queries and gradients from registers
+    OVERLAP: gl.constexpr,  # a tile's last products for dk and dv run on beside the next one's first
     PREFETCH: gl.constexpr,
     PREFIX: gl.constexpr,
     CAUSAL: gl.constexpr,
@@ -270,6 +271,7 @@ def _short_kernel(
     grads = gl.allocate_shared_memory(DTYPE, [ROW_TILES, BLOCK, D], SHARED)
     statistics = gl.allocate_shared_memory(gl.float32, [ROW_TILES, BLOCK], PLAIN)
     inners = gl.allocate_shared_memory(gl.float32, [ROW_TILES, BLOCK], PLAIN)
+    bounds = gl.allocate_shared_memory(gl.int32, [ROW_TILES, BLOCK], PLAIN)
 
     query_base = query + (sample * query_batch + head * query_head) * UNIT
     prompt_query_base = prompt_query + (sample * prompt_query_batch + head * prompt_query_head) * UNIT
@@ -425,6 +427,8 @@ def _short_kernel(
             inner += gl.convert_layout(gl.sum(weights[j] * d_weight_tile, 1), ROW)
             arrived += (d_weight_tile,)
         inners.index(tile).store(inner)
+        if VARIED:
+            bounds.index(tile).store(limit)
         d_queries = warpgroup_mma_init(gl.full([BLOCK, D], 0.0, gl.float32, OUTPUT))
         for j in gl.static_range(KEY_TILES):
             d_scores = weights[j] * (
@@ -464,9 +468,7 @@ def _short_kernel(
             d_keys = warpgroup_mma_init(gl.full([BLOCK, D], 0.0, gl.float32, OUTPUT))
             d_values = warpgroup_mma_init(gl.full([BLOCK, D], 0.0, gl.float32, OUTPUT))
             for j in gl.static_range(FULL_ROWS):
-                seen = row_limits(
-                    j * BLOCK + zero + gl.arange(0, BLOCK, COLUMN), prompt_rows, prompts, length, CAUSAL, PREFIX
-                )  # [BLOCK]
+                seen = bounds.index(j + zero).load(COLUMN)  # [BLOCK]
                 low, _ = tile_limits(
                     j * BLOCK + zero,
                     gl.minimum(j * BLOCK + zero + BLOCK, rows),
@@ -493,19 +495,12 @@ def _short_kernel(
                     OPERAND,
                     SCORES,
                     VARIED,
-                    False,
+                    OVERLAP,
                 )
             if TAIL_ROWS > 0:
                 SCORES_TAIL: gl.constexpr = mma_layout(TAIL_ROWS, WARPS)
                 COLUMN_TAIL: gl.constexpr = gl.SliceLayout(0, SCORES_TAIL)
-                seen_tail = row_limits(
-                    last_row + zero + gl.arange(0, TAIL_ROWS, COLUMN_TAIL),
-                    prompt_rows,
-                    prompts,
-                    length,
-                    CAUSAL,
-                    PREFIX,
-                )  # [TAIL_ROWS]
+                seen_tail = bounds.index(FULL_ROWS + zero).slice(0, TAIL_ROWS).load(COLUMN_TAIL)  # [TAIL_ROWS]
                 low, _ = tile_limits(
                     last_row + zero,
                     gl.minimum(last_row + zero + TAIL_ROWS, rows),
@@ -532,7 +527,7 @@ def _short_kernel(
                     OPERAND,
                     SCORES_TAIL,
                     VARIED,
-                    False,
+                    OVERLAP,
                 )
             d_keys, d_values = warpgroup_mma_wait(0, deps=(d_keys, d_values))
             store_gradient(
@@ -570,12 +565,14 @@ class ShortForm:
     Attributes:
         registers: the most that a thread may have, or None; 168 let three programs share a multiprocessor.
         held: dq's products take queries and gradients from registers.
+        overlap: a tile's last products for dk and dv run on beside the next one's first.
         prefetch: a program asks for the rows of the head that lies so many heads a multiprocessor further on to be
             brought to the L2 cache; 0 for not.
     """
 
     registers: int | None = 168
     held: bool = True
+    overlap: bool = False
     prefetch: int = 3
 
     @property
@@ -722,6 +719,7 @@ def backward(
         *_tiles(keys),
         *_tiles(rows),
         form.held,
+        form.overlap,
         form.prefetch > 0,
         prefix and prompt_rows > 0,
         causal,
