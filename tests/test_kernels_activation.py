@@ -25,7 +25,7 @@ from epic_fast.kernels.activation.reference import ACTIVATIONS, KEEPS, decode_de
 from epic_fast.kernels.activation.tiles import MAX_QUANTISED_WIDTH, activation_tile
 from epic_fast.kernels.common.eight_bit import SMALLEST_SCALE, quantise_rows
 from epic_fast.ops import activation, library
-from epic_fast.ops.activation import activation_backward, activation_forward
+from epic_fast.ops.activation import activation_backward, activation_backward_8bit, activation_forward
 from epic_fast.testing.numerics import GRADIENT_FACTOR, OUTPUT_FACTOR, assert_bits_equal, budget, poisoned_empty
 
 forward, backward = triton_kernels.activation_forward, triton_kernels.activation_backward
@@ -220,6 +220,42 @@ def test_operators_are_what_they_say(coded: bool, eight_bit: str | None) -> None
     torch.library.opcheck(activation.FORWARD, (pre, "gelu", coded, eight_bit), test_utils=tests)
     kept = encode_derivative(reference.derivative(pre, "gelu")) if coded else pre
     torch.library.opcheck(activation.BACKWARD, (pre, kept, "gelu", "eight_bit" if coded else "full"))
+    if eight_bit is not None:
+        given = (pre, kept, "gelu", "eight_bit" if coded else "full", eight_bit)
+        torch.library.opcheck(activation.BACKWARD_8BIT, given, test_utils=tests)
+
+
+@pytest.mark.parametrize("eight_bit", EIGHT_BIT)
+@pytest.mark.parametrize("keep", ["full", "eight_bit"])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("width", [20, 64])
+def test_a_gradient_in_8_bits(kind: str, keep: str, eight_bit: str, width: int) -> None:
+    pre, grad = draw(7, width, seed=2), draw(7, width, seed=3)
+    grad[3] *= 1e-3
+    grad[4] = 0
+    _, kept, _ = forward(pre, kind, keep=keep)
+    wanted = backward(grad, kept, kind, keep).double()
+    data, scale = activation_backward_8bit(grad, kept, kind, keep, eight_bit, impl="triton")
+    assert data.shape == grad.shape
+    assert scale.shape == (7,)
+    largest = wanted.abs().amax(-1)
+    torch.testing.assert_close(
+        scale[:4].double() * {"fp8": 448, "int8": 127}[eight_bit], largest[:4], rtol=1e-5, atol=0
+    )
+    error = (data.double() * scale.double()[:, None] - wanted).abs()
+    # Half a step of the largest; Triton's interpreter halves what fp8 rounds up to a power of two.
+    if eight_bit == "int8" or DEVICE == "cuda":
+        assert (error.amax(-1) <= largest * {"fp8": 1 / 28, "int8": 0.51 / 127}[eight_bit] + 1e-30).all()
+    else:
+        assert ((error <= wanted.abs() / 16 + largest[:, None] * 2.0**-14).double().mean() > 0.9).all()
+    assert not data[4].double().any()
+    if eight_bit == "int8":
+        theirs = reference.activation_backward_8bit(grad, kept, kind, keep, eight_bit)
+        torch.testing.assert_close(scale, theirs[1], rtol=1e-5, atol=0)
+        assert (data.int() - theirs[0].int()).abs().max() <= 1
+    grad[2, 1] = float("nan")
+    _, scale = activation_backward_8bit(grad, kept, kind, keep, eight_bit, impl="triton")
+    assert scale.isnan().tolist() == [False, False, True, False, False, False, False]
 
 
 @pytest.mark.parametrize("impl", ["auto", "triton", "reference"])
@@ -264,6 +300,10 @@ def test_what_does_not_exist_is_said() -> None:
         activation_forward(pre, "gelu", keep="some")
     with pytest.raises(ConfigError, match="eight_bit='fp4' is not one of None, 'fp8', 'int8'"):
         activation_forward(pre, "gelu", keep="none", eight_bit="fp4")
+    with pytest.raises(ConfigError, match="activation_backward_8bit: eight_bit='fp4' is not one of 'fp8', 'int8'"):
+        activation_backward_8bit(pre, pre, "gelu", "full", "fp4")
+    with pytest.raises(ConfigError, match=r"_8bit: kept is torch.float32; keep='eight_bit' wants uint8"):
+        activation_backward_8bit(pre, pre, "gelu", "eight_bit", "fp8")
     with pytest.raises(ConfigError, match="keep='none' is not one of 'full', 'eight_bit'"):
         activation_backward(pre, pre, "gelu", "none")
     with pytest.raises(ConfigError, match=r"kept has shape \(2, 20\); wanted \(3, 20\)"):

@@ -24,7 +24,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from epic_fast.engine.blocks import LayerParts, Weights
-from epic_fast.engine.products import EightBitRows, Rows, activated_product, product, product_backward
+from epic_fast.engine.products import (
+    EightBitRows,
+    Rows,
+    activated_product,
+    activated_product_backward,
+    product,
+    product_backward,
+)
 from epic_fast.engine.rows import RowSelection, row_attention_backward, row_attention_forward
 from epic_fast.ops.packed_attention import packed_attention_backward, packed_attention_forward
 from epic_fast.ops.residual_norm import residual_norm_backward, residual_norm_forward
@@ -199,8 +206,9 @@ def _mlp_backward(
     if kept is None:
         assert normed is not None
         kept, keep = product(normed, weights.up, weights.up_bias)[0].flatten(0, -2), "full"
-    grad = product_backward(grad, weights.down, kept=kept, keep=keep, activation=parts.activation)
-    return product_backward(grad, weights.up)
+    assert parts.activation is not None
+    rows = activated_product_backward(grad, weights.down, kept=kept, keep=keep, activation=parts.activation)
+    return product_backward(rows, weights.up)
 
 
 # -- attention: of all rows, or of those that are read ----------------------------------------------------------------

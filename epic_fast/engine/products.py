@@ -12,7 +12,7 @@ from torch import Tensor
 
 from epic_fast.errors import ConfigError
 from epic_fast.ops import library
-from epic_fast.ops.activation import activation_backward, activation_forward
+from epic_fast.ops.activation import activation_backward_8bit, activation_forward
 from epic_fast.ops.frozen_linear import (
     EightBitWeight,  # pyright: ignore[reportAttributeAccessIssue]
     linear_backward,
@@ -126,29 +126,32 @@ def activated_product(
     return EightBitRows(output.view(pre.shape), scale, pre.dtype), kept
 
 
-def product_backward(
-    grad: Tensor,
-    weight: FrozenWeight,
-    *,
-    kept: Tensor | None = None,
-    keep: str = "none",
-    activation: str | None = None,
-) -> Tensor:
-    """The gradient of the rows ``(..., K)`` from that of the output ``(..., N)``, through an activation below it.
+def product_backward(grad: Rows, weight: FrozenWeight) -> Tensor:
+    """The gradient of the rows ``(..., K)`` from that of the output ``(..., N)``.
 
-    With a weight in 8 bits the rows of ``grad`` get a scale each.
+    With a weight in 8 bits, a gradient that is not gets a scale a row.
     """
+    if isinstance(grad, EightBitRows):
+        transposed = EightBitWeight(weight.kind, weight.transposed, weight.transposed_scale)
+        return product(grad, transposed, None)[0]
     flat = grad.flatten(0, -2)
-    if not isinstance(weight, EightBitWeight):
-        found = linear_backward(flat, weight, kept=kept, keep=keep, activation=activation)
-    elif weight.kind == "fp8":
-        # PyTorch's own product, which knows nothing of activations.
-        found = linear_backward_8bit(flat, weight)
-        if kept is not None:
-            found = activation_backward(found, kept, activation or "", keep)
-    else:
-        found = linear_backward_8bit(flat, weight, kept=kept, keep=keep, activation=activation)
+    eight_bit = isinstance(weight, EightBitWeight)
+    found = linear_backward_8bit(flat, weight) if eight_bit else linear_backward(flat, weight)
     return found.view(*grad.shape[:-1], found.shape[-1])
+
+
+def activated_product_backward(grad: Tensor, weight: FrozenWeight, *, kept: Tensor, keep: str, activation: str) -> Rows:
+    """:func:`product_backward` through the activation below the product, for a next product to read.
+
+    Args:
+        kept: ``(M, K)``: what :func:`activated_product` kept, or the pre-activation with ``keep="full"``.
+    """
+    if not isinstance(weight, EightBitWeight):
+        found = linear_backward(grad.flatten(0, -2), weight, kept=kept, keep=keep, activation=activation)
+        return found.view(*grad.shape[:-1], found.shape[-1])
+    found = product_backward(grad, weight)
+    data, scale = activation_backward_8bit(found.flatten(0, -2), kept, activation, keep, weight.kind)
+    return EightBitRows(data.view(found.shape), scale, grad.dtype)
 
 
 def _quantised(rows: Rows, kind: str) -> EightBitRows:

@@ -56,14 +56,41 @@ def activation_backward(grad: Tensor, kept: Tensor, kind: str, keep: str, *, imp
         ConfigError: a ``kind`` that does not exist, nothing kept, or shapes that differ.
     """
     _check("activation_backward", kind, keep, KEEPS[1:])
+    _check_kept("activation_backward", grad, kept, keep)
+    return _BACKWARD(grad, kept, kind, keep, impl=impl)
+
+
+def activation_backward_8bit(
+    grad: Tensor, kept: Tensor, kind: str, keep: str, eight_bit: str, *, impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """:func:`activation_backward` in 8 bits, each row with a scale of its own.
+
+    Args:
+        eight_bit: ``"fp8"`` (e4m3) or ``"int8"``.
+
+    Returns:
+        Data ``(..., F)``, and the scale ``(rows,)`` in float32.
+
+    Raises:
+        ConfigError: as there, and an ``eight_bit`` that does not exist.
+    """
+    name = "activation_backward_8bit"
+    _check(name, kind, keep, KEEPS[1:])
+    _check_kept(name, grad, kept, keep)
+    operation = _BACKWARD_8BIT.get(eight_bit)
+    if operation is None:
+        raise ConfigError(f"{name}: eight_bit={eight_bit!r} is not one of 'fp8', 'int8'")
+    return operation(grad, kept, kind, keep, eight_bit, impl=impl)
+
+
+def _check_kept(name: str, grad: Tensor, kept: Tensor, keep: str) -> None:
     if kept.shape != grad.shape:
         raise ConfigError(
-            f"activation_backward: kept has shape {tuple(kept.shape)}; wanted {tuple(grad.shape)}, as the gradient has"
+            f"{name}: kept has shape {tuple(kept.shape)}; wanted {tuple(grad.shape)}, as the gradient has"
         )
     if (kept.dtype == torch.uint8) != (keep == "eight_bit"):
         wanted = "uint8" if keep == "eight_bit" else "the type of the pre-activation"
-        raise ConfigError(f"activation_backward: kept is {kept.dtype}; keep={keep!r} wants {wanted}")
-    return _BACKWARD(grad, kept, kind, keep, impl=impl)
+        raise ConfigError(f"{name}: kept is {kept.dtype}; keep={keep!r} wants {wanted}")
 
 
 def _check(name: str, kind: str, keep: str, keeps: Sequence[str]) -> None:
@@ -73,10 +100,14 @@ def _check(name: str, kind: str, keep: str, keeps: Sequence[str]) -> None:
 
 
 @functools.cache
-def _launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _launchers() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     from epic_fast.kernels.activation import triton_kernels  # pyright: ignore[reportMissingImports]
 
-    return triton_kernels.activation_forward, triton_kernels.activation_backward
+    return (
+        triton_kernels.activation_forward,
+        triton_kernels.activation_backward,
+        triton_kernels.activation_backward_8bit,
+    )
 
 
 def _op_forward(pre: Tensor, kind: str, coded: bool, eight_bit: str | None) -> tuple[Tensor, ...]:
@@ -105,6 +136,15 @@ BACKWARD = library.register(
     lambda grad, kept, kind, keep: grad.new_empty(grad.shape),
 )
 
+BACKWARD_8BIT = library.register(
+    "activation_backward_8bit(Tensor grad, Tensor kept, str kind, str keep, str eight_bit) -> (Tensor, Tensor)",
+    lambda *arguments: tuple(_launchers()[2](*arguments)),
+    lambda grad, kept, kind, keep, eight_bit: (
+        grad.new_empty(grad.shape, dtype=EIGHT_BIT_TYPES[eight_bit]),
+        grad.new_empty(math.prod(grad.shape[:-1]), dtype=torch.float32),
+    ),
+)
+
 
 def _triton_forward(
     pre: Tensor, kind: str, *, keep: str, eight_bit: str | None
@@ -118,6 +158,10 @@ def _triton_forward(
 
 def _triton_backward(grad: Tensor, kept: Tensor, kind: str, keep: str) -> Tensor:
     return (_launchers()[1] if library.direct(grad, kept) else BACKWARD)(grad, kept, kind, keep)
+
+
+def _triton_backward_8bit(grad: Tensor, kept: Tensor, kind: str, keep: str, eight_bit: str) -> tuple[Tensor, Tensor]:
+    return (_launchers()[2] if library.direct(grad, kept) else BACKWARD_8BIT)(grad, kept, kind, keep, eight_bit)
 
 
 def _limits(eight_bit: str | None, tensor: Tensor, *others: Any) -> Sequence[str]:
@@ -149,3 +193,12 @@ _BACKWARD = Operation(
     triton=_triton_backward,
     limits=functools.partial(_limits, None),
 )
+_BACKWARD_8BIT = {
+    eight_bit: Operation(
+        "activation_backward_8bit",
+        reference=reference.activation_backward_8bit,
+        triton=_triton_backward_8bit,
+        limits=functools.partial(_limits, eight_bit),
+    )
+    for eight_bit in EIGHT_BIT_TYPES
+}

@@ -71,3 +71,8 @@ def activation_backward(grad: Tensor, kept: Tensor, kind: str, keep: str) -> Ten
     wide = torch.promote_types(grad.dtype, torch.float32)
     slope = derivative(kept, kind) if keep == "full" else decode_derivative(kept, wide)
     return (grad.to(wide) * slope).to(grad.dtype)
+
+
+def activation_backward_8bit(grad: Tensor, kept: Tensor, kind: str, keep: str, eight_bit: str) -> tuple[Tensor, Tensor]:
+    """:func:`activation_backward` in 8 bits, never rounded in between."""
+    return quantise_rows(activation_backward(grad.float(), kept, kind, keep), eight_bit)

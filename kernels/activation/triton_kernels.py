@@ -69,6 +69,7 @@ def backward_kernel(
     grad,  # (rows, F) by outer and inner strides, unit last stride
     kept,  # (rows, F): pre, or uint8 codes of the derivative
     grad_pre,  # (rows, F), contiguous, written
+    scale,  # (rows,) float32, written; None unless EIGHT_BIT
     rows,
     inner_rows,
     grad_outer,
@@ -79,6 +80,7 @@ def backward_kernel(
     UNIT: tl.constexpr,  # elements that a stride counts in
     KIND: tl.constexpr,
     CODED: tl.constexpr,
+    EIGHT_BIT: tl.constexpr,  # None, "fp8" or "int8": a program then holds whole rows
     ROWS: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
@@ -95,8 +97,15 @@ def backward_kernel(
         slope = decode_derivative(known)
     else:
         slope = derivative(known.to(tl.float32), KIND)
-    result = (g * slope).to(grad_pre.dtype.element_ty)
-    tl.store(grad_pre + row.to(tl.int64)[:, None] * F + column, result, mask=exists)
+    result = g * slope
+    target = grad_pre + row.to(tl.int64)[:, None] * F + column
+    if EIGHT_BIT is None:
+        tl.store(target, result.to(grad_pre.dtype.element_ty), mask=exists)
+    else:
+        # Where there is no column the gradient is zero, whatever the derivative of nothing is.
+        step = row_scales(result, EIGHT_BIT)
+        tl.store(target, quantise(result, step, EIGHT_BIT), mask=exists)
+        tl.store(scale + row, step, mask=row < rows)
 
 
 def activation_forward(
@@ -137,26 +146,43 @@ def activation_backward(
 ) -> Tensor:
     """Shapes and meanings are those of :func:`epic_fast.ops.activation.activation_backward`; ``tile`` is one other than
     the table's."""
-    return plan.run(backward, (grad, kept), (kind, keep == "eight_bit", tile))[0]  # pyright: ignore[reportReturnType]
+    found = plan.run(backward, (grad, kept), (kind, keep == "eight_bit", None, tile))
+    return found[0]  # pyright: ignore[reportReturnType]
+
+
+def activation_backward_8bit(
+    grad: Tensor, kept: Tensor, kind: str, keep: str, eight_bit: str, *, tile: ActivationTile | None = None
+) -> tuple[Tensor, Tensor]:
+    """Shapes and meanings are those of :func:`epic_fast.ops.activation.activation_backward_8bit`; ``tile`` is one other
+    than the table's, as wide as a row."""
+    found = plan.run(backward, (grad, kept), (kind, keep == "eight_bit", eight_bit, tile))
+    return found  # pyright: ignore[reportReturnType]
 
 
 def backward(
-    tape: Tape, grad: Tensor, kept: Tensor, kind: str, coded: bool, tile: ActivationTile | None
-) -> tuple[Tensor, ...]:
-    """:func:`activation_backward` on a tape."""
+    tape: Tape,
+    grad: Tensor,
+    kept: Tensor,
+    kind: str,
+    coded: bool,
+    eight_bit: str | None,
+    tile: ActivationTile | None,
+) -> tuple[Tensor | None, ...]:
+    """:func:`activation_backward` and :func:`activation_backward_8bit` on a tape."""
     width = grad.shape[-1]
     rows = grad.numel() // width
-    grad_pre = tape.empty(grad.shape, grad.dtype)
+    grad_pre = tape.empty(grad.shape, grad.dtype if eight_bit is None else EIGHT_BIT_TYPES[eight_bit])
+    scale = None if eight_bit is None else tape.empty((rows,), torch.float32)
     if not rows:
-        return (grad_pre,)
+        return grad_pre, scale
     if tile is None:
-        tile = activation_tile(width, False)
+        tile = activation_tile(width, eight_bit is not None)
     grad, kept = rows_of(tape, grad), rows_of(tape, kept)
     inner_rows, strides, unit = row_strides((grad, kept))
-    constants = (width, unit, kind, coded, tile.rows, tile.block)
-    tensors = (grad, kept, grad_pre)
+    constants = (width, unit, kind, coded, eight_bit, tile.rows, tile.block)
+    tensors = (grad, kept, grad_pre, scale)
     integers = (rows, inner_rows, *strides)
     facts = facts_of(tensors, integers, (constants, tile.warps))
     programs = -(-rows // tile.rows) * -(-width // tile.block)
     tape.launch(backward_kernel, programs, (*tensors, *integers, *constants), tile.options, facts)
-    return (grad_pre,)
+    return grad_pre, scale
