@@ -252,7 +252,7 @@ def test_every_tile_of_a_table_gives_the_same_bits(operands: Any, shape: tuple[i
         options["out_dtype"] = torch.bfloat16
         (input, scale), (weight, weight_scale) = (reference.quantise_rows(each, operands) for each in (input, weight))
         options["scales"] = (scale, weight_scale)
-    for kind in ACTIVATIONS:
+    for kind in ("quick_gelu", "gelu") if operands == torch.bfloat16 else ("quick_gelu",):
         first, *others = (product(input, weight, activation=kind, keep=keep, tile=tile, **options) for tile in table)
         for other in others:
             assert_bits_equal(other, first)
