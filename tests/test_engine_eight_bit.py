@@ -185,7 +185,14 @@ def test_weights_are_quantised_once(backbone: str, monkeypatch: pytest.MonkeyPat
         made.append(tuple(weight.shape))
         return original(weight, kind, **options)
 
+    transposed: list[tuple[int, ...]] = []
+
+    def counting_transposed(rows: Tensor, kind: str) -> Any:
+        transposed.append(tuple(rows.shape))
+        return quantise_rows(rows, kind)
+
     monkeypatch.setattr(blocks, "quantise_weight", counting)
+    monkeypatch.setattr(blocks, "quantise_rows", counting_transposed)
     model = model_of(backbone, engine_of("fp8"))
     batch = make_batch([3, 9, 5, 4])
     towers = (model.backbone.text, model.backbone.vision)
@@ -193,9 +200,16 @@ def test_weights_are_quantised_once(backbone: str, monkeypatch: pytest.MonkeyPat
         model(**batch)
     layers = sum(tower.num_layers for tower in towers)
     assert len(made) == 4 * layers
-    for _ in range(2):
-        step_of(model, batch)
+    assert not transposed
+    step_of(model, batch)
+    # The layers that prompts are in, in both towers.
+    backward = len(transposed)
+    assert 0 < backward <= 4 * layers
+    step_of(model, batch)
+    with torch.no_grad():
+        model(**batch)
     assert len(made) == 4 * layers
+    assert len(transposed) == backward
     layer = model.backbone.vision.layers[0]
     with torch.no_grad():
         next(each for name, each in layer.named_parameters() if name.endswith("q_proj.weight")).mul_(2.0)

@@ -466,6 +466,7 @@ def launch_activation(case: RowsCase, dtype: torch.dtype) -> None:
     from epic_fast.kernels.activation.reference import ACTIVATIONS, KEEPS  # pyright: ignore[reportMissingImports]
     from epic_fast.kernels.activation.triton_kernels import (  # pyright: ignore[reportMissingImports]
         activation_backward,
+        activation_backward_8bit,
         activation_forward,
     )
 
@@ -476,13 +477,13 @@ def launch_activation(case: RowsCase, dtype: torch.dtype) -> None:
                 _, kept, _ = activation_forward(pre, kind, keep=keep, eight_bit=eight_bit)
             if kept is not None:
                 activation_backward(pre, kept, kind, keep)
+                for eight_bit in filter(None, _eight_bit_types()):
+                    activation_backward_8bit(pre, kept, kind, keep, eight_bit)
 
 
 def launch_linear(case: RowsCase, dtype: torch.dtype) -> None:
     """The MLP's products on tensors without memory: forward and backward for all that can be kept, and in 8 bits."""
     from epic_fast.kernels.frozen_linear import (  # pyright: ignore[reportMissingImports]
-        gluon_product,
-        launchers,
         reference,
         triton_product,
         triton_quantise,
@@ -494,26 +495,19 @@ def launch_linear(case: RowsCase, dtype: torch.dtype) -> None:
     bias = torch.empty(hidden, dtype=dtype, device="meta")
     kinds = [kind for kind in _eight_bit_types() if kind and not (kind == "fp8" and torch.version.hip)]
     quantised = {kind: triton_quantise.quantise_rows(stream, kind) for kind in kinds}
-    for product, takes in (
-        (launchers.product, lambda *_, **__: []),
-        (triton_product.product, lambda *_, **__: []),
-        (gluon_product.product, gluon_product.limits),
-    ):
+    product = triton_product.product
+    for keep in reference.KEEPS:
+        _, kept = product(stream, up, bias=bias, activation="quick_gelu", keep=keep)
+        if kept is not None:
+            product(stream, up.t().contiguous(), depth_last=False, kept=kept, keep=keep, activation="quick_gelu")
+    for data, scale in quantised.values():
+        weight = torch.empty(up.shape, dtype=data.dtype, device="meta")
+        scales = (scale, torch.empty(hidden, device="meta"))
         for keep in reference.KEEPS:
-            kept = None
-            if not takes(stream, up, keep=keep):
-                _, kept = product(stream, up, bias=bias, activation="quick_gelu", keep=keep)
+            options = {"activation": "quick_gelu", "keep": keep, "scales": scales, "out_dtype": dtype}
+            _, kept = product(data, weight, bias=bias, **options)
             if kept is not None:
-                product(stream, up.t().contiguous(), depth_last=False, kept=kept, keep=keep, activation="quick_gelu")
-        for data, scale in quantised.values():
-            weight = torch.empty(up.shape, dtype=data.dtype, device="meta")
-            scales = (scale, torch.empty(hidden, device="meta"))
-            for keep in reference.KEEPS:
-                if not takes(data, weight, keep=keep, out_dtype=dtype):
-                    options = {"activation": "quick_gelu", "keep": keep, "scales": scales, "out_dtype": dtype}
-                    _, kept = product(data, weight, bias=bias, **options)
-                    if kept is not None:
-                        product(data, weight, kept=kept, **options)
+                product(data, weight, kept=kept, **options)
 
 
 def _eight_bit_types() -> tuple[str | None, ...]:
