@@ -35,7 +35,6 @@ product = triton_product.product
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = torch.bfloat16 if torch.cuda.is_available() else torch.float16
-HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 HALF_STEP = 0.5 / DERIVATIVE_STEPS
 
 # Small ones, so that a small matrix has several tiles, cut off below and on the right.
@@ -487,24 +486,3 @@ def test_production_shapes(shape: tuple[int, int, int], kind: str, keep: str) ->
     check_forward(ops.linear_forward, torch.bfloat16, shape, kind, keep)
     if keep != "none":
         check_backward(ops.linear_backward, torch.bfloat16, shape, kind, keep)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not HOPPER, reason="needs a Hopper GPU")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("keep", KEEPS)
-@pytest.mark.parametrize("kind", ACTIVATIONS)
-@pytest.mark.parametrize("shape", [(16960, 1024, 4096), (1, 64, 128), (333, 72, 208)], ids=str)
-def test_hoppers_own_kernel(shape: tuple[int, int, int], kind: str, keep: str, dtype: torch.dtype) -> None:
-    from epic_fast.kernels.frozen_linear import gluon_product
-
-    def forward(input: Tensor, weight: Tensor, bias: Tensor, **options: Any) -> Any:
-        assert not gluon_product.limits(input, weight, keep=options["keep"])
-        return gluon_product.product(input, weight, bias=bias, **options)
-
-    def backward(grad: Tensor, weight: Tensor, **options: Any) -> Tensor:
-        return gluon_product.product(grad, weight, depth_last=False, **options)[0]
-
-    check_forward(forward, dtype, shape, kind, keep)
-    if keep != "none":
-        check_backward(backward, dtype, shape, kind, keep)

@@ -42,9 +42,9 @@ _SCALED_WIDTH = 16
 
 @functools.cache
 def _product() -> Any:
-    from epic_fast.kernels.frozen_linear import launchers  # pyright: ignore[reportMissingImports]
+    from epic_fast.kernels.frozen_linear import triton_product  # pyright: ignore[reportMissingImports]
 
-    return launchers.product
+    return triton_product.product
 
 
 @functools.cache

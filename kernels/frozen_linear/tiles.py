@@ -116,26 +116,3 @@ def product_tiles(itemsize: int, descriptors: bool, hopper: bool, shared: int) -
     if shared <= _LITTLE_SHARED:
         return (ProductTile(rows=128, columns=128, depth=depth // 2, warps=4, stages=2),)
     return (ProductTile(rows=128, columns=128 if itemsize == 2 else 64, depth=depth // 2, warps=8, stages=4),)
-
-
-@dataclass(frozen=True)
-class HopperTile:
-    """For the kernel in which two groups of four warps multiply in turn: each has a tile of ``rows`` x ``columns``.
-
-    ``stages`` steps of the sum lie in the ring.  ``registers``: a multiplying thread's; ``maximum``: with which the
-    kernel starts, before the loading warps give theirs away.
-    """
-
-    rows: int
-    columns: int
-    depth: int
-    stages: int
-    group: int = 8
-    registers: int = 240
-    maximum: int = 168
-
-
-@functools.cache
-def hopper_tile(itemsize: int) -> HopperTile:
-    """``itemsize`` of the operands."""
-    return HopperTile(rows=128, columns=128, depth=128 // itemsize, stages=5)
