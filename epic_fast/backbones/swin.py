@@ -144,7 +144,10 @@ class SwinTower(VisionTower):
     @property
     def feature_widths(self) -> dict[str, int]:
         # No row stands for the whole picture.
-        return {kind: width for kind, width in super().feature_widths.items() if kind != "cls"}
+        widths = {"pooled": self.hidden_size, "mean": self.hidden_size}
+        if self.projection is not None:
+            widths["projected"] = self.projection.out_features
+        return widths
 
     def normalise(self, hidden: Tensor) -> Tensor:
         return self.model.layernorm(hidden)

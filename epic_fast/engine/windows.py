@@ -100,12 +100,13 @@ def shift_mask(down: int, across: int, window: int, shift: int, device: torch.de
 
     The shift brings the first rows and columns of the grid behind the last ones; they do not see each other.
     """
+    if torch.compiler.is_compiling():
+        return _make_shift_mask(down, across, window, shift, device)
     with torch.inference_mode(False):
-        return _shift_mask(down, across, window, shift, device)
+        return _kept_shift_mask(down, across, window, shift, device)
 
 
-@functools.lru_cache(maxsize=64)
-def _shift_mask(down: int, across: int, window: int, shift: int, device: torch.device) -> Tensor:
+def _make_shift_mask(down: int, across: int, window: int, shift: int, device: torch.device) -> Tensor:
     def region(count: int) -> Tensor:
         position = torch.arange(count * window, device=device)
         return (position >= count * window - window).long() + (position >= count * window - shift).long()
@@ -113,6 +114,9 @@ def _shift_mask(down: int, across: int, window: int, shift: int, device: torch.d
     regions = region(down)[:, None] * 3 + region(across)
     of_tokens = _cut(regions[None, :, :, None], window)[:, :, 0]
     return of_tokens[:, :, None] == of_tokens[:, None, :]
+
+
+_kept_shift_mask = functools.lru_cache(maxsize=64)(_make_shift_mask)
 
 
 def _projected(attention: Any, rows: Tensor) -> list[Tensor]:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from epic_fast.backbones import DualEncoder, Tower, stages_of
 from epic_fast.engine import Prefix, TowerState
+from epic_fast.engine.packed import PackedRun
 from epic_fast.errors import ConfigError
 from epic_fast.models.base import PromptedModel
 from epic_fast.models.configuration import MethodConfig, check_choice, check_range
@@ -225,8 +226,9 @@ class MopeModel(PromptedModel):
                 uniform(config.complement_prompt_init_range, config.complement_prompt_length, each)
                 for each in widths[config.complement_first_layer :]
             )
+        self.head_kinds = self._resolve_head_kinds()
         self.head = Head(
-            sum(self._head_width(kind) for kind in self._head_kinds()) + (width if config.head_reads_complement else 0),
+            sum(self._head_width(kind) for kind in self.head_kinds) + (width if config.head_reads_complement else 0),
             self.num_labels,
             kind=config.head,
             hidden_size=config.head_hidden_size,
@@ -281,7 +283,7 @@ class MopeModel(PromptedModel):
             return "cls" if "cls" in widths else "pooled"
         return "+".join(self._known(kind, widths, "complement_feature", self.complement))
 
-    def _head_kinds(self) -> list[str]:
+    def _resolve_head_kinds(self) -> list[str]:
         own = ["rows", "prompts"] if self.config.rows else ["rows"]
         return self._known(self.config.head_input, [*own, *self.main.feature_widths], "head_input", self.main)
 
@@ -342,7 +344,7 @@ class MopeModel(PromptedModel):
         main, complement = (prefix.vision, prefix.text) if text_to_vision else (prefix.text, prefix.vision)
         other = self._complement(complement) if self.reads_complement else None
         state, prompts, scores = self._main(main, other)
-        parts = [self._feature(state, prompts, kind) for kind in self._head_kinds()]
+        parts = [self._feature(state, prompts, kind) for kind in self.head_kinds]
         if self.config.head_reads_complement:
             assert other is not None
             parts.append(other)
@@ -374,7 +376,8 @@ class MopeModel(PromptedModel):
         prompts = state.hidden.new_zeros(batch, 0, state.hidden.shape[2])
         if self.input_prompts is not None:
             prompts = self.prompt_dropout(self.input_prompts.expand(batch, -1, -1))
-        scores = []
+        scores: list[Tensor] = []
+        packed: PackedRun | None = None
         for layer in range(config.first_layer, tower.num_layers):
             if layer in self.routed:
                 place = self.routed[layer]
@@ -390,8 +393,30 @@ class MopeModel(PromptedModel):
                 )
                 if found is not None:
                     scores.append(found)
-            state, prompts = tower.run_prompted(state, layer, prompts, "full")
-        return state, prompts, scores
+                if packed is not None:
+                    packed.prompts = prompts
+            if layer == config.first_layer:
+                packed = self._packed(state, prompts)
+            if packed is None:
+                state, prompts = tower.run_prompted(state, layer, prompts, "full")
+            else:
+                packed.step(layer)
+                prompts = packed.prompts
+                if packed.buffer is not None:
+                    state = state.after(packed.buffer[:, prompts.shape[1] :], layer + 1)
+        return state if packed is None else packed.finish(), prompts, scores
+
+    def _packed(self, state: TowerState, prompts: Tensor) -> PackedRun | None:
+        """The main tower's way through fused blocks, prompts and tokens in one buffer; None where there are none."""
+        tower = self.main
+        if not tower.runs_fused(self.engine):
+            return None
+        kinds = self.head_kinds
+        reads_rows, reads_prompts = "rows" in kinds, "prompts" in kinds
+        reads = None if reads_rows else "+".join(kind for kind in kinds if kind != "prompts") or None
+        first = self.config.first_layer
+        run = tower.begin(state, prompts, "full", self.engine, first=first, reads=reads, reads_prompts=reads_prompts)
+        return run if isinstance(run, PackedRun) else None
 
     def _feature(self, state: TowerState, prompts: Tensor | None, kind: str) -> Tensor:
         tower = self.main
