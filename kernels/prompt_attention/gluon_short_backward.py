@@ -384,7 +384,7 @@ def _short_kernel(
 
     d_query += (sample * d_query_batch + head * d_query_head) * UNIT
     d_prompt_query += (sample * d_prompt_query_batch + head * d_prompt_query_head) * UNIT
-    for start in range(0, rows, BLOCK):
+    for start in range(0, live, BLOCK):
         tile = start // BLOCK
         row = start + gl.arange(0, BLOCK, ROW)  # [BLOCK]
         limit = row_limits(row, prompt_rows, prompts, length, CAUSAL, PREFIX)  # [BLOCK]
@@ -456,12 +456,32 @@ def _short_kernel(
                 ROWS,
             )
 
+    if HAS_LENGTHS:
+        # Tiles past the length.  What else uses these statistics multiplies them by zero.
+        for start in range(gl.cdiv(live, BLOCK) * BLOCK, rows, BLOCK):
+            inners.index(start // BLOCK).store(gl.full([BLOCK], 0.0, gl.float32, ROW))
+            bounds.index(start // BLOCK).store(gl.full([BLOCK], 0, gl.int32, ROW))
+            if QUERIES or PROMPT_QUERIES:
+                store_gradient(
+                    gl.full([BLOCK, D], 0.0, gl.float32, OUTPUT),
+                    d_query,
+                    d_prompt_query,
+                    d_query_row,
+                    d_prompt_query_row,
+                    start,
+                    prompt_rows,
+                    rows,
+                    QUERIES,
+                    PROMPT_QUERIES,
+                    ROWS,
+                )
+
     if KEYS or VALUES or PROMPT_KEYS or PROMPT_VALUES:
         d_key += (sample * d_key_batch + head * d_key_head) * UNIT
         d_value += (sample * d_value_batch + head * d_value_head) * UNIT
         d_prompt_key += (sample * d_prompt_key_batch + head * d_prompt_key_head) * UNIT
         d_prompt_value += (sample * d_prompt_value_batch + head * d_prompt_value_head) * UNIT
-        for start in range(0, prompts + tokens, BLOCK):
+        for start in range(0, stop_key, BLOCK):
             tile = start // BLOCK
             # Zero, but not for the compiler, which else keeps what it computes of all tiles in registers.
             zero = start >> 30
@@ -556,6 +576,34 @@ def _short_kernel(
                 PROMPT_KEYS,
                 ROWS,
             )
+        if HAS_LENGTHS:
+            for start in range(gl.cdiv(stop_key, BLOCK) * BLOCK, prompts + tokens, BLOCK):
+                store_gradient(
+                    gl.full([BLOCK, D], 0.0, gl.float32, OUTPUT),
+                    d_value,
+                    d_prompt_value,
+                    d_value_row,
+                    d_prompt_value_row,
+                    start,
+                    prompts,
+                    prompts + tokens,
+                    VALUES,
+                    PROMPT_VALUES,
+                    ROWS,
+                )
+                store_gradient(
+                    gl.full([BLOCK, D], 0.0, gl.float32, OUTPUT),
+                    d_key,
+                    d_prompt_key,
+                    d_key_row,
+                    d_prompt_key_row,
+                    start,
+                    prompts,
+                    prompts + tokens,
+                    KEYS,
+                    PROMPT_KEYS,
+                    ROWS,
+                )
 
 
 @dataclass(frozen=True)
