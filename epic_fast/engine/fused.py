@@ -9,7 +9,9 @@ Post-norm (BERT)::
     x' = norm_1(x + O(attention(QKV(x))))        y = norm_2(x' + W_2 act(W_1 x'))
 
 Backward computes the gradient of x alone.  It is given what forward saved: the inputs of the two norms with their
-statistics, QKV, the attention's output and log-sum-exp, and of the MLP what ``save`` says.
+statistics, QKV, the attention's output and log-sum-exp, and the MLP's pre-activation.  With ``save="eight_bit"`` the
+activation's derivative and the normalised rows of both norms are kept in 8 bits instead, with ``"recompute"`` nothing
+of the MLP.
 """
 
 from __future__ import annotations
@@ -34,7 +36,11 @@ from epic_fast.engine.products import (
 )
 from epic_fast.engine.rows import RowSelection, row_attention_backward, row_attention_forward
 from epic_fast.ops.packed_attention import packed_attention_backward, packed_attention_forward
-from epic_fast.ops.residual_norm import residual_norm_backward, residual_norm_forward
+from epic_fast.ops.residual_norm import (
+    residual_norm_backward,
+    residual_norm_forward,
+    residual_norm_forward_kept,
+)
 
 KEEP = {"full": "full", "eight_bit": "eight_bit", "recompute": "none"}
 
@@ -75,24 +81,31 @@ class FrozenBlock:
         return self.parts.weights(dtype, self.eight_bit, backward=backward)
 
     def __call__(
-        self, hidden: Tensor, geometry: Geometry, *, prompts: Tensor | None = None, save: str = "full"
+        self,
+        hidden: Tensor,
+        geometry: Geometry,
+        *,
+        prompts: Tensor | None = None,
+        save: str = "full",
+        owned: bool = False,
     ) -> Tensor:
         """The layer on one buffer.
 
         Args:
             hidden: ``(B, P + N, D)``, or with ``prompts`` the tokens ``(B, N, D)``.
             prompts: ``(B, P, D)`` that join the tokens here; P is ``geometry.prompts``.
-            save: what is kept of the MLP for backward: ``"full"``, ``"eight_bit"`` or ``"recompute"``.
+            save: what is kept for backward: ``"full"``, ``"eight_bit"`` or ``"recompute"``.
+            owned: nobody reads ``hidden`` later: it may be overwritten.
 
         Returns:
             ``(B, P + N, D)``, or ``(B, R, D)`` where ``geometry.rows`` selects R rows.
         """
         if torch.is_grad_enabled() and (hidden.requires_grad or (prompts is not None and prompts.requires_grad)):
             if prompts is not None and hidden.requires_grad:
-                hidden, prompts = torch.cat([prompts.to(hidden.dtype), hidden], dim=1), None
-            return _Block.apply(hidden, prompts, self, geometry, save)  # pyright: ignore[reportReturnType]
+                hidden, prompts, owned = torch.cat([prompts.to(hidden.dtype), hidden], dim=1), None, True
+            return _Block.apply(hidden, prompts, self, geometry, save, owned)  # pyright: ignore[reportReturnType]
         if prompts is None:
-            return run_blocks([self], hidden, geometry)
+            return run_blocks([self], hidden, geometry, owned=owned)
         return run_blocks([self], pack(hidden, prompts), geometry, owned=True)
 
 
@@ -115,15 +128,15 @@ def run_blocks(
     fused with the last sum of the one before.
 
     Args:
-        hidden: ``(B, S, D)``; overwritten if ``owned`` and no graph is built.
+        hidden: ``(B, S, D)``; may be overwritten if ``owned``.
     """
     if not blocks:
         return hidden
     whole = replace(geometry, rows=None)
     if torch.is_grad_enabled() and hidden.requires_grad:
         for block in blocks[:-1]:
-            hidden = block(hidden, whole, save=save)
-        return blocks[-1](hidden, geometry, save=save)
+            hidden, owned = block(hidden, whole, save=save, owned=owned), True
+        return blocks[-1](hidden, geometry, save=save, owned=owned)
     with torch.no_grad(), _no_autocast(hidden) as dtype:
         hidden = hidden.contiguous()
         normed = None
@@ -159,7 +172,11 @@ def _pre_norm_step(
     if geometry.rows is not None:
         stream, owned = geometry.rows.take(stream, geometry.prompts), True
     stream, normed, _, _ = _norm(stream, branch, weights.second_norm, weights, in_place=owned)
-    branch = _mlp(parts, weights, normed, "none")[0]
+    del branch
+    hidden = activated_product(normed, weights.up, weights.up_bias, _kind(parts), "none")[0]
+    del normed
+    branch = product(hidden, weights.down, weights.down_bias)[0]
+    del hidden
     if following is None:
         return stream.add_(branch), None
     return _norm(stream, branch, following.first_norm, following, in_place=True)[:2]
@@ -174,7 +191,10 @@ def _post_norm_step(parts: LayerParts, weights: Weights, stream: Tensor, geometr
     stream = residual_norm_forward(
         stream, branch, *weights.first_norm, normed_dtype=stream.dtype, in_place=owned
     )[1]  # fmt: skip
-    branch = _mlp(parts, weights, stream.to(dtype), "none")[0]
+    del branch
+    hidden = activated_product(stream.to(dtype), weights.up, weights.up_bias, _kind(parts), "none")[0]
+    branch = product(hidden, weights.down, weights.down_bias)[0]
+    del hidden
     return residual_norm_forward(stream, branch, *weights.second_norm, normed_dtype=stream.dtype, in_place=True)[1]
 
 
@@ -193,10 +213,9 @@ def _norm(
     return total, normed if scale is None else EightBitRows(normed, scale, weights.dtype), mean, rstd
 
 
-def _mlp(parts: LayerParts, weights: Weights, normed: Rows, keep: str) -> tuple[Tensor, Tensor | None]:
+def _kind(parts: LayerParts) -> str:
     assert parts.activation is not None
-    hidden, kept = activated_product(normed, weights.up, weights.up_bias, parts.activation, keep)
-    return product(hidden, weights.down, weights.down_bias)[0], kept
+    return parts.activation
 
 
 def _mlp_backward(
@@ -296,16 +315,23 @@ class _Block(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, prompts: Tensor | None, block: FrozenBlock, geometry: Geometry, save: str
+        ctx: Any,
+        hidden: Tensor,
+        prompts: Tensor | None,
+        block: FrozenBlock,
+        geometry: Geometry,
+        save: str,
+        owned: bool,
     ) -> Tensor:
         stream = hidden.contiguous() if prompts is None else pack(hidden, prompts)
+        owned = owned or stream is not hidden
         parts = block.parts
         ctx.parts, ctx.geometry, ctx.keep = parts, geometry, KEEP[save]
         ctx.prompt_dtype = None if prompts is None else prompts.dtype
         with _no_autocast(stream) as dtype:
             ctx.weights = weights = block.weights(dtype, backward=True)
             forward = _post_norm_forward if parts.post_norm else _pre_norm_forward
-            result, saved = forward(parts, weights, stream, geometry, ctx.keep, prompts is not None)
+            result, saved = forward(parts, weights, stream, geometry, ctx.keep, prompts is not None, owned)
         ctx.save_for_backward(*saved)
         return result
 
@@ -319,27 +345,43 @@ class _Block(torch.autograd.Function):
                 ctx.parts, ctx.weights, grad.contiguous(), ctx.saved_tensors, ctx.geometry, ctx.keep, joined
             )
         if joined:
-            return None, found.to(ctx.prompt_dtype), None, None, None
-        return found, None, None, None, None
+            return None, found.to(ctx.prompt_dtype), None, None, None, None
+        return found, None, None, None, None, None
 
 
 def _pre_norm_forward(
-    parts: LayerParts, weights: Weights, stream: Tensor, geometry: Geometry, keep: str, prompt_rows_only: bool
+    parts: LayerParts,
+    weights: Weights,
+    stream: Tensor,
+    geometry: Geometry,
+    keep: str,
+    prompt_rows_only: bool,
+    owned: bool,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     prompts = geometry.prompts
-    _, normed, mean, rstd = _norm(stream, None, weights.first_norm, weights)
-    attended, attention = _attend(parts, weights, normed, geometry, save=True)
-    branch = product(attended, weights.output, weights.output_bias)[0]
-    read = stream if geometry.rows is None else geometry.rows.take(stream, prompts)
-    # Nobody will ask for the rows of tokens that need no gradient: their buffer may take the sum.
-    saved_stream = stream
+    eight_bit = keep == "eight_bit"
+    # Of the rows of tokens that need no gradient the first norm's backward reads none.
+    _, normed, *first = _kept_norm(stream, None, weights.first_norm, weights, eight_bit and not prompt_rows_only)
     if prompt_rows_only:
-        saved_stream = stream[:, :prompts].clone()
-        mean, rstd = _first_rows(mean, stream, prompts), _first_rows(rstd, stream, prompts)
-    in_place = prompt_rows_only or geometry.rows is not None
-    total, normed, second_mean, second_rstd = _norm(read, branch, weights.second_norm, weights, in_place=in_place)
-    branch, kept = _mlp(parts, weights, normed, keep)
-    return total + branch, (saved_stream, mean, rstd, total, second_mean, second_rstd, kept, *attention)
+        first = [stream[:, :prompts].clone(), *(_first_rows(each, stream, prompts) for each in first[1:])]
+    attended, attention = _attend(parts, weights, normed, geometry, save=True)
+    del normed
+    branch = product(attended, weights.output, weights.output_bias)[0]
+    del attended
+    if geometry.rows is not None:
+        stream, owned = geometry.rows.take(stream, prompts), True
+    # Nobody else reads a buffer that is owned, nor saves it where its rows are kept in 8 bits.
+    in_place = geometry.rows is not None or prompt_rows_only or (owned and eight_bit)
+    total, normed, *second = _kept_norm(
+        stream, branch, weights.second_norm, weights, eight_bit, in_place=in_place
+    )  # fmt: skip
+    # What lives here lives at the peak of a step.
+    del branch
+    hidden, kept = activated_product(normed, weights.up, weights.up_bias, _kind(parts), keep)
+    del normed
+    branch = product(hidden, weights.down, weights.down_bias)[0]
+    del hidden
+    return total + branch, (*first, *second, kept, *attention)
 
 
 def _pre_norm_backward(
@@ -352,37 +394,52 @@ def _pre_norm_backward(
     prompt_rows_only: bool,
 ) -> Tensor:
     stream, mean, rstd, total, second_mean, second_rstd, kept, *attention = saved
-    dtype, prompts = weights.dtype, geometry.prompts
+    dtype, stream_dtype, prompts = weights.dtype, grad.dtype, geometry.prompts
     normed = None
     if kept is None:
         normed = _norm(total, None, weights.second_norm, weights)[1]
     branch = _mlp_backward(parts, weights, grad.to(dtype), kept, keep, normed)
-    grad = residual_norm_backward(branch, grad, total, weights.second_norm[0], second_mean, second_rstd)
+    grad = residual_norm_backward(
+        branch, grad, total, weights.second_norm[0], second_mean, second_rstd, grad_dtype=stream_dtype
+    )
     branch = product_backward(grad.to(dtype), weights.output)
     branch = _attend_backward(parts, weights, branch, tuple(attention), geometry, prompt_rows_only)
     if geometry.rows is None:
         above = grad[:, :prompts].contiguous() if prompt_rows_only else grad
-        return residual_norm_backward(branch, above, stream, weights.first_norm[0], mean, rstd)
-    found = residual_norm_backward(branch, None, stream, weights.first_norm[0], mean, rstd)
+        return residual_norm_backward(branch, above, stream, weights.first_norm[0], mean, rstd, grad_dtype=stream_dtype)
+    found = residual_norm_backward(branch, None, stream, weights.first_norm[0], mean, rstd, grad_dtype=stream_dtype)
     return geometry.rows.add(found, grad, prompts)
 
 
 def _post_norm_forward(
-    parts: LayerParts, weights: Weights, stream: Tensor, geometry: Geometry, keep: str, prompt_rows_only: bool
+    parts: LayerParts,
+    weights: Weights,
+    stream: Tensor,
+    geometry: Geometry,
+    keep: str,
+    prompt_rows_only: bool,
+    owned: bool,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    dtype = weights.dtype
+    dtype, stream_dtype = weights.dtype, stream.dtype
+    eight_bit = keep == "eight_bit"
     attended, attention = _attend(parts, weights, stream.to(dtype), geometry, save=True)
     branch = product(attended, weights.output, weights.output_bias)[0]
-    read = stream if geometry.rows is None else geometry.rows.take(stream, geometry.prompts)
-    total, normed, mean, rstd, _ = residual_norm_forward(
-        read, branch, *weights.first_norm, normed_dtype=stream.dtype,
-        in_place=prompt_rows_only or geometry.rows is not None,
+    del attended
+    if geometry.rows is not None:
+        stream, owned = geometry.rows.take(stream, geometry.prompts), True
+    _, normed, *first = _kept_norm(
+        stream, branch, weights.first_norm, weights, eight_bit, normed_dtype=stream_dtype,
+        in_place=prompt_rows_only or geometry.rows is not None or (owned and eight_bit),
     )  # fmt: skip
-    branch, kept = _mlp(parts, weights, normed.to(dtype), keep)
-    second_total, result, second_mean, second_rstd, _ = residual_norm_forward(
-        normed, branch, *weights.second_norm, normed_dtype=stream.dtype, in_place=normed.dtype != dtype or kept is None
-    )
-    return result, (total, mean, rstd, second_total, second_mean, second_rstd, kept, *attention)
+    del branch
+    hidden, kept = activated_product(normed.to(dtype), weights.up, weights.up_bias, _kind(parts), keep)
+    branch = product(hidden, weights.down, weights.down_bias)[0]
+    del hidden
+    _, result, *second = _kept_norm(
+        normed, branch, weights.second_norm, weights, eight_bit, normed_dtype=stream_dtype,
+        in_place=eight_bit or normed.dtype != dtype or kept is None,
+    )  # fmt: skip
+    return result, (*first, *second, kept, *attention)
 
 
 def _post_norm_backward(
@@ -395,18 +452,48 @@ def _post_norm_backward(
     prompt_rows_only: bool,
 ) -> Tensor:
     total, mean, rstd, second_total, second_mean, second_rstd, kept, *attention = saved
-    dtype, prompts = weights.dtype, geometry.prompts
+    dtype, stream_dtype, prompts = weights.dtype, grad.dtype, geometry.prompts
     normed = None
     if kept is None:
         normed = residual_norm_forward(total, None, *weights.first_norm, normed_dtype=dtype)[1]
-    grad = residual_norm_backward(grad, None, second_total, weights.second_norm[0], second_mean, second_rstd)
+    grad = residual_norm_backward(
+        grad, None, second_total, weights.second_norm[0], second_mean, second_rstd, grad_dtype=stream_dtype
+    )
     branch = _mlp_backward(parts, weights, grad.to(dtype), kept, keep, normed)
-    grad = residual_norm_backward(grad + branch, None, total, weights.first_norm[0], mean, rstd)
+    grad = residual_norm_backward(
+        grad + branch, None, total, weights.first_norm[0], mean, rstd, grad_dtype=stream_dtype
+    )
     branch = product_backward(grad.to(dtype), weights.output)
     branch = _attend_backward(parts, weights, branch, tuple(attention), geometry, prompt_rows_only)
     if geometry.rows is not None:
         return geometry.rows.add(branch.to(grad.dtype), grad, prompts)
     return branch + (grad[:, :prompts] if prompt_rows_only else grad)
+
+
+def _kept_norm(
+    stream: Tensor,
+    branch: Tensor | None,
+    norm: tuple[Tensor, Tensor, float],
+    weights: Weights,
+    rows_in_eight_bit: bool,
+    *,
+    normed_dtype: torch.dtype | None = None,
+    in_place: bool = False,
+) -> tuple[Any, ...]:
+    """``stream + branch``, its norm, and the three tensors by which a backward pass knows it.
+
+    Args:
+        rows_in_eight_bit: these hold the normalised rows in 8 bits, not the sum.
+        normed_dtype: of a norm that no product reads; None: as the products with ``weights`` read it.
+    """
+    eight_bit = weights.eight_bit if normed_dtype is None else None
+    operation = residual_norm_forward_kept if rows_in_eight_bit else residual_norm_forward
+    total, normed, *saved, scale = operation(
+        stream, branch, *norm, normed_dtype=normed_dtype or weights.dtype, in_place=in_place, eight_bit=eight_bit
+    )
+    if scale is not None:
+        normed = EightBitRows(normed, scale, weights.dtype)
+    return total, normed, *(saved if rows_in_eight_bit else (total, *saved))
 
 
 def _first_rows(statistics: Tensor, stream: Tensor, prompts: int) -> Tensor:

@@ -155,11 +155,11 @@ class PackedRun:
     def step(self, index: int) -> None:
         """The tokens alone up to layer ``index``, then that layer on ``[prompts ; tokens]``."""
         if self._layer < index:
-            self.prompts = self.prompts
+            self._part()
             self._run_alone(index)
         block, geometry = self._blocks[index], self._geometry(self._together, index + 1)
         if self._buffer is not None:
-            found = block(self._buffer, geometry, save=self._save)
+            found = block(self._buffer, geometry, save=self._save, owned=True)
         else:
             found = block(self._tokens, geometry, prompts=self._prompts, save=self._save)
         self._layer = index + 1
@@ -171,18 +171,33 @@ class PackedRun:
 
     def finish(self) -> TowerState:
         """The tokens after the layers that are left."""
-        if self._buffer is not None:
-            self.prompts = self.prompts
         if self._layer < len(self._blocks):
+            self._part()
             self._run_alone(len(self._blocks))
+        elif self._buffer is not None:
+            self.prompts = self.prompts
         return self._state.after(self._tokens, self._layer)
+
+    def _part(self) -> None:
+        """Tokens and prompts apart; in a graph in memory of their own."""
+        if self._buffer is None:
+            return
+        if torch.is_grad_enabled() and self._buffer.requires_grad:
+            self._tokens, self._prompts = _Part.apply(self._buffer, self._together.prompts)  # pyright: ignore
+            self._buffer = None
+        else:
+            self.prompts = self.prompts
 
     def _run_alone(self, stop: int) -> None:
         geometry = self._geometry(self._alone, stop)
         if geometry.rows is not None:
             # The prompts wait beside the tokens: they are read from where they are.
             geometry = replace(geometry, rows=replace(geometry.rows, prompts=False))
-        self._tokens = run_blocks(self._blocks[self._layer : stop], self._tokens, geometry, save=self._save)
+        # A view shares its version with prompts that something above may have saved.
+        owned = self._tokens is not self._state.hidden and not self._tokens._is_view()
+        self._tokens = run_blocks(
+            self._blocks[self._layer : stop], self._tokens, geometry, save=self._save, owned=owned
+        )
         self._layer = stop
         if geometry.rows is not None:
             self._read_rows()
@@ -215,6 +230,21 @@ def exchange(text: PackedRun, vision: PackedRun, parameters: Sequence[Tensor], e
         parameters = [*(each.to(dtype) for each in parameters[:4]), *parameters[4:]]
     text.buffer, vision.buffer = _Exchange.apply(text.buffer, vision.buffer, count, eps, kernel, *parameters)  # pyright: ignore
     return True
+
+
+class _Part(torch.autograd.Function):
+    """A buffer's tokens and prompts; their gradients are put together in one pass."""
+
+    @staticmethod
+    def forward(ctx: Any, buffer: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        return tuple(
+            each.clone(memory_format=torch.contiguous_format) for each in (buffer[:, count:], buffer[:, :count])
+        )  # pyright: ignore[reportReturnType]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, tokens: Tensor, prompts: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return torch.cat([prompts, tokens], dim=1), None
 
 
 class _Exchange(torch.autograd.Function):

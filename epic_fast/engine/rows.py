@@ -34,7 +34,7 @@ class RowSelection:
         return torch.cat([hidden[:, :prompts], row], dim=1) if self.prompts and prompts else row
 
     def add(self, hidden: Tensor, values: Tensor, prompts: int) -> Tensor:
-        """Adds ``(B, R, D)`` in place to the selected rows of ``(B, P + N, D)``, or to those of them in ``(B, P, D)``."""
+        """Adds ``(B, R, D)`` in place to the selected rows of ``(B, P + N, D)``, or of ``(B, P, D)`` those in it."""
         read = prompts if self.prompts else 0
         if read:
             hidden[:, :prompts] += values[:, :prompts]
@@ -121,6 +121,6 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     wide = torch.promote_types(left.dtype, torch.float32)
     if left.dtype == wide:
         return torch.bmm(left, right)
-    if left.is_cuda:
-        return torch.bmm(left, right, out_dtype=wide)
-    return torch.bmm(left.to(wide), right.to(wide))
+    if left.device.type == "cpu":
+        return torch.bmm(left.to(wide), right.to(wide))
+    return torch.bmm(left, right, out_dtype=wide)

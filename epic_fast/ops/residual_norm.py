@@ -75,6 +75,36 @@ def residual_norm_forward(
     )  # fmt: skip
 
 
+def residual_norm_forward_kept(
+    stream: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    normed_dtype: torch.dtype | None = None,
+    in_place: bool = False,
+    eight_bit: str | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """:func:`residual_norm_forward` that keeps the normalised rows in 8 bits for backward: the sum need not live.
+
+    A layer norm's gradient reads the normalised row only through its projection on it,
+    ``x̂ · mean(g x̂)``, so that rounding it shows less in the gradient than bfloat16 does.
+
+    Returns:
+        ``(total, normed, data, step, rstd, scale)``: ``(total - mean) * rstd ≈ data * step``, data ``(..., D)`` int8
+        and step ``(rows,)`` float32; the others as :func:`residual_norm_forward` has them.  Give data, step and rstd to
+        :func:`residual_norm_backward` as ``total``, ``mean`` and ``rstd``.
+    """
+    operation = _KEPT.get(eight_bit)
+    if operation is None:
+        raise ConfigError(f"residual_norm_forward_kept: eight_bit={eight_bit!r} is not one of None, 'fp8', 'int8'")
+    return operation(
+        stream, branch, weight, bias, eps, normed_dtype=normed_dtype, in_place=in_place, eight_bit=eight_bit, impl=impl
+    )  # fmt: skip
+
+
 def residual_norm_backward(
     grad_normed: Tensor,
     grad_total: Tensor | None,
@@ -83,6 +113,7 @@ def residual_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     *,
+    grad_dtype: torch.dtype | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """The gradient of the stream, which is also that of the branch, ``(..., D)`` in the type of ``total``.
@@ -90,15 +121,17 @@ def residual_norm_backward(
     Args:
         grad_normed: ``(..., D)``, of the norm.
         grad_total: ``(..., D)``, of the sum where something else read it too; None: nothing did.
-        total, mean, rstd: what :func:`residual_norm_forward` gave.
+        total, mean, rstd: what :func:`residual_norm_forward` gave; or data, step and rstd of
+            :func:`residual_norm_forward_kept`.
         weight: ``(D,)``.
+        grad_dtype: of the result, where it is not that of ``total`` (of ``grad_normed`` for rows in 8 bits).
     """
     if grad_normed.shape != total.shape or (grad_total is not None and grad_total.shape != total.shape):
         raise ConfigError(
             f"residual_norm_backward: the gradients have shapes {tuple(grad_normed.shape)} and "
             f"{None if grad_total is None else tuple(grad_total.shape)}; wanted {tuple(total.shape)}, as the total has"
         )
-    return _BACKWARD(grad_normed, grad_total, total, weight, mean, rstd, impl=impl)
+    return _BACKWARD(grad_normed, grad_total, total, weight, mean, rstd, grad_dtype=grad_dtype, impl=impl)
 
 
 @functools.cache
@@ -152,6 +185,54 @@ def _op_norm(
     return (*found, stream.new_empty(0) if scale is None else scale)
 
 
+def _op_backward(
+    grad_normed: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grad_dtype: torch.dtype | None = None,
+) -> Tensor:
+    return _launchers()[1](grad_normed, grad_total, total, weight, mean, rstd, grad_dtype=grad_dtype)
+
+
+def _op_kept(
+    stream: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    normed_dtype: torch.dtype | None,
+    eight_bit: str | None,
+) -> tuple[Tensor, ...]:
+    total, *found, scale = _launchers()[0](
+        stream, branch, weight, bias, eps, normed_dtype=normed_dtype, eight_bit=eight_bit, keep=True
+    )  # fmt: skip
+    none = stream.new_empty(0)
+    return none if branch is None else total, *found, none if scale is None else scale
+
+
+def _op_kept_in_place(
+    stream: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    normed_dtype: torch.dtype | None,
+    eight_bit: str | None,
+) -> tuple[Tensor, ...]:
+    _, *found, scale = _launchers()[0](
+        stream, branch, weight, bias, eps, normed_dtype=normed_dtype, eight_bit=eight_bit, in_place=True, keep=True
+    )  # fmt: skip
+    return (*found, stream.new_empty(0) if scale is None else scale)
+
+
+def _fake_kept(stream: Tensor, dtype: torch.dtype, eight_bit: str | None) -> tuple[Tensor, ...]:
+    normed, *statistics = _fake_norm(stream, dtype, eight_bit)
+    return normed, stream.new_empty(stream.shape, dtype=torch.int8), *statistics
+
+
 def _fake_norm(stream: Tensor, dtype: torch.dtype, eight_bit: str | None) -> tuple[Tensor, ...]:
     rows = math.prod(stream.shape[:-1])
     return (
@@ -185,11 +266,29 @@ NORM = library.register(
         stream, normed_dtype or stream.dtype, eight_bit
     ),
 )
+KEPT = library.register(
+    f"residual_norm_kept(Tensor stream, Tensor? branch, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _op_kept,
+    lambda stream, branch, weight, bias, eps, normed_dtype, eight_bit: (
+        stream.new_empty(0 if branch is None else stream.shape),
+        *_fake_kept(stream, normed_dtype or (stream if branch is None else branch).dtype, eight_bit),
+    ),
+)
+KEPT_IN_PLACE = library.register(
+    f"residual_norm_kept_(Tensor(a!) stream, Tensor branch, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _op_kept_in_place,
+    lambda stream, branch, weight, bias, eps, normed_dtype, eight_bit: _fake_kept(
+        stream, normed_dtype or branch.dtype, eight_bit
+    ),
+)
 BACKWARD = library.register(
     "residual_norm_backward(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor weight, Tensor mean, "
-    "Tensor rstd) -> Tensor",
-    lambda *tensors: _launchers()[1](*tensors),
-    lambda grad_normed, grad_total, total, weight, mean, rstd: total.new_empty(total.shape),
+    "Tensor rstd, ScalarType? grad_dtype=None) -> Tensor",
+    _op_backward,
+    lambda grad_normed, grad_total, total, weight, mean, rstd, grad_dtype=None: grad_normed.new_empty(
+        total.shape, dtype=grad_dtype or (grad_normed if total.dtype == torch.int8 else total).dtype
+    ),
 )
 
 
@@ -218,8 +317,36 @@ def _triton_forward(
     return total, normed, mean, rstd, None if eight_bit is None else scale
 
 
-def _triton_backward(*tensors: Tensor | None) -> Tensor:
-    return (_launchers()[1] if library.direct(*tensors) else BACKWARD)(*tensors)
+def _triton_kept(
+    stream: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    normed_dtype: torch.dtype | None,
+    in_place: bool,
+    eight_bit: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    if library.direct(stream, branch, weight, bias):
+        return _launchers()[0](
+            stream, branch, weight, bias, eps,
+            normed_dtype=normed_dtype, in_place=in_place, eight_bit=eight_bit, keep=True,
+        )  # fmt: skip
+    options = (weight, bias, eps, normed_dtype, eight_bit)
+    if in_place and branch is not None:
+        normed, data, step, rstd, scale = KEPT_IN_PLACE(stream, branch, *options)
+        total = stream
+    else:
+        total, normed, data, step, rstd, scale = KEPT(stream, branch, *options)
+        total = stream if branch is None else total
+    return total, normed, data, step, rstd, None if eight_bit is None else scale
+
+
+def _triton_backward(*tensors: Tensor | None, grad_dtype: torch.dtype | None) -> Tensor:
+    if library.direct(*tensors):
+        return _launchers()[1](*tensors, grad_dtype=grad_dtype)
+    return BACKWARD(*tensors, grad_dtype)
 
 
 def _limits(eight_bit: str | None, stream: Tensor, *others: Any) -> Sequence[str]:
@@ -227,7 +354,7 @@ def _limits(eight_bit: str | None, stream: Tensor, *others: Any) -> Sequence[str
     if stream.is_cuda:
         reasons = [each for each in (library.too_old(stream.get_device()), no_fp8(eight_bit, stream)) if each]
     for each in (stream, *others):
-        if isinstance(each, Tensor) and each.dtype not in KERNEL_TYPES:
+        if isinstance(each, Tensor) and each.dtype not in (*KERNEL_TYPES, torch.int8):
             reasons.append(f"a tensor is {each.dtype}; the kernel takes float32, bfloat16 and float16")
     if not 0 < stream.shape[-1] <= MAX_WIDTH:
         reasons.append(f"rows are {stream.shape[-1]} wide; the kernel takes 1 to {MAX_WIDTH}")
@@ -252,6 +379,15 @@ _FORWARD = {
         "residual_norm_forward",
         reference=reference.residual_norm_forward,
         triton=_triton_forward,
+        limits=functools.partial(_limits, eight_bit),
+    )
+    for eight_bit in (None, *EIGHT_BIT_TYPES)
+}
+_KEPT = {
+    eight_bit: Operation(
+        "residual_norm_forward_kept",
+        reference=reference.residual_norm_forward_kept,
+        triton=_triton_kept,
         limits=functools.partial(_limits, eight_bit),
     )
     for eight_bit in (None, *EIGHT_BIT_TYPES)

@@ -42,22 +42,61 @@ def residual_norm_forward(
     return total, normed.to(normed_dtype), mean, rstd, None
 
 
-def residual_norm_backward(
-    grad_normed: Tensor, grad_total: Tensor | None, total: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor
-) -> Tensor:
-    """``grad_total`` + the norm's gradient, in the type of ``total``; README.md has the equation."""
-    wide = torch.promote_types(total.dtype, torch.float32)
+def residual_norm_forward_kept(
+    stream: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    *,
+    normed_dtype: torch.dtype | None = None,
+    in_place: bool = False,
+    eight_bit: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The public contract is that of :func:`epic_fast.ops.residual_norm.residual_norm_forward_kept`."""
+    total, normed, mean, rstd, scale = residual_norm_forward(
+        stream, branch, weight, bias, eps, normed_dtype=normed_dtype, in_place=in_place, eight_bit=eight_bit
+    )
     statistics = (*total.shape[:-1], 1)
+    data, step = quantise_rows((total.to(mean.dtype) - mean.view(statistics)) * rstd.view(statistics), "int8")
+    return total, normed, data, step.to(rstd.dtype), rstd, scale
+
+
+def residual_norm_backward(
+    grad_normed: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    *,
+    grad_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """``grad_total`` + the norm's gradient, in the type of ``total``; README.md has the equation.
+
+    ``total`` as int8 is the normalised rows, and ``mean`` their scales; the type is then ``grad_dtype``.
+    """
+    statistics = (*total.shape[:-1], 1)
+    if total.dtype == torch.int8:
+        grad_dtype = grad_dtype or grad_normed.dtype
+        rows, center = total.to(rstd.dtype) * mean.view(statistics), torch.zeros_like(rstd)
+        scale = torch.ones_like(rstd)
+    else:
+        grad_dtype = grad_dtype or total.dtype
+        rows, center, scale = total, mean, rstd
+    wide = torch.promote_types(rows.dtype, torch.float32)
     grad, _, _ = torch.ops.aten.native_layer_norm_backward(
         grad_normed.to(wide),
-        total.to(wide),
+        rows.to(wide),
         (total.shape[-1],),
-        mean.reshape(statistics),
-        rstd.reshape(statistics),
+        center.reshape(statistics),
+        scale.reshape(statistics),
         weight.to(wide),
         None,
         (True, False, False),
     )
+    if total.dtype == torch.int8:
+        grad = grad * rstd.view(statistics)
     if grad_total is not None:
         grad = grad + grad_total.to(wide)
-    return grad.to(total.dtype)
+    return grad.to(grad_dtype)

@@ -8,6 +8,7 @@ README.md beside this file has the equation.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,9 +35,9 @@ from epic_fast.kernels.residual_norm.tiles import RowTile, norm_tile
 def backward_kernel(
     grad_normed,  # (rows, D) by outer and inner strides, unit last stride
     grad_total,  # (rows, D) or None
-    total,  # (rows, D)
+    total,  # (rows, D); or the normalised rows in 8 bits
     weight,  # (D,)
-    mean,  # (rows,) float32
+    mean,  # (rows,) float32; or the scales of these rows
     rstd,  # (rows,) float32
     grad,  # (rows, D), contiguous, written
     rows,
@@ -49,6 +50,7 @@ def backward_kernel(
     total_inner,
     D: tl.constexpr,
     UNIT: tl.constexpr,  # elements that a stride counts in
+    KEPT: tl.constexpr,  # whether total is in 8 bits
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -65,13 +67,16 @@ def backward_kernel(
     if grad_total is not None:
         start = row_offsets(row, inner_rows, residual_outer, residual_inner, UNIT)
         residual = tl.load(grad_total + start + column, mask=exists, other=0.0).to(tl.float32)
-    center = tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
+    first = tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
     inverse = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
     gain = tl.load(weight + column, mask=column_exists, other=0.0).to(tl.float32)  # [1, BLOCK_D]
 
     # Beyond the last column g is zero, and so are both sums' terms.
     g *= gain
-    x = (x - center) * inverse
+    if KEPT:
+        x *= first
+    else:
+        x = (x - first) * inverse
     along_one = tl.sum(g, axis=1) * (1.0 / D)  # [ROWS]
     along_x = tl.sum(g * x, axis=1) * (1.0 / D)
     result = (g - along_one[:, None] - x * along_x[:, None]) * inverse
@@ -88,12 +93,15 @@ def residual_norm_backward(
     mean: Tensor,
     rstd: Tensor,
     *,
+    grad_dtype: torch.dtype | None = None,
     tile: RowTile | None = None,
 ) -> Tensor:
     """Shapes and meanings are those of :func:`epic_fast.ops.residual_norm.residual_norm_backward`; ``tile`` is one
     other than the table's."""
     tensors = (grad_normed, grad_total, total, weight, mean, rstd)
-    return plan.run(backward, tensors, (tile,))[0]  # pyright: ignore[reportReturnType]
+    if grad_dtype is None:
+        grad_dtype = grad_normed.dtype if total.dtype == torch.int8 else total.dtype
+    return plan.run(backward, tensors, (grad_dtype, tile))[0]  # pyright: ignore[reportReturnType]
 
 
 def backward(
@@ -104,12 +112,13 @@ def backward(
     weight: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    grad_dtype: torch.dtype,
     tile: RowTile | None,
 ) -> tuple[Tensor, ...]:
     """:func:`residual_norm_backward` on a tape."""
     width = total.shape[-1]
     rows = total.numel() // width
-    grad = tape.empty(total.shape, total.dtype)
+    grad = tape.empty(total.shape, grad_dtype)
     if not rows:
         return (grad,)
     if tile is None:
@@ -118,7 +127,7 @@ def backward(
     if grad_total is not None:
         grad_total = rows_of(tape, grad_total)
     inner_rows, strides, unit = row_strides((grad_normed, grad_total, total))
-    constants = (width, unit, tile.rows, tile.block)
+    constants = (width, unit, total.dtype == torch.int8, tile.rows, tile.block)
     per_row = contiguous(tape, mean), contiguous(tape, rstd)
     tensors = (grad_normed, grad_total, total, contiguous(tape, weight), *per_row, grad)
     integers = (rows, inner_rows, *strides)

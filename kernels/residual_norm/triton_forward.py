@@ -41,9 +41,11 @@ def forward_kernel(
     weight,  # (D,)
     bias,  # (D,)
     normed,  # (rows, D), contiguous, written
-    mean,  # (rows,) float32, written
+    mean,  # (rows,) float32, written; None with kept
     rstd,  # (rows,) float32, written
     scale,  # (rows,) float32, written; None unless EIGHT_BIT
+    kept,  # (rows, D) int8, contiguous, written: the row before weight and bias; or None
+    step,  # (rows,) float32, written: the scales of these; None with them
     eps,
     rows,
     inner_rows,
@@ -79,19 +81,25 @@ def forward_kernel(
     x = tl.where(column_exists, x - center[:, None], 0.0)
     variance = tl.sum(x * x, axis=1) * (1.0 / D)
     inverse = tl.div_rn(tl.full(variance.shape, 1.0, tl.float32), tl.sqrt_rn(variance + eps))
-    tl.store(mean + row, center, mask=row < rows)
+    if kept is None:
+        tl.store(mean + row, center, mask=row < rows)
     tl.store(rstd + row, inverse, mask=row < rows)
+    x *= inverse[:, None]
+    if kept is not None:
+        size = row_scales(x, "int8")
+        tl.store(kept + row.to(tl.int64)[:, None] * D + column, quantise(x, size, "int8"), mask=exists)
+        tl.store(step + row, size, mask=row < rows)
 
     gain = tl.load(weight + column, mask=column_exists, other=0.0).to(tl.float32)  # [1, BLOCK_D]
     shift = tl.load(bias + column, mask=column_exists, other=0.0).to(tl.float32)
-    y = x * inverse[:, None] * gain + shift
+    y = x * gain + shift
     start = row.to(tl.int64)[:, None] * D
     if EIGHT_BIT is None:
         tl.store(normed + start + column, y.to(normed.dtype.element_ty), mask=exists)
     else:
-        step = row_scales(y, EIGHT_BIT)
-        tl.store(normed + start + column, quantise(y, step, EIGHT_BIT), mask=exists)
-        tl.store(scale + row, step, mask=row < rows)
+        size = row_scales(y, EIGHT_BIT)
+        tl.store(normed + start + column, quantise(y, size, EIGHT_BIT), mask=exists)
+        tl.store(scale + row, size, mask=row < rows)
 
 
 def residual_norm_forward(
@@ -104,9 +112,11 @@ def residual_norm_forward(
     normed_dtype: torch.dtype | None = None,
     in_place: bool = False,
     eight_bit: str | None = None,
+    keep: bool = False,
     tile: RowTile | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Shapes and meanings are those of :func:`epic_fast.ops.residual_norm.residual_norm_forward`.
+) -> tuple[Tensor, ...]:
+    """Shapes and meanings are those of :func:`epic_fast.ops.residual_norm.residual_norm_forward`; with ``keep`` the
+    results are those of ``residual_norm_forward_kept``, ``(total, normed, data, step, rstd, scale)``.
 
     Args:
         in_place: the sum goes into ``stream``, which then needs a unit last stride and rows that a view can list.
@@ -116,7 +126,7 @@ def residual_norm_forward(
         normed_dtype = stream.dtype if branch is None else branch.dtype
     if eight_bit is not None:
         normed_dtype = EIGHT_BIT_TYPES[eight_bit]
-    tensors, options = (stream, branch, weight, bias), (float(eps), normed_dtype, in_place, eight_bit, tile)
+    tensors, options = (stream, branch, weight, bias), (float(eps), normed_dtype, in_place, eight_bit, keep, tile)
     return plan.run(forward, tensors, options)  # pyright: ignore[reportReturnType]
 
 
@@ -130,17 +140,21 @@ def forward(
     normed_dtype: torch.dtype,
     in_place: bool,
     eight_bit: str | None,
+    keep: bool,
     tile: RowTile | None,
 ) -> tuple[Tensor | None, ...]:
     """:func:`residual_norm_forward` on a tape."""
     shape, width = stream.shape, stream.shape[-1]
     rows = stream.numel() // width
     normed = tape.empty(shape, normed_dtype)
-    mean, rstd = tape.empty((rows,), torch.float32), tape.empty((rows,), torch.float32)
+    data = tape.empty(shape, torch.int8) if keep else None
+    # The mean, or where the rows are kept their scales.
+    first, rstd = tape.empty((rows,), torch.float32), tape.empty((rows,), torch.float32)
     scale = None if eight_bit is None else tape.empty((rows,), torch.float32)
     total = stream if branch is None or in_place else tape.empty(shape, stream.dtype)
+    results = (total, normed, data, first, rstd, scale) if keep else (total, normed, first, rstd, scale)
     if not rows:
-        return total, normed, mean, rstd, scale
+        return results
     read, written = rows_of(tape, stream), None
     if branch is not None:
         branch = rows_of(tape, branch)
@@ -154,8 +168,10 @@ def forward(
         tile = norm_tile(width)
     inner_rows, strides, unit = row_strides((read, branch, written))
     constants = (width, unit, eight_bit, tile.rows, tile.block)
-    tensors = (read, branch, written, contiguous(tape, weight), contiguous(tape, bias), normed, mean, rstd, scale)
+    mean, step = (None, first) if keep else (first, None)
+    frozen = contiguous(tape, weight), contiguous(tape, bias)
+    tensors = (read, branch, written, *frozen, normed, mean, rstd, scale, data, step)
     integers = (rows, inner_rows, *strides)
     facts = facts_of(tensors, integers, (constants, tile.warps))
     tape.launch(forward_kernel, -(-rows // tile.rows), (*tensors, eps, *integers, *constants), tile.options, facts)
-    return total, normed, mean, rstd, scale
+    return results
