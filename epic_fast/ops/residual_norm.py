@@ -209,8 +209,8 @@ def _op_kept(
     total, *found, scale = _launchers()[0](
         stream, branch, weight, bias, eps, normed_dtype=normed_dtype, eight_bit=eight_bit, keep=True
     )  # fmt: skip
-    none = stream.new_empty(0)
-    return none if branch is None else total, *found, none if scale is None else scale
+    total = stream.new_empty(0) if branch is None else total
+    return total, *found, stream.new_empty(0) if scale is None else scale
 
 
 def _op_kept_in_place(

@@ -457,8 +457,13 @@ def launch_norm(case: RowsCase, dtype: torch.dtype) -> None:
                 total, _, mean, rstd, _ = residual_norm_forward(
                     stream, other, weight, weight, 1e-5, normed_dtype=dtype, eight_bit=eight_bit
                 )
+                _, _, data, step, _, _ = residual_norm_forward(
+                    stream, other, weight, weight, 1e-5, normed_dtype=dtype, eight_bit=eight_bit, keep=True
+                )
             grad = torch.empty(total.shape, dtype=dtype, device="meta")
-            residual_norm_backward(grad, None if other is None else total, total, weight, mean, rstd)
+            above = None if other is None else total
+            residual_norm_backward(grad, above, total, weight, mean, rstd)
+            residual_norm_backward(grad, above, data, weight, step, rstd, grad_dtype=total.dtype)
 
 
 def launch_activation(case: RowsCase, dtype: torch.dtype) -> None:
