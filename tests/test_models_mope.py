@@ -511,6 +511,7 @@ def test_errors_say_what_was_wanted(case: str) -> None:
         epic_fast.wrap(load_backbone((tiny_swin(depths=(2, 3)), tiny_bert())), MopeConfig(**options), num_labels=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["swin+bert", "vit+bert"])
 def test_compiles_into_one_graph_that_serves_every_batch(name: str) -> None:
     torch._dynamo.reset()
