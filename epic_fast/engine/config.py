@@ -13,14 +13,16 @@ from epic_fast.errors import ConfigError
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The parts of the engine, each switched by itself.  All but ``weights`` are exact.
+    """The parts of the engine, each switched by itself.  All are exact but ``weights`` and
+    ``save="eight_bit"``, which rounds what the backward pass reads.
 
     Attributes:
         blocks: ``"fused"`` runs the layers that the engine knows as fused frozen blocks, ``"plain"`` runs the
             backbone's own modules; ``"auto"`` is fused on a GPU, and plain on a CPU but with ``weights`` in 8 bits.
-        save: what a fused block keeps of the MLP for its backward pass: ``"full"`` (the pre-activation),
-            ``"eight_bit"`` (the activation's derivative in 8 bits: a quarter of the memory of float32, half of that of
-            bfloat16) or ``"recompute"`` (nothing: one more product in the backward pass).
+        save: what a fused block keeps for its backward pass: ``"full"`` (the MLP's pre-activation and the inputs of
+            the norms), ``"eight_bit"`` (the activation's derivative and the normalised rows, both in 8 bits: a quarter
+            of the memory of float32, half of that of bfloat16) or ``"recompute"`` (of the MLP nothing: one more product
+            in the backward pass).
         pooled_rows: in the last layer only rows that the head reads get queries, output projection and MLP.
         trim_text: texts are cut to the longest of the batch.
         prefix_cache: None; ``"memory"``; or a folder, for what the layers below the first prompts compute, filled in
