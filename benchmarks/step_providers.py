@@ -276,6 +276,8 @@ def count_plain_layers(model: PromptedModel, inputs: dict[str, Any]) -> int:
     kinds = {type(layer) for tower in (model.backbone.text, model.backbone.vision) for layer in tower.layers}
     few = {name: value[:2] for name, value in inputs.items() if name != "labels"}
     with contextlib.ExitStack() as patches, torch.no_grad():
+        # Before the engine takes over a tower, it runs the first layer in both ways, once.
+        model(**few)
         for kind in kinds:
 
             def noting(self: nn.Module, *given: Any, forward: Any = kind.forward, **named: Any) -> Any:

@@ -335,4 +335,4 @@ def test_shapes_of_a_tower(rows: int, width: int, kind: str) -> None:
         largest = DEFINITIONS[kind](pre.double()).abs().amax(-1)
         torch.testing.assert_close(scale.double() * {"fp8": 448, "int8": 127}[eight_bit], largest, rtol=1e-5, atol=0)
         error = (data.double() * scale.double()[:, None] - DEFINITIONS[kind](pre.double())).abs().amax(-1)
-        assert (error <= largest * {"fp8": 1 / 28, "int8": 0.51 / 127}[eight_bit]).all()
+        assert (error <= largest * {"fp8": (1 + 2**-12) / 28, "int8": 0.51 / 127}[eight_bit]).all()

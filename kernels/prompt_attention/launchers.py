@@ -21,19 +21,21 @@ from epic_fast.kernels.prompt_attention.triton_rows import is_hopper
 
 # Gluon is experimental, and each release compiles it differently: these are the ones it was measured with.
 MEASURED_TRITON = ((3, 6),)
-# Resident kernels hold a head's keys in shared memory; above and below, the portable backward is faster.
+# Resident kernels hold a head's keys in shared memory; above, the portable backward is faster.
 BACKWARD_ROWS = range(129, 289)
+# Up to here one program takes a whole head.
+SHORT_ROWS = 128
 
 
 @functools.cache
-def _hopper(device: torch.device) -> tuple[Any, Any] | None:
+def _hopper(device: torch.device) -> tuple[Any, Any, Any] | None:
     """The modules with Hopper's kernels, where this card and this Triton can run them."""
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version not in MEASURED_TRITON or not is_hopper(device):
         return None
-    from epic_fast.kernels.prompt_attention import gluon_backward, gluon_forward
+    from epic_fast.kernels.prompt_attention import gluon_backward, gluon_forward, gluon_short_backward
 
-    return gluon_forward, gluon_backward
+    return gluon_forward, gluon_backward, gluon_short_backward
 
 
 def prompt_attention_forward(
@@ -121,14 +123,16 @@ def _backward(tape: Tape, *arguments: Any) -> tuple[Tensor | None, ...]:
     tokens, prompts = query.shape[2], prompt_key.shape[2]
     rows = tokens + (0 if prompt_query is None else prompts)
     hopper = _hopper(query.device)
-    if (
-        hopper is not None
-        and query.shape[3] == 64
-        and rows in BACKWARD_ROWS
-        and tokens + prompts in BACKWARD_ROWS
-        # Measured with all gradients wanted; where prompts alone want them, the portable kernels visit only those rows.
-        and all(needs[:3])
-        and not hopper[1].limits(*tensors[:8], *tensors[9:11], scale=scale, grads=tensors[12:])
-    ):
-        return hopper[1].backward(tape, *tensors, prefix, causal, scale, needs, None)
+    # Measured with all gradients wanted; where prompts alone want them, the portable kernels visit only those rows.
+    if hopper is not None and query.shape[3] == 64 and all(needs[:3]):
+        _, resident, short = hopper
+        if tokens + prompts <= SHORT_ROWS:
+            if not short.limits(*tensors[:8], scale=scale, grads=tensors[12:]):
+                return short.backward(tape, *tensors, prefix, causal, scale, needs, None)
+        elif (
+            rows in BACKWARD_ROWS
+            and tokens + prompts in BACKWARD_ROWS
+            and not resident.limits(*tensors[:8], *tensors[9:11], scale=scale, grads=tensors[12:])
+        ):
+            return resident.backward(tape, *tensors, prefix, causal, scale, needs, None)
     return triton_backward.backward(tape, *tensors, prefix, causal, scale, needs, precision, None)
