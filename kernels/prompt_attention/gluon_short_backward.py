@@ -637,9 +637,13 @@ def _tiles(count: int) -> tuple[int, int]:
     return max(full + (rest > 32), 1), 32 if full > 0 and 0 < rest <= 32 else 0
 
 
-def short_form(rows: int, keys: int) -> ShortForm:
-    """By the numbers of rows and virtual keys, never by the batch: scores of more than 96 keys want more registers."""
-    return ShortForm() if max(rows, keys) <= 96 else ShortForm(registers=None, prefetch=2)
+def short_form(rows: int, keys: int, crowded: bool = False) -> ShortForm:
+    """By the numbers of rows and virtual keys, never by the batch: scores of more than 96 keys want more registers.
+
+    Args:
+        crowded: prompts are shared by the batch and texts have lengths, whose addresses want registers too.
+    """
+    return ShortForm() if max(rows, keys) <= 96 and not crowded else ShortForm(registers=None, prefetch=2)
 
 
 @functools.cache
@@ -744,7 +748,7 @@ def backward(
     prompts = prompt_key.shape[2]
     prompt_rows = 0 if prompt_query is None else prompts
     rows, keys = prompt_rows + tokens, prompts + tokens
-    form = form or short_form(rows, keys)
+    form = form or short_form(rows, keys, crowded=lengths is not None and prompt_key.shape[0] < batch)
 
     gradients = begin_gradients(
         tape, inputs, needs, given or None, grad_output is not None, grad_prompt_output is not None
