@@ -240,13 +240,14 @@ class EpicModel(PromptedModel):
         more: list[Tensor] = []
         if self.config.prompt_length:
             runs = text_run, vision_run = self._begin(prefix, reads)
+            made: dict[Any, Tensor] = {}
             for step, layers in enumerate(self.layer_pairs):
                 for run, layer in zip(runs, layers, strict=True):
                     run.step(layer)
                 if self.reads_similarity:
                     more.append(self._similarity(text_run.prompts, vision_run.prompts, step))
                 if step < self.hub.steps:
-                    self._interact(text_run, vision_run, step)
+                    self._interact(text_run, vision_run, step, made)
             if self.config.head_reads_prompts:
                 more += [run.prompts.mean(dim=1) for run in runs]
             text, vision = (run.finish() for run in runs)
@@ -286,12 +287,14 @@ class EpicModel(PromptedModel):
             text_prompt, vision_prompt = text_prompt.clone(), vision_prompt.clone()
         return self.hub.similarity(text_prompt, vision_prompt, step).flatten(1)
 
-    def _interact(self, text: PackedRun | PlainRun, vision: PackedRun | PlainRun, step: int) -> None:
+    def _interact(
+        self, text: PackedRun | PlainRun, vision: PackedRun | PlainRun, step: int, made: dict[Any, Tensor]
+    ) -> None:
         if (
             self.hub.activation == "none"
             and isinstance(text, PackedRun)
             and isinstance(vision, PackedRun)
-            and exchange(text, vision, self.hub.parameters_of(step, text.prompts.dtype))
+            and exchange(text, vision, self.hub.parameters_of(step, text.prompts.dtype, made))
         ):
             return
         text.prompts, vision.prompts = self.hub(text.prompts, vision.prompts, step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,10 +91,20 @@ class InteractionHub(nn.Module):
             (vision + gates[1] * self._activate(mixed[1] - vision)).to(vision_prompt.dtype),
         )
 
-    def parameters_of(self, step: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """What step ``step`` gives to :func:`epic_fast.functional.prompt_interaction` beside prompts of ``dtype``."""
-        projections = self._projections(0 if self.shared else step, dtype)
-        return (*projections, self.text_gate[step], self.vision_gate[step], self.log_temperature.exp())
+    def parameters_of(self, step: int, dtype: torch.dtype, made: dict[Any, Tensor] | None = None) -> tuple[Tensor, ...]:
+        """What step ``step`` gives to :func:`epic_fast.functional.prompt_interaction` beside prompts of ``dtype``.
+
+        Args:
+            made: what earlier steps of the same forward pass made of parameters that they share; filled.
+        """
+        made = {} if made is None else made
+        projections = [
+            each if each.dtype == dtype else _Cast.apply(each, _once(made, each, dtype))
+            for each in self._projections(0 if self.shared else step, None)
+        ]
+        if "temperature" not in made:
+            made["temperature"] = self.log_temperature.exp()
+        return (*projections, self.text_gate[step], self.vision_gate[step], made["temperature"])
 
     def similarity(self, text_prompt: Tensor, vision_prompt: Tensor, step: int) -> Tensor:
         """The cosines that step ``step`` mixes by, before temperature and softmax: ``(B, P, P)``."""
@@ -125,11 +136,13 @@ class InteractionHub(nn.Module):
                 layer.weight.copy_(weight)
                 layer.bias.copy_(-weight @ mean)
 
-    def _projections(self, copy: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _projections(self, copy: int, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Weight and bias of both maps in ``dtype``; None: as they are."""
         outward, inward = self.text_to_vision[copy], self.vision_to_text[copy]
         assert isinstance(outward, nn.Linear)
         assert isinstance(inward, nn.Linear)
-        return outward.weight.to(dtype), outward.bias.to(dtype), inward.weight.to(dtype), inward.bias.to(dtype)
+        own = outward.weight, outward.bias, inward.weight, inward.bias
+        return own if dtype is None else tuple(each.to(dtype) for each in own)  # pyright: ignore[reportReturnType]
 
     @staticmethod
     def _activate(mix: Tensor) -> Tensor:
@@ -144,3 +157,23 @@ class InteractionHub(nn.Module):
             sizes = gate.detach().float().abs().reshape(self.steps, -1).mean(dim=1)
             values.update({f"{name}/{step}": float(size) for step, size in enumerate(sizes)})
         return values
+
+
+def _once(made: dict[Any, Tensor], parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    key = id(parameter), dtype
+    if key not in made:
+        made[key] = parameter.detach().to(dtype)
+    return made[key]
+
+
+class _Cast(torch.autograd.Function):
+    """A parameter as a copy in another type that was made before; gradients add up in the parameter's own type."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = parameter.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad.to(ctx.dtype), None
