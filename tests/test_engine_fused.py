@@ -353,6 +353,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "no prompts": {"prompt_length": 0},
     "one pair": {"num_layer_pairs": 1},
     "pairs with layers between": {"layer_pairs": [(0, 1), (2, 3)]},
+    "pairs far apart": {"layer_pairs": [(0, 0), (2, 3)]},
     "pairs that end early": {"layer_pairs": [(0, 0), (1, 2)], "head_reads_prompts": True},
     "prefix": {"prompt_mask": "prefix"},
     "no interaction": {"interaction": False},
@@ -506,12 +507,15 @@ def test_prompts_and_tokens_stay_in_their_buffers(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("save", ["full", "eight_bit"])
-def test_a_step_by_the_kernels_is_the_plain_step(save: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("pairs", [[(0, 0), (1, 1)], [(0, 0), (1, 2)]], ids=["consecutive", "a layer between"])
+def test_a_step_by_the_kernels_is_the_plain_step(
+    pairs: list[tuple[int, int]], save: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All operations of the step by Triton's interpreter, on memory that was never written."""
     if not library.interpreting():
         pytest.skip("Triton's interpreter is off")
-    backbone = tiny_clip(text_layers=2, vision_layers=2)
-    config = EpicConfig(head_dropout=0.0, num_layer_pairs=2, prompt_length=3)
+    backbone = tiny_clip(text_layers=2, vision_layers=pairs[-1][1] + 1)
+    config = EpicConfig(head_dropout=0.0, layer_pairs=pairs, prompt_length=3)
     models = []
     for engine in (None, EngineConfig(blocks="fused", save=save)):
         torch.manual_seed(0)

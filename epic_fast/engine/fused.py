@@ -88,6 +88,7 @@ class FrozenBlock:
         prompts: Tensor | None = None,
         save: str = "full",
         owned: bool = False,
+        waiting: int = 0,
     ) -> Tensor:
         """The layer on one buffer.
 
@@ -96,14 +97,16 @@ class FrozenBlock:
             prompts: ``(B, P, D)`` that join the tokens here; P is ``geometry.prompts``.
             save: what is kept for backward: ``"full"``, ``"eight_bit"`` or ``"recompute"``.
             owned: nobody reads ``hidden`` later: it may be overwritten.
+            waiting: so many rows of ``hidden``, before those that ``geometry`` speaks of, pass by the layer as they
+                are; where a graph is made of a pre-norm layer that computes all rows.
 
         Returns:
-            ``(B, P + N, D)``, or ``(B, R, D)`` where ``geometry.rows`` selects R rows.
+            ``(B, P + N, D)`` with what waited before them, or ``(B, R, D)`` where ``geometry.rows`` selects R rows.
         """
         if torch.is_grad_enabled() and (hidden.requires_grad or (prompts is not None and prompts.requires_grad)):
             if prompts is not None and hidden.requires_grad:
                 hidden, prompts, owned = torch.cat([prompts.to(hidden.dtype), hidden], dim=1), None, True
-            return _Block.apply(hidden, prompts, self, geometry, save, owned)  # pyright: ignore[reportReturnType]
+            return _Block.apply(hidden, prompts, self, geometry, save, owned, waiting)  # pyright: ignore[reportReturnType]
         if prompts is None:
             return run_blocks([self], hidden, geometry, owned=owned)
         return run_blocks([self], pack(hidden, prompts), geometry, owned=True)
@@ -322,16 +325,21 @@ class _Block(torch.autograd.Function):
         geometry: Geometry,
         save: str,
         owned: bool,
+        waiting: int,
     ) -> Tensor:
         stream = hidden.contiguous() if prompts is None else pack(hidden, prompts)
         owned = owned or stream is not hidden
         parts = block.parts
         ctx.parts, ctx.geometry, ctx.keep = parts, geometry, KEEP[save]
         ctx.prompt_dtype = None if prompts is None else prompts.dtype
+        ctx.waiting = waiting
         with _no_autocast(stream) as dtype:
             ctx.weights = weights = block.weights(dtype, backward=True)
-            forward = _post_norm_forward if parts.post_norm else _pre_norm_forward
-            result, saved = forward(parts, weights, stream, geometry, ctx.keep, prompts is not None, owned)
+            options = (geometry, ctx.keep, prompts is not None, owned)
+            if parts.post_norm:
+                result, saved = _post_norm_forward(parts, weights, stream, *options)
+            else:
+                result, saved = _pre_norm_forward(parts, weights, stream, *options, waiting)
         ctx.save_for_backward(*saved)
         return result
 
@@ -339,14 +347,17 @@ class _Block(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         joined = ctx.prompt_dtype is not None
+        waited, grad = grad[:, : ctx.waiting], grad[:, ctx.waiting :]
         with _no_autocast(grad):
             backward = _post_norm_backward if ctx.parts.post_norm else _pre_norm_backward
             found = backward(
                 ctx.parts, ctx.weights, grad.contiguous(), ctx.saved_tensors, ctx.geometry, ctx.keep, joined
             )
         if joined:
-            return None, found.to(ctx.prompt_dtype), None, None, None, None
-        return found, None, None, None, None, None
+            return None, found.to(ctx.prompt_dtype), None, None, None, None, None
+        if ctx.waiting:
+            found = torch.cat([waited.contiguous(), found], dim=1)
+        return found, None, None, None, None, None, None
 
 
 def _pre_norm_forward(
@@ -357,9 +368,11 @@ def _pre_norm_forward(
     keep: str,
     prompt_rows_only: bool,
     owned: bool,
+    waiting: int,
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
     prompts = geometry.prompts
     eight_bit = keep == "eight_bit"
+    waited, stream = stream[:, :waiting], stream[:, waiting:]
     # Of the rows of tokens that need no gradient the first norm's backward reads none.
     _, normed, *first = _kept_norm(stream, None, weights.first_norm, weights, eight_bit and not prompt_rows_only)
     if prompt_rows_only:
@@ -381,7 +394,14 @@ def _pre_norm_forward(
     del normed
     branch = product(hidden, weights.down, weights.down_bias)[0]
     del hidden
-    return total + branch, (*first, *second, kept, *attention)
+    saved = (*first, *second, kept, *attention)
+    if not waiting:
+        return total + branch, saved
+    batch, rows, width = total.shape
+    result = total.new_empty(batch, waiting + rows, width)
+    torch.add(total, branch, out=result[:, waiting:])
+    result[:, :waiting] = waited
+    return result, saved
 
 
 def _pre_norm_backward(

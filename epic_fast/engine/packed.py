@@ -154,7 +154,7 @@ class PackedRun:
 
     def step(self, index: int) -> None:
         """The tokens alone up to layer ``index``, then that layer on ``[prompts ; tokens]``."""
-        if self._layer < index:
+        if self._layer < index and not self._pass_by(index):
             self._part()
             self._run_alone(index)
         block, geometry = self._blocks[index], self._geometry(self._together, index + 1)
@@ -177,6 +177,18 @@ class PackedRun:
         elif self._buffer is not None:
             self.prompts = self.prompts
         return self._state.after(self._tokens, self._layer)
+
+    def _pass_by(self, index: int) -> bool:
+        """One layer up to ``index`` on the tokens while the prompts stay in the buffer, where that saves copies."""
+        block = self._blocks[self._layer]
+        # Of several layers each would copy gradients; a view in the graph would have its own made whole with zeros.
+        graph = self._buffer is not None and torch.is_grad_enabled() and self._buffer.requires_grad
+        if not graph or index - self._layer != 1 or block.parts.post_norm:
+            return False
+        assert self._buffer is not None
+        self._buffer = block(self._buffer, self._alone, save=self._save, owned=True, waiting=self._together.prompts)
+        self._layer = index
+        return True
 
     def _part(self) -> None:
         """Tokens and prompts apart; in a graph in memory of their own."""

@@ -76,12 +76,14 @@ class Footprint(TorchDispatchMode):
     Attributes:
         live, peak: bytes, without what lived before.
         launches: operators that launch something, by (name, line of the package that called it).
+        written: bytes of what these return, by the same.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
         self.launches: Counter[tuple[str, str]] = Counter()
+        self.written: Counter[tuple[str, str]] = Counter()
         self._known: dict[int, Any] = {}
         # (storage, piece or None where it is gone), in order; the peak was after so many of them.
         self._events: list[tuple[int, Piece | None]] = []
@@ -96,6 +98,8 @@ class Footprint(TorchDispatchMode):
             self.launches[name, origin] += 1
         for each in tree_leaves(result):
             if isinstance(each, Tensor):
+                if name not in _FREE:
+                    self.written[name, origin] += each.numel() * each.element_size()
                 storage = each.untyped_storage()
                 if id(storage) not in self._known and id(storage) not in before:
                     self._born(storage, Piece(storage.nbytes(), name, origin))
