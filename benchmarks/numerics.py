@@ -147,6 +147,21 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join([*lines, provenance(found["run"]), ""])
 
 
+def as_lines(found: dict[str, Any]) -> str:
+    """JSON with a row a line, numbers to six figures; what is wrong with a tensor is in its numbers, not told again."""
+    rows = [
+        json.dumps(
+            {
+                name: float(f"{value:.6g}") if isinstance(value, float) else value
+                for name, value in row.items()
+                if name != "problem"
+            }
+        )
+        for row in found["rows"]
+    ]
+    return f'{{"run": {json.dumps(found["run"])}, "rows": [\n' + ",\n".join(rows) + "\n]}\n"
+
+
 def _share(row: dict[str, Any], kind: str) -> float:
     return row[f"{kind}_error"] / row[f"{kind}_budget"] if row[f"{kind}_budget"] else 0.0
 
@@ -173,7 +188,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows += measure(operation, given.dtype, device, given.impl, smoke=given.smoke, workers=workers)
     found = {"run": timing.machine(" ".join(["python -m benchmarks.numerics", *arguments])), "rows": rows}
     target = given.rows or Path(__file__).parent / "results" / "numerics.json"
-    for path, text in ((target, json.dumps(found, indent=1) + "\n"), (given.output, page(found))):
+    kept = as_lines(found)
+    for path, text in ((target, kept), (given.output, page(json.loads(kept)))):
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as temporary:
             temporary.write_text(text)
