@@ -174,7 +174,7 @@ def _pre_norm_step(
     branch = product(attended, weights.output, weights.output_bias)[0]
     if geometry.rows is not None:
         stream, owned = geometry.rows.take(stream, geometry.prompts), True
-    stream, normed, _, _ = _norm(stream, branch, weights.second_norm, weights, in_place=owned)
+    stream, normed = _norm(stream, branch, weights.second_norm, weights, in_place=owned)
     del branch
     hidden = activated_product(normed, weights.up, weights.up_bias, _kind(parts), "none")[0]
     del normed
@@ -182,7 +182,7 @@ def _pre_norm_step(
     del hidden
     if following is None:
         return stream.add_(branch), None
-    return _norm(stream, branch, following.first_norm, following, in_place=True)[:2]
+    return _norm(stream, branch, following.first_norm, following, in_place=True)
 
 
 def _post_norm_step(parts: LayerParts, weights: Weights, stream: Tensor, geometry: Geometry, owned: bool) -> Tensor:
@@ -208,12 +208,9 @@ def _norm(
     weights: Weights,
     *,
     in_place: bool = False,
-) -> tuple[Tensor, Rows, Tensor, Tensor]:
-    """``stream + branch``, its norm as the products with ``weights`` read it, and the norm's statistics."""
-    total, normed, mean, rstd, scale = residual_norm_forward(
-        stream, branch, *norm, normed_dtype=weights.dtype, in_place=in_place, eight_bit=weights.eight_bit
-    )  # fmt: skip
-    return total, normed if scale is None else EightBitRows(normed, scale, weights.dtype), mean, rstd
+) -> tuple[Tensor, Rows]:
+    """``stream + branch``, and its norm as the products with ``weights`` read it."""
+    return _kept_norm(stream, branch, norm, weights, False, in_place=in_place)[:2]
 
 
 def _kind(parts: LayerParts) -> str:
