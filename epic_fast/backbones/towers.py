@@ -404,9 +404,7 @@ class ClipTextTower(TextTower):
         state = TowerState(self.model.embeddings(input_ids=input_ids), 0, valid, pool_index)
         if attention_mask is None:
             # Without a mask the model lets later rows read the padding; the pooled row cannot see it either way.
-            mask = create_causal_mask(
-                config=self.config, inputs_embeds=state.hidden, attention_mask=None, past_key_values=None
-            )
+            mask = self._causal_mask(state.hidden, None)
             return replace(state, native_mask=mask, has_native_mask=True)
         return state
 
@@ -421,9 +419,11 @@ class ClipTextTower(TextTower):
 
     def native_mask(self, state: TowerState) -> Any:
         mask = None if state.valid is None else state.valid.long()
-        return create_causal_mask(
-            config=self.config, inputs_embeds=state.hidden, attention_mask=mask, past_key_values=None
-        )
+        return self._causal_mask(state.hidden, mask)
+
+    def _causal_mask(self, hidden: Tensor, mask: Tensor | None) -> Any:
+        # The last argument, no cache, by its place: its name is another one from transformers 5.24 on.
+        return create_causal_mask(self.config, hidden, mask, None)
 
     def layer_arguments(self) -> dict[str, Any]:
         return {"is_causal": True}
