@@ -15,6 +15,7 @@ from epic_fast import ops
 from epic_fast.errors import ConfigError
 
 Implementation = Literal["auto", "triton", "reference"]
+PROMPT_MASKS = ("full", "prefix")
 
 __all__ = ["mix_prompt_experts", "prompt_attention", "prompt_interaction", "window_prompt_attention"]
 
@@ -63,7 +64,15 @@ def prompt_attention(
             and found.  Lengths on a GPU are not read (that would wait for it), so their range is not checked there.
     """
     tensors = (query, key, value, prompt_query, prompt_key, prompt_value)
-    if not _plainly_attention(*tensors) or prompt_mask not in ("full", "prefix"):
+    known = None
+    # Lengths on the CPU are looked at in each call.
+    if out is None and prompt_mask in PROMPT_MASKS and (lengths is None or lengths.is_cuda):
+        known = ops.prompt_attention.known(impl, *tensors, lengths)
+    if known is not None:
+        return ops.prompt_attention(
+            *tensors, known=known, prompt_mask=prompt_mask, causal=causal, lengths=lengths, scale=scale
+        )
+    if not _plainly_attention(*tensors) or prompt_mask not in PROMPT_MASKS:
         _check_prompt_attention(*tensors, prompt_mask)
     if lengths is not None:
         _check_lengths(lengths, query)
@@ -126,6 +135,9 @@ def prompt_interaction(
         vision_gate,
         temperature,
     )
+    known = ops.prompt_interaction.known(impl, *tensors) if out is None else None
+    if known is not None:
+        return ops.prompt_interaction(*tensors, known=known, eps=eps)
     if not _plainly_interaction(*tensors):
         _check_prompt_interaction(*tensors)
     if out is not None:
@@ -331,7 +343,7 @@ def _check_prompt_attention(
             raise _wrong(name, f"{label} is on {tensor.device}", f"{query.device}, as query")
         if tensor.shape[-1] != 1 and tensor.stride(-1) != 1 and tensor.numel():
             raise _wrong(name, f"{label} has last stride {tensor.stride(-1)}", "1 (call .contiguous())")
-    if prompt_mask not in ("full", "prefix"):
+    if prompt_mask not in PROMPT_MASKS:
         raise _wrong(name, f"prompt_mask={prompt_mask!r}", "'full' or 'prefix'")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from epic_fast.errors import ConfigError, ImplementationError
 from epic_fast.ops import library
+from epic_fast.ops.repeats import Known, Repeats
 
 logger = logging.getLogger("epic_fast")
 
@@ -33,6 +34,9 @@ class Operation:
     (none: an empty sequence) why the kernel cannot take these very tensors.  ``autocast`` gives the tensors in the
     types of ``torch.autocast``, before an implementation is chosen: outside the ``autograd.Function``, so that
     gradients come back in the types of the arguments.
+
+    With ``repeats``, calls that come again are recognised (:meth:`known`); options named in ``tensors`` are tensors
+    too.
     """
 
     name: str
@@ -40,11 +44,28 @@ class Operation:
     triton: Callable[..., Any] | None = None
     limits: Callable[..., Sequence[str]] = field(default=lambda *args: ())
     autocast: Callable[..., Sequence[Any]] | None = None
+    tensors: tuple[str, ...] = ()
+    repeats: Repeats | None = field(default=None, compare=False)
 
-    def __call__(self, *args: Any, impl: str = "auto", **kwargs: Any) -> Any:
-        if self.autocast is not None and torch.is_autocast_enabled("cuda" if args[0].is_cuda else args[0].device.type):
+    def __call__(self, *args: Any, impl: str = "auto", known: Known | None = None, **kwargs: Any) -> Any:
+        if known is not None:
+            assert self.triton is not None
+            return self.triton(*args, known=known, **kwargs)
+        if self.autocast is not None and _autocasts(args[0]):
             args = tuple(self.autocast(*args))
-        return self.choose(impl, *args)(*args, **kwargs)
+        chosen = self.choose(impl, *args)
+        if self.repeats is not None and chosen is self.triton and not torch.compiler.is_compiling():
+            tensors = (*args, *map(kwargs.get, self.tensors))
+            if not _autocasts(args[0]) and library.direct(*tensors):
+                self.repeats.keep(impl, tensors)
+        return chosen(*args, **kwargs)
+
+    def known(self, impl: str, *tensors: Tensor | None) -> Known | None:
+        """What a call with these tensors is known as, if one like it went straight to the kernel before: then it
+        needs no check, and is to be made with ``known``.  Options of the call are not looked at."""
+        if self.repeats is None or torch.compiler.is_compiling():
+            return None
+        return self.repeats.find(impl, tensors)
 
     def choose(self, impl: str, *args: Any) -> Callable[..., Any]:
         """The implementation that ``impl`` asks for, given the positional arguments of the call."""
@@ -88,6 +109,10 @@ class Operation:
                     "TRITON_INTERPRET=1 before Python starts)"
                 )
         return [*reasons, *self.limits(*args)]
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    return torch.is_autocast_enabled("cuda" if tensor.is_cuda else tensor.device.type)
 
 
 @torch.compiler.assume_constant_result

@@ -45,18 +45,29 @@ _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 def direct(*tensors: Tensor | None) -> bool:
     """Whether a call may reach its launcher without an operator, which saves PyTorch's way through the dispatcher.
 
-    Nobody else is there to see the operator: no graph is traced or compiled, no profiler and no dispatch mode is on, no
-    ``torch.func`` transform runs; and the tensors are what their memory says: no subclasses, no lazy signs or zeros.
+    Nobody else is there to see the operator (:func:`unwatched`), and the tensors are what their memory says: no
+    subclasses, no lazy signs or zeros.
     """
+    return unwatched() and plain(*tensors)
+
+
+def unwatched() -> bool:
+    """No graph is traced or compiled, no profiler and no dispatch mode is on, no ``torch.func`` transform runs."""
     if torch.compiler.is_compiling():
         return False
-    given = [each for each in tensors if each is not None]
     return (
         not _C._len_torch_dispatch_stack()
         and not _C._are_functorch_transforms_active()
         and not _C._autograd._profiler_enabled()
         and _C._get_tracing_state() is None
-        and _PLAIN_TYPES.issuperset(map(type, given))
+    )
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Tensors themselves, no subclasses, and none whose memory holds other numbers than it."""
+    given = [each for each in tensors if each is not None]
+    return (
+        _PLAIN_TYPES.issuperset(map(type, given))
         and not any(map(Tensor.is_neg, given))
         and not any(map(Tensor._is_zerotensor, given))  # pyright: ignore[reportArgumentType]
     )

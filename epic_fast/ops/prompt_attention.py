@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from epic_fast.kernels.prompt_attention import reference  # pyright: ignore[reportMissingImports]
 from epic_fast.ops import library
 from epic_fast.ops.dispatch import Operation
+from epic_fast.ops.repeats import Known, Repeats, with_gradients
 
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 LENGTH_TYPES = (torch.int64, torch.int32)
@@ -232,17 +233,21 @@ class _PromptAttention(torch.autograd.Function):
         prefix: bool,
         causal: bool,
         scale: float,
+        known: Known | None,
         direct: bool,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         inputs = query, key, value, prompt_query, prompt_key, prompt_value, lengths
         if direct:
-            output, found, lse = _launchers()[0](*inputs, prefix=prefix, causal=causal, scale=scale, save_lse=True)
+            output, found, lse = _launchers()[0](
+                *inputs, prefix=prefix, causal=causal, scale=scale, save_lse=True, alike=known
+            )
         else:
             output, found, lse = FORWARD(*inputs, prefix, causal, scale, True)
         prompt_output = None if prompt_query is None else found
         ctx.save_for_backward(*inputs, output, prompt_output, lse)
         ctx.flags = prefix, causal, scale
+        ctx.known = known
         return output, prompt_output
 
     @staticmethod
@@ -255,16 +260,17 @@ class _PromptAttention(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad_output: Tensor | None, grad_prompt_output: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_output is None and grad_prompt_output is None:
-        return (None,) * 11
+        return (None,) * 12
     needs = ctx.needs_input_grad[:6]
     tensors = (grad_output, grad_prompt_output, *ctx.saved_tensors)
     prefix, causal, scale = ctx.flags
-    if library.direct(*tensors):
-        kept = _launchers()[1](*tensors, prefix=prefix, causal=causal, scale=scale, needs=needs)
+    alike = with_gradients(ctx.known, grad_output, grad_prompt_output)
+    if alike is not None or library.direct(*tensors):
+        kept = _launchers()[1](*tensors, prefix=prefix, causal=causal, scale=scale, needs=needs, alike=alike)
     else:
         gradients = BACKWARD(*tensors, prefix, causal, scale, list(needs))
         kept = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
-    return (*kept, None, None, None, None, None)
+    return (*kept, None, None, None, None, None, None)
 
 
 _gradients_once = once_differentiable(_gradients)
@@ -284,6 +290,7 @@ def _triton(
     lengths: Tensor | None = None,
     scale: float | None = None,
     out: tuple[Tensor, Tensor | None] | None = None,
+    known: Known | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     if lengths is not None:
         if lengths.dtype not in LENGTH_TYPES:
@@ -294,7 +301,7 @@ def _triton(
     if out is not None:
         FORWARD_OUT(*inputs, *flags, output=out[0], prompt_output=out[1])
         return out
-    direct = library.direct(*inputs)
+    direct = known is not None or library.direct(*inputs)
     if torch.is_grad_enabled() and (
         query.requires_grad
         or key.requires_grad
@@ -304,10 +311,12 @@ def _triton(
         or (prompt_query is not None and prompt_query.requires_grad)
     ):
         apply = _apply_directly if direct else _PromptAttention.apply
-        return apply(*inputs, *flags, direct)  # pyright: ignore[reportReturnType]
+        return apply(*inputs, *flags, known, direct)  # pyright: ignore[reportReturnType]
     if direct:
         prefix, causal, scale = flags
-        output, prompt_output, _ = _launchers()[0](*inputs, prefix=prefix, causal=causal, scale=scale, save_lse=False)
+        output, prompt_output, _ = _launchers()[0](
+            *inputs, prefix=prefix, causal=causal, scale=scale, save_lse=False, alike=known
+        )
     else:
         output, prompt_output, _ = FORWARD(*inputs, *flags, False)
     return output, None if prompt_query is None else prompt_output
@@ -347,5 +356,11 @@ def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
 
 
 prompt_attention = Operation(
-    "prompt_attention", reference=_reference, triton=_triton, limits=_limits, autocast=_autocast
+    "prompt_attention",
+    reference=_reference,
+    triton=_triton,
+    limits=_limits,
+    autocast=_autocast,
+    tensors=("lengths",),
+    repeats=Repeats(),
 )

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from epic_fast.kernels.prompt_interaction import reference  # pyright: ignore[reportMissingImports]
 from epic_fast.ops import library
 from epic_fast.ops.dispatch import Operation
+from epic_fast.ops.repeats import Known, Repeats, with_gradients
 
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = (
@@ -48,12 +49,12 @@ def _launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return triton_forward.prompt_interaction_forward, triton_backward.prompt_interaction_backward
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor]:
+def _forward(*arguments: Any, alike: Known | None = None) -> tuple[Tensor, Tensor]:
     *inputs, eps = arguments
     text, vision = inputs[:2]
     if _nothing_to_mix(text, vision):
         return text.clone(memory_format=torch.contiguous_format), vision.clone(memory_format=torch.contiguous_format)
-    return _launchers()[0](*inputs, eps=eps)
+    return _launchers()[0](*inputs, eps=eps, alike=alike)
 
 
 def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
@@ -119,11 +120,11 @@ class _PromptInteraction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *inputs, eps, direct = arguments
+        *inputs, eps, known, direct = arguments
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs)
-        ctx.eps = eps
-        return (_forward if direct else FORWARD)(*inputs, eps)
+        ctx.eps, ctx.known = eps, known
+        return _forward(*inputs, eps, alike=known) if direct else FORWARD(*inputs, eps)
 
     @staticmethod
     def backward(ctx: Any, grad_next_text: Tensor | None, grad_next_vision: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -135,14 +136,16 @@ class _PromptInteraction(torch.autograd.Function):
 
 def _gradients(ctx: Any, grad_next_text: Tensor | None, grad_next_vision: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad_next_text is None and grad_next_vision is None:
-        return (None,) * (INPUTS + 2)
+        return (None,) * (INPUTS + 3)
     needs = ctx.needs_input_grad[:INPUTS]
     inputs = ctx.saved_tensors
     tensors = (grad_next_text, grad_next_vision, *inputs)
-    if library.direct(*tensors) and not _nothing_to_mix(inputs[0], inputs[1]):
-        return (*_launchers()[1](*tensors, eps=ctx.eps, needs=needs), None, None)
+    alike = with_gradients(ctx.known, grad_next_text, grad_next_vision)
+    if (alike is not None or library.direct(*tensors)) and not _nothing_to_mix(inputs[0], inputs[1]):
+        return (*_launchers()[1](*tensors, eps=ctx.eps, needs=needs, alike=alike), None, None, None)
     gradients = BACKWARD(*tensors, ctx.eps, list(needs))
-    return (*(gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)), None, None)
+    found = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
+    return (*found, None, None, None)
 
 
 _gradients_once = once_differentiable(_gradients)
@@ -155,20 +158,21 @@ def _triton(
     *parameters: Tensor,
     eps: float = 1e-8,
     out: tuple[Tensor, Tensor] | None = None,
+    known: Known | None = None,
 ) -> tuple[Tensor, Tensor]:
     inputs = (text_prompt, vision_prompt, *parameters)
-    if torch.is_autocast_enabled("cuda" if text_prompt.is_cuda else "cpu"):
+    if known is None and torch.is_autocast_enabled("cuda" if text_prompt.is_cuda else "cpu"):
         inputs = _autocast(*inputs)
     if out is not None:
         FORWARD_OUT(*inputs, eps, next_text=out[0], next_vision=out[1])
         return out
-    direct = library.direct(*inputs)
+    direct = known is not None or library.direct(*inputs)
     if torch.is_grad_enabled():
         for each in inputs:
             if each.requires_grad:
                 apply = _apply_directly if direct else _PromptInteraction.apply
-                return apply(*inputs, eps, direct)  # pyright: ignore[reportReturnType]
-    return (_forward if direct else FORWARD)(*inputs, eps)
+                return apply(*inputs, eps, known, direct)  # pyright: ignore[reportReturnType]
+    return _forward(*inputs, eps, alike=known) if direct else FORWARD(*inputs, eps)
 
 
 def _autocast(text_prompt: Tensor, vision_prompt: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
@@ -210,4 +214,6 @@ def _limits(text_prompt: Tensor, vision_prompt: Tensor, *parameters: Tensor) -> 
     return reasons
 
 
-prompt_interaction = Operation("prompt_interaction", reference=_reference, triton=_triton, limits=_limits)
+prompt_interaction = Operation(
+    "prompt_interaction", reference=_reference, triton=_triton, limits=_limits, repeats=Repeats()
+)

@@ -14,6 +14,7 @@ a new kernel only where Triton would compile one.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -23,9 +24,9 @@ from operator import itemgetter, or_
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from epic_fast.kernels.common import driver
 from epic_fast.kernels.common.descriptors import Described, Encoded, behind_encoding
 from epic_fast.kernels.common.launch import VECTOR_BYTES, is_watched, kept, launch
 
@@ -46,6 +47,7 @@ def run(
     launcher: Callable[..., tuple[Tensor | None, ...]],
     tensors: tuple[Tensor | None, ...],
     options: tuple[Hashable, ...],
+    alike: Hashable = None,
 ) -> tuple[Tensor | None, ...]:
     """``launcher(tape, *tensors, *options)``, or what the last such call is known to have done.
 
@@ -55,30 +57,36 @@ def run(
             Where one tensor lies beside another is not: a launcher to which that matters needs it as an option.
         tensors: all tensors of the call; the first is not None, and all are on its device.
         options: everything else, hashable.
+        alike: what the caller knows of the tensors: those of all calls with an equal one differ in nothing but their
+            addresses (device, shapes, strides, types and which are None are the same).  Saves a look at each tensor.
 
     Returns:
         What the launcher returns: a tuple of tensors, made through the tape or given, and None.
     """
     present = [each for each in tensors if each is not None]
     addresses = [each.data_ptr() for each in present]
-    device = present[0].device
-    signature = (
-        launcher,
-        options,
-        device,
-        tuple([each.shape for each in present]),
-        tuple([each.stride() for each in present]),
-        tuple([each.dtype for each in present]),
-        None if len(present) == len(tensors) else tuple([each is None for each in tensors]),
-        # Which of the tensors is not aligned decides about the kernels.
-        tuple([each & _MISALIGNED for each in addresses]) if reduce(or_, addresses) & _MISALIGNED else 0,
-    )
+    # Which of the tensors is not aligned decides about the kernels.
+    odd = tuple([each & _MISALIGNED for each in addresses]) if reduce(or_, addresses) & _MISALIGNED else 0
+    signature: Hashable
+    if alike is not None:
+        signature = (launcher, options, odd, alike)
+    else:
+        signature = (
+            launcher,
+            options,
+            odd,
+            present[0].device,
+            tuple([each.shape for each in present]),
+            tuple([each.stride() for each in present]),
+            tuple([each.dtype for each in present]),
+            None if len(present) == len(tensors) else tuple([each is None for each in tensors]),
+        )
     plan = _plans.get(signature)
     if plan is not None:
         return plan(present, addresses)
     given = _told_apart(tensors)
     tape = Tape([each for each in given if each is not None])
-    with on_device(device):
+    with on_device(present[0].device):
         results = launcher(tape, *given, *options)
     plan = tape.plan(results)
     if plan is not None:
@@ -192,7 +200,7 @@ class Tape:
             else:
                 function, places = fields
                 steps.append(_Torch(function, numbered(places), kind == "derive"))
-        return Plan(self._device, self._made, self._scratch, steps, numbered(results_at))
+        return Plan(self._device, self._counts["given"], self._made, self._scratch, steps, numbered(results_at))
 
     def _allocate(
         self, kind: str, memories: list[_Memory], shape: Sequence[int], dtype: torch.dtype, stride: Sequence[int] | None
@@ -225,6 +233,7 @@ class Plan:
     def __init__(
         self,
         device: torch.device,
+        given: int,
         made: list[_Memory],
         scratch: list[_Memory],
         steps: list[Any],
@@ -241,6 +250,8 @@ class Plan:
                 size *= count
             self._bytes += -(-size // _APART) * _APART
         self._ready: list[tuple[Any, ...]] | None = None
+        derived = sum(isinstance(step, _Torch) and step.derives for step in steps)
+        self._places = driver.Places(1 + given + len(made) + len(scratch) + derived)
 
     def __call__(self, given: list[Tensor], addresses: list[int]) -> tuple[Tensor | None, ...]:
         """Do it for these tensors."""
@@ -249,7 +260,7 @@ class Plan:
             return self._slowly(given)
         allocate = _guards._empty_strided_cuda
         tensors: list[Any] = [None, *given]
-        places: list[Any] = [None, *addresses]
+        places: list[Any] = [0, *addresses]
         for size, stride, dtype in self._made:
             tensor = allocate(size, stride, dtype)
             tensors.append(tensor)
@@ -260,12 +271,21 @@ class Plan:
             for offset in self._offsets:
                 tensors.append(None)
                 places.append(start + offset)
-        stream = triton.runtime.driver.active.get_current_stream(self._index)
-        for run, programs, function, metadata, pick, numbers in ready:
-            if run is not None:
-                run(programs, 1, 1, stream, function, metadata, None, None, None, *pick(places), *numbers)
-            elif function(tensors):
-                places.append(tensors[-1].data_ptr())
+        stream = torch._C._cuda_getCurrentRawStream(self._index)
+        # Threads that run the same plan share the memory for its addresses.
+        with self._places.lock:
+            written, handle = 0, ctypes.c_void_p(stream)
+            for direct, through_triton, derive in ready:
+                if direct is not None:
+                    if written < len(places):
+                        written = len(places)
+                        self._places.memory[:written] = places
+                    direct(handle)
+                elif through_triton is not None:
+                    run, programs, function, metadata, pick, numbers = through_triton
+                    run(programs, 1, 1, stream, function, metadata, None, None, None, *pick(places), *numbers)
+                elif derive(tensors):
+                    places.append(tensors[-1].data_ptr())
         return self._results(tensors)
 
     def _slowly(self, given: list[Tensor]) -> tuple[Tensor | None, ...]:
@@ -288,7 +308,7 @@ class Plan:
             return
         ready = []
         for step in self._steps:
-            entry = step.ready(self._index)
+            entry = step.ready(self._index, self._places)
             if entry is None:
                 return
             ready.append(entry)
@@ -312,7 +332,7 @@ class _Launch:
         facts: Hashable,
     ) -> None:
         self.kernel, self.programs, self.numbers, self.options, self.facts = kernel, programs, numbers, options, facts
-        self.pick = _picker(places)
+        self.places, self.pick = places, _picker(places)
         self.forms = forms if any(forms) else None
 
     def __call__(self, tensors: list[Any]) -> None:
@@ -324,11 +344,15 @@ class _Launch:
             ]
         launch(self.kernel, self.programs, (*given, *self.numbers), self.options, self.facts)
 
-    def ready(self, device: int) -> tuple[Any, ...] | None:
+    def ready(self, device: int, memory: driver.Places) -> tuple[Any, ...] | None:
         compiled = kept(self.kernel, device, self.facts)
         if compiled is None:
             return None
         run, pick = compiled.run, self.pick
+        if self.forms is None:
+            direct = driver.prepared(compiled, self.programs, self.places, self.numbers, memory)
+            if direct is not None:
+                return direct, None, None
         if self.forms is not None:
             run = behind_encoding(run)
             about = iter(compiled.metadata.tensordesc_meta or ())
@@ -339,7 +363,7 @@ class _Launch:
             if run is None:
                 return None
             pick = _encoding_picker(pick, encoded)
-        return run, self.programs, compiled.function, compiled.packed_metadata, pick, self.numbers
+        return None, (run, self.programs, compiled.function, compiled.packed_metadata, pick, self.numbers), None
 
 
 @dataclass(frozen=True)
@@ -368,8 +392,8 @@ class _Torch:
             tensors.append(found)
         return self.derives
 
-    def ready(self, device: int) -> tuple[Any, ...]:
-        return None, 0, self, None, None, None
+    def ready(self, device: int, memory: driver.Places) -> tuple[Any, ...]:
+        return None, None, self
 
 
 def _picker(places: tuple[int, ...]) -> Callable[[list[Any]], tuple[Any, ...]]:

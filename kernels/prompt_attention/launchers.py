@@ -8,6 +8,7 @@ The choice depends on the card, the type and the numbers of rows and keys, never
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -53,11 +54,12 @@ def prompt_attention_forward(
     output: Tensor | None = None,
     prompt_output: Tensor | None = None,
     save_lse: bool = True,
+    alike: Hashable = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As :func:`triton_forward.prompt_attention_forward`."""
+    """As :func:`triton_forward.prompt_attention_forward`; ``alike`` is for :func:`plan.run`."""
     tensors = (query, key, value, prompt_query, prompt_key, prompt_value, lengths, output, prompt_output)
     options = (prefix, causal, float(scale), save_lse, precision(query.dtype))
-    return plan.run(_forward, tensors, options)  # pyright: ignore[reportReturnType]
+    return plan.run(_forward, tensors, options, alike)  # pyright: ignore[reportReturnType]
 
 
 def _forward(tape: Tape, *arguments: Any) -> tuple[Tensor | None, ...]:
@@ -93,8 +95,9 @@ def prompt_attention_backward(
     needs: tuple[bool, bool, bool, bool, bool, bool],
     grads: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
     | None = None,
+    alike: Hashable = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """As :func:`triton_backward.prompt_attention_backward`."""
+    """As :func:`triton_backward.prompt_attention_backward`; ``alike`` is for :func:`plan.run`."""
     return plan.run(
         _backward,
         (
@@ -113,6 +116,7 @@ def prompt_attention_backward(
             *(() if grads is None else grads),
         ),
         (prefix, causal, float(scale), needs, precision(query.dtype)),
+        alike,
     )  # pyright: ignore[reportReturnType]
 
 

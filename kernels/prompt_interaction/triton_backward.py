@@ -8,6 +8,8 @@ README.md beside this file has the derivation, the floors and what was tried.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 import triton
 import triton.language as tl
@@ -492,6 +494,7 @@ def prompt_interaction_backward(
     project_tile: ProductTile | None = None,
     mix_tile: MixTile | None = None,
     tile: GradientTile | None = None,
+    alike: Hashable = None,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of the nine inputs, in their order; None, neither computed nor allocated, where not needed.
 
@@ -500,6 +503,7 @@ def prompt_interaction_backward(
         needs: nine booleans, in the order of the inputs.
         projections: ``(vision_in_text, text_in_vision)`` from the forward pass; computed again if None.
         project_tile, mix_tile, tile: tile sizes other than the tables'.
+        alike: see :func:`epic_fast.kernels.common.plan.run`.
     """
     inputs = (text_prompt, vision_prompt, text_to_vision_weight, text_to_vision_bias, vision_to_text_weight)
     inputs = (*inputs, vision_to_text_bias, text_gate, vision_gate, temperature)
@@ -508,7 +512,7 @@ def prompt_interaction_backward(
     for grad in tensors[:2]:
         if grad is not None and grad.dtype == torch.float32:
             setting = precision(torch.float32)
-    return plan.run(backward, tensors, (float(eps), needs, setting, project_tile, mix_tile, tile))
+    return plan.run(backward, tensors, (float(eps), needs, setting, project_tile, mix_tile, tile), alike)
 
 
 def backward(

@@ -9,6 +9,7 @@ README.md beside this file has the derivation, the floors and what was tried.
 from __future__ import annotations
 
 import functools
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -452,6 +453,7 @@ def prompt_interaction_forward(
     save_projections: bool = False,
     project_tile: ProductTile | None = None,
     tile: MixTile | None = None,
+    alike: Hashable = None,
 ) -> Any:
     """The next prompts, and with ``save_projections`` also what the backward pass can spare itself to recompute.
 
@@ -462,6 +464,7 @@ def prompt_interaction_forward(
         next_text, next_vision: where to write, views with a unit last stride that overlap no input; made if None.
         save_projections: return ``(next_text, next_vision, (vision_in_text, text_in_vision))``.
         project_tile, tile: tile sizes other than the table's.
+        alike: see :func:`epic_fast.kernels.common.plan.run`.
     """
     parameters = (text_to_vision_weight, text_to_vision_bias, vision_to_text_weight, vision_to_text_bias)
     results = plan.run(
@@ -474,6 +477,7 @@ def prompt_interaction_forward(
             project_tile,
             tile,
         ),
+        alike,
     )
     return (*results[:2], results[2:]) if save_projections else results
 
