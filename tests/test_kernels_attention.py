@@ -469,10 +469,11 @@ def test_a_gradient_of_any_strides() -> None:
     assert_bits_equal(*results)
 
 
-def test_tf32_only_where_torch_allows_it() -> None:
+def test_tensor_cores_for_float32_only_where_torch_allows_tf32() -> None:
+    split = "bf16x6" if DEVICE == "cuda" else "tf32x3"
     before = torch.backends.cuda.matmul.fp32_precision
     try:
-        for setting, want in (("tf32", "tf32"), ("ieee", "ieee"), ("none", "ieee")):
+        for setting, want in (("tf32", split), ("ieee", "ieee"), ("none", "ieee")):
             torch.backends.cuda.matmul.fp32_precision = setting
             assert plan.precision(torch.float32) == want
             assert plan.precision(torch.float16) == "ieee"
@@ -483,13 +484,14 @@ def test_tf32_only_where_torch_allows_it() -> None:
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("shared", [65_536, 101_376, 166_912, 232_448])
 @pytest.mark.parametrize("width", [16, 32, 64, 128, 256])
-def test_the_tables_answer_for_every_size(width: int, shared: int, itemsize: int) -> None:
+@pytest.mark.parametrize("split", [None, "hopper", "portable"])
+def test_the_tables_answer_for_every_size(split: Any, width: int, shared: int, itemsize: int) -> None:
     classes = {tiles.size_class(count) for count in range(1, 9000)}
     for rows in classes:
         for keys in classes:
             for masked in (False, True):
-                one = tiles.forward_tile(width, itemsize, rows, keys, masked, shared)
-                both = tiles.backward_tiles(width, itemsize, rows, keys, masked, shared)
+                one = tiles.forward_tile(width, itemsize, rows, keys, masked, shared, split)
+                both = tiles.backward_tiles(width, itemsize, rows, keys, masked, shared, split)
                 for tile in (one, both.query, both.key, both.one_pass):
                     if tile is not None:
                         assert {tile.rows, tile.keys, tile.tail_keys} <= {16, 32, 64, 128}

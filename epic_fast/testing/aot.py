@@ -39,7 +39,8 @@ from epic_fast.testing.cases import (
     InteractionCase,
 )
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+"""``tf32``: float32 where PyTorch's matrix products may use TF32."""
 
 
 @dataclass(frozen=True)
@@ -581,7 +582,7 @@ def build_production(operation: str, target: Target, dtypes: Iterable[str] = ("b
     found: dict[str, Build] = {}
     for kind in dtypes:
         for case in cases:
-            with recorded_launches(target) as builds:
+            with recorded_launches(target) as builds, _products_in(kind):
                 launch(case, DTYPES[kind])
             for build in builds:
                 key = json.dumps([build.kernel, build.constants, build.signature, build.warps, build.stages])
@@ -589,6 +590,17 @@ def build_production(operation: str, target: Target, dtypes: Iterable[str] = ("b
     for build in found.values():
         build.launches = list(dict.fromkeys(build.launches))
     return list(found.values())
+
+
+@contextlib.contextmanager
+def _products_in(kind: str) -> Iterator[None]:
+    settings: Any = torch.backends.cuda.matmul
+    before = settings.fp32_precision
+    settings.fp32_precision = "tf32" if kind == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
 
 
 def build_production_elsewhere(operation: str, target: str, dtypes: Iterable[str] = ("bf16",)) -> list[Build]:

@@ -15,16 +15,17 @@ a new kernel only where Triton would compile one.
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import reduce
 from operator import itemgetter, or_
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 from epic_fast.kernels.common import driver
 from epic_fast.kernels.common.descriptors import Described, Encoded, behind_encoding
@@ -66,7 +67,7 @@ def run(
     present = [each for each in tensors if each is not None]
     addresses = [each.data_ptr() for each in present]
     # Which of the tensors is not aligned decides about the kernels.
-    odd = tuple([each & _MISALIGNED for each in addresses]) if reduce(or_, addresses) & _MISALIGNED else 0
+    odd = tuple([each & _MISALIGNED for each in addresses]) if functools.reduce(or_, addresses) & _MISALIGNED else 0
     signature: Hashable
     if alike is not None:
         signature = (launcher, options, odd, alike)
@@ -113,13 +114,28 @@ def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
 
 
 def precision(*dtypes: torch.dtype) -> str:
-    """The ``input_precision`` of products: TF32 where torch's own matrix products may use it.
+    """The ``input_precision`` of products: on tensor cores where torch's own matrix products may use TF32.
+
+    Operands that are cut to TF32 would make errors three times as large as PyTorch's, which rounds them, takes IEEE
+    arithmetic for small products and in attention always splits.  So operands are split here too, and float32 keeps
+    its 24 bits.
 
     A global setting, so it belongs into the options of :func:`run`.
     """
     if torch.float32 in dtypes and torch.backends.cuda.matmul.fp32_precision == "tf32":
-        return "tf32"
+        return _split()
     return "ieee"
+
+
+@functools.cache
+def _split() -> str:
+    """Three bfloat16 pieces a number and the six largest of their products; before Triton 3.6, and in its interpreter
+    (which multiplies in float32 whatever the name), two TF32 pieces and three products."""
+    from triton.backends.nvidia.compiler import CUDAOptions
+
+    return (
+        "bf16x6" if "bf16x6" in CUDAOptions.allowed_dot_input_precisions and not knobs.runtime.interpret else "tf32x3"
+    )
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -58,6 +59,17 @@ _SHORT = 128
 _MEDIUM = 384
 
 
+Split = Literal["hopper", "portable"]
+"""Where products of float32 run on tensor cores, in pieces (:func:`epic_fast.kernels.common.plan.precision`): on Hopper
+one operand comes from shared memory, elsewhere the pieces of both fill the registers."""
+
+
+def split_of(precision: str, hopper: bool) -> Split | None:
+    if precision == "ieee":
+        return None
+    return "hopper" if hopper else "portable"
+
+
 @functools.cache
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that one block may have."""
@@ -73,10 +85,16 @@ def size_class(count: int) -> int:
 
 
 @functools.cache
-def forward_tile(width: int, itemsize: int, rows: int, keys: int, masked: bool, shared: int) -> Tile:
+def forward_tile(
+    width: int, itemsize: int, rows: int, keys: int, masked: bool, shared: int, split: Split | None = None
+) -> Tile:
     """The forward's tile.  ``width`` is the padded head_dim, ``rows`` and ``keys`` are classes (:func:`size_class`),
     ``masked`` says that not all rows see the same keys."""
     if itemsize == 4:
+        if split == "hopper" and width <= 64:
+            return Tile(rows=64, keys=32, warps=4, stages=2)
+        if split is not None and width <= 64:
+            return Tile(rows=32, keys=32, warps=8, stages=1)
         # IEEE products run on the plain units and keep operands in registers, so many warps share a small tile.
         if width > 128:
             return Tile(rows=16, keys=16, warps=8, stages=1)
@@ -93,9 +111,17 @@ def forward_tile(width: int, itemsize: int, rows: int, keys: int, masked: bool, 
 
 
 @functools.cache
-def backward_tiles(width: int, itemsize: int, rows: int, keys: int, masked: bool, shared: int) -> BackwardTiles:
+def backward_tiles(
+    width: int, itemsize: int, rows: int, keys: int, masked: bool, shared: int, split: Split | None = None
+) -> BackwardTiles:
     """The backward's tiles; arguments as those of :func:`forward_tile`."""
     if itemsize == 4:
+        if split == "hopper" and width <= 64:
+            query = Tile(rows=64, keys=32, warps=4, stages=1, split=False)
+            return BackwardTiles(query=query, key=Tile(rows=32, keys=64, warps=4, stages=1))
+        if split is not None and width <= 64:
+            query = Tile(rows=32, keys=16, warps=8, stages=1, split=False)
+            return BackwardTiles(query=query, key=Tile(rows=16, keys=32, warps=8, stages=1))
         side = 32 if width <= 64 else 16
         small = Tile(rows=32 if width <= 128 else 16, keys=side, warps=8, stages=1)
         return BackwardTiles(query=small, key=small)

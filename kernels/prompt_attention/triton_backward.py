@@ -19,13 +19,14 @@ from torch import Tensor
 
 from epic_fast.kernels.common import plan
 from epic_fast.kernels.common.plan import Tape, precision, unit_last_stride
-from epic_fast.kernels.prompt_attention.tiles import BackwardTiles, backward_tiles, shared_memory, size_class
+from epic_fast.kernels.prompt_attention.tiles import BackwardTiles, backward_tiles, shared_memory, size_class, split_of
 from epic_fast.kernels.prompt_attention.triton_rows import (
     base_2,
     begin_gradients,
     end_gradients,
     facts_of,
     head_base,
+    is_hopper,
     layout_of,
     load_rows,
     load_statistic,
@@ -850,6 +851,7 @@ def backward(
             size_class(keys),
             causal or (prefix and prompt_rows > 0),
             shared_memory(query.device),
+            split_of(precision, is_hopper(query.device)),
         )
     grad_output, grad_prompt_output = unit_last_stride(tape, grad_output), unit_last_stride(tape, grad_prompt_output)
     read = (*inputs, grad_output, grad_prompt_output, output, prompt_output)

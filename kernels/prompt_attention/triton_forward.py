@@ -11,12 +11,13 @@ from torch import Tensor
 
 from epic_fast.kernels.common import plan
 from epic_fast.kernels.common.plan import Tape, precision
-from epic_fast.kernels.prompt_attention.tiles import Tile, forward_tile, shared_memory, size_class
+from epic_fast.kernels.prompt_attention.tiles import Tile, forward_tile, shared_memory, size_class, split_of
 from epic_fast.kernels.prompt_attention.triton_rows import (
     base_2,
     facts_of,
     forward_memory,
     head_base,
+    is_hopper,
     layout_of,
     load_rows,
     padded,
@@ -443,6 +444,7 @@ def forward(
             size_class(prompts + tokens),
             causal or (prefix and prompt_rows > 0),
             shared_memory(query.device),
+            split_of(precision, is_hopper(query.device)),
         )
     tensors = (query, key, value, prompt_query, prompt_key, prompt_value, output, prompt_output)
     layout = layout_of(tensors, itemsize)
