@@ -24,7 +24,7 @@ from epic_fast.kernels.activation.reference import (
     decode_derivative,
     derivative,
 )
-from epic_fast.kernels.common import plan
+from epic_fast.kernels.common import cards, plan
 from epic_fast.kernels.common.eight_bit import EIGHT_BIT_TYPES
 from epic_fast.kernels.frozen_linear import reference, tiles, triton_product, triton_quantise
 from epic_fast.kernels.frozen_linear.tiles import ProductTile
@@ -239,7 +239,7 @@ def test_every_tile_of_a_table_gives_the_same_bits(operands: Any, shape: tuple[i
     rows, width, hidden = shape
     eight_bit = operands in EIGHT_BIT_TYPES
     device = torch.device("cuda")
-    card = (tiles.has_descriptors(device), tiles.is_hopper(device), tiles.shared_memory(device))
+    card = (cards.has_descriptors(device), cards.is_hopper(device), cards.shared_memory(device))
     table = tiles.product_tiles(1 if eight_bit else 2, *card)
     if len(table) == 1:
         pytest.skip("one tile is all that this card has")

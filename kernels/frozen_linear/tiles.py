@@ -9,8 +9,6 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, replace
 
-import torch
-
 
 @dataclass(frozen=True)
 class ProductTile:
@@ -41,41 +39,12 @@ class ProductTile:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# The data-centre cards have this or less; the interpreter counts as one of them.
-_DEFAULT_SHARED = 232448
 # From here on (H100, B200) products read both operands from shared memory, and there are descriptors.
 _MUCH_SHARED = 200_000
 # Time of a wide tile in that of two small ones, from one H100 at 16960 x 4096 x 1024 in bfloat16.
 WIDE_TIME = 0.93
 # Up to here (MI300) one buffer an operand is what fits.
 _LITTLE_SHARED = 70_000
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one block may have."""
-    if device.type != "cuda":
-        return _DEFAULT_SHARED
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Multiprocessors of the card; the interpreter counts as a card with two."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
-@functools.cache
-def has_descriptors(device: torch.device) -> bool:
-    """Whether the card copies tiles by tensor descriptors (Hopper and newer)."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] >= 9
-
-
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether the card has wgmma."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def product_tile(

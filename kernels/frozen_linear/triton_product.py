@@ -26,15 +26,12 @@ from epic_fast.kernels.activation.triton_functions import (
     encode_derivative,
 )
 from epic_fast.kernels.common import launch, plan
+from epic_fast.kernels.common.cards import has_descriptors, is_hopper, processors, shared_memory
 from epic_fast.kernels.common.descriptors import Described
 from epic_fast.kernels.common.plan import Tape
 from epic_fast.kernels.frozen_linear.tiles import (
     ProductTile,
-    has_descriptors,
-    is_hopper,
-    processors,
     product_tile,
-    shared_memory,
 )
 
 

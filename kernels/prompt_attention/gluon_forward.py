@@ -26,13 +26,13 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from epic_fast.kernels.common import plan
+from epic_fast.kernels.common.cards import is_hopper
 from epic_fast.kernels.common.plan import Tape
 from epic_fast.kernels.prompt_attention.triton_rows import (
     Layout,
     base_2,
     facts_of,
     forward_memory,
-    is_hopper,
     layout_of,
 )
 

@@ -15,11 +15,9 @@ output: the output is not read.  With lse to base 2, P = exp2(scale S - lse), dS
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 
 from epic_fast.kernels.common import plan
+from epic_fast.kernels.common.cards import processors
 from epic_fast.kernels.common.plan import Tape, unit_last_stride
 from epic_fast.kernels.prompt_attention.gluon_backward import (
     hide_weights,
@@ -646,11 +645,6 @@ def short_form(rows: int, keys: int, crowded: bool = False) -> ShortForm:
     return ShortForm() if max(rows, keys) <= 96 and not crowded else ShortForm(registers=None, prefetch=2)
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
-
 def limits(
     grad_output: Tensor | None,
     grad_prompt_output: Tensor | None,
@@ -792,7 +786,7 @@ def backward(
             prompts,
             prompt_rows,
             programs,
-            form.prefetch * _processors(query.device),
+            form.prefetch * processors(query.device),
             gradients.first,
             gradients.stop,
             base_2(scale),

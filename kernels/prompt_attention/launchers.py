@@ -16,9 +16,9 @@ import triton
 from torch import Tensor
 
 from epic_fast.kernels.common import plan
+from epic_fast.kernels.common.cards import is_hopper
 from epic_fast.kernels.common.plan import Tape, precision, unit_last_stride
 from epic_fast.kernels.prompt_attention import triton_backward, triton_forward
-from epic_fast.kernels.prompt_attention.triton_rows import is_hopper
 
 # Gluon is experimental, and each release compiles it differently: these are the ones it was measured with.
 MEASURED_TRITON = ((3, 6),)

@@ -6,8 +6,6 @@ import functools
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -49,8 +47,6 @@ class BackwardTiles:
     one_pass: Tile | None = None
 
 
-# The data-centre cards have this or less; the interpreter counts as one of them.
-_DEFAULT_SHARED = 232448
 # From here on (H100, B200) products read both operands from shared memory, and registers are free for larger tiles.
 _MUCH_SHARED = 200_000
 # Up to here (MI300) one buffer a tensor is what fits.
@@ -68,15 +64,6 @@ def split_of(precision: str, hopper: bool) -> Split | None:
     if precision == "ieee":
         return None
     return "hopper" if hopper else "portable"
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one block may have."""
-    if device.type != "cuda":
-        return _DEFAULT_SHARED
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 def size_class(count: int) -> int:

@@ -18,15 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from epic_fast.kernels.common import plan
+from epic_fast.kernels.common.cards import is_hopper, shared_memory
 from epic_fast.kernels.common.plan import Tape, precision, unit_last_stride
-from epic_fast.kernels.prompt_attention.tiles import BackwardTiles, backward_tiles, shared_memory, size_class, split_of
+from epic_fast.kernels.prompt_attention.tiles import BackwardTiles, backward_tiles, size_class, split_of
 from epic_fast.kernels.prompt_attention.triton_rows import (
     base_2,
     begin_gradients,
     end_gradients,
     facts_of,
     head_base,
-    is_hopper,
     layout_of,
     load_rows,
     load_statistic,

@@ -10,14 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from epic_fast.kernels.common import plan
+from epic_fast.kernels.common.cards import is_hopper, shared_memory
 from epic_fast.kernels.common.plan import Tape, precision
-from epic_fast.kernels.prompt_attention.tiles import Tile, forward_tile, shared_memory, size_class, split_of
+from epic_fast.kernels.prompt_attention.tiles import Tile, forward_tile, size_class, split_of
 from epic_fast.kernels.prompt_attention.triton_rows import (
     base_2,
     facts_of,
     forward_memory,
     head_base,
-    is_hopper,
     layout_of,
     load_rows,
     padded,

@@ -9,7 +9,6 @@ prompt keys.  A row sees a prefix of the virtual keys, those below its limit; a 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
@@ -273,12 +272,6 @@ def facts_of(layout: Layout, others: Sequence[Tensor | None], constants: Hashabl
     if layout.align == 1 or layout.wide:
         return None
     return launch.facts_of(others, (), layout.strides, (layout.align, layout.types, constants))
-
-
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether this is a card with wgmma and the shared memory that Hopper's kernels count on."""
-    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def base_2(scale: float) -> float:

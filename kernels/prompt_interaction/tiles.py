@@ -54,19 +54,8 @@ class MixTile:
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-# The data-centre cards have this or less; the interpreter counts as one of them.
-_DEFAULT_SHARED = 232448
 # From here on (A100, H100, B200) the larger tiles fit with all their stages.
 _MUCH_SHARED = 160_000
-
-
-@functools.cache
-def shared_memory(device: torch.device) -> int:
-    """Bytes of shared memory that one block may have."""
-    if device.type != "cuda":
-        return _DEFAULT_SHARED
-    properties = torch.cuda.get_device_properties(device)
-    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 @functools.cache

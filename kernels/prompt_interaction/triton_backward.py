@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from epic_fast.kernels.common import plan
+from epic_fast.kernels.common.cards import shared_memory
 from epic_fast.kernels.common.launch import facts_of
 from epic_fast.kernels.common.plan import Tape, precision, unit_last_stride
 from epic_fast.kernels.prompt_interaction.tiles import (
@@ -24,7 +25,6 @@ from epic_fast.kernels.prompt_interaction.tiles import (
     ProductTile,
     gradient_tile,
     mix_backward_tile,
-    shared_memory,
 )
 from epic_fast.kernels.prompt_interaction.triton_forward import (
     SCALARS,

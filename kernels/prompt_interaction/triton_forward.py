@@ -18,9 +18,10 @@ import triton.language as tl
 from torch import Tensor
 
 from epic_fast.kernels.common import plan
+from epic_fast.kernels.common.cards import shared_memory
 from epic_fast.kernels.common.launch import facts_of
 from epic_fast.kernels.common.plan import Tape, precision, unit_last_stride
-from epic_fast.kernels.prompt_interaction.tiles import MixTile, ProductTile, mix_tile, projection_tile, shared_memory
+from epic_fast.kernels.prompt_interaction.tiles import MixTile, ProductTile, mix_tile, projection_tile
 
 MAX_PROMPTS = 64
 
