@@ -100,6 +100,7 @@ def test_python_dash_m() -> None:
         "plot curves",
         "plot confusion",
         "plot sheet",
+        "plot routing",
     ],
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
