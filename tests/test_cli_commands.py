@@ -400,5 +400,5 @@ def test_demo_is_handed_its_options(
     monkeypatch.setitem(sys.modules, "epic_fast.demo", demo)
     found = answer("demo", "--task", "match", "--output", tmp_path / "d", "--seed", 3, "--quick")
     assert found == {"accuracy": 0.5, "mcc": None}
-    given = {"task": "match", "output": tmp_path / "d", "seed": 3, "quick": True, "full": False, "json_output": True}
-    assert seen == given
+    given = {"task": "match", "output": tmp_path / "d", "seed": 3, "quick": True, "full": False, "mope": False}
+    assert seen == {**given, "json_output": True}
