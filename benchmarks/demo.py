@@ -165,12 +165,8 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What a result must carry to be believed."""
-    import accelerate
-    import transformers
-
     command = " ".join(["python -m benchmarks.demo", *(Path(each).name for each in sys.argv[1:])])
-    libraries = {"transformers": transformers.__version__, "accelerate": accelerate.__version__}
-    return {**timing.machine(command), **libraries}
+    return {**timing.machine(command), **timing.libraries()}
 
 
 def readme(found: dict[str, Any]) -> str:

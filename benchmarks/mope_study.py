@@ -45,6 +45,7 @@ from epic_fast.backbones import DualEncoder, load_backbone
 from epic_fast.backbones.demo import load_demo_vision
 from epic_fast.data import PairDataset, read_folder, resolve_data
 from epic_fast.engine import EngineConfig, PrefixCache, TowerCache, TowerState
+from epic_fast.engine.graphs import backend_for
 from epic_fast.models import MopeConfig, wrap
 from epic_fast.plots.style import BLUE, INK, QUIET, VERMILLION, figure_style, new_figure, save_figure
 from epic_fast.training import TrainingConfig, compute_metrics, fit, predict
@@ -55,7 +56,7 @@ LENGTH = 6
 FIRST_LAYER = 4
 RATES = (5e-4, 2e-3, 8e-3)
 SEEDS = (0, 1, 2, 3, 4)
-EPOCHS = 6
+EPOCHS = 8
 BATCH = 64
 # What a text becomes: the mean of the text tower's last rows, as in the demo.
 TEXT_FEATURE = "mean"
@@ -441,6 +442,9 @@ def measure_steps(
             row["graph_ms"] = timing.measure_graph(gradients, device)
         except RuntimeError as error:
             row |= {"graph_ms": None, "graph_error": repr(error)}
+            backend = backend_for(device)
+            if backend is not None:
+                backend.recover()
         found.append(row)
         model.unwrap()
     return found
@@ -481,7 +485,12 @@ def run_study(
     started = time.time()
     end = started + seconds
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    run = {**timing.machine(command), "processes": processes, "engine": engine and engine.to_dict()}
+    run = {
+        **timing.machine(command),
+        **timing.libraries(),
+        "processes": processes,
+        "engine": engine and engine.to_dict(),
+    }
     rows.parent.mkdir(parents=True, exist_ok=True)
     there = read_rows(rows)
     done = {key_of(row) for row in there if row["kind"] == "train"}

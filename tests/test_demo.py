@@ -18,7 +18,7 @@ from epic_fast.demo import frozen as frozen_module
 from epic_fast.demo import run_demo
 from epic_fast.demo.frozen import SPLITS, read_frozen_pairs
 from epic_fast.demo.pairs import CacheCollator, MatchPairs, OwnTitles
-from epic_fast.demo.recipes import MOPE_CHOSEN, MOPE_HEADS, VIEWS, WITHOUT_GPU, mope_recipes, recipes
+from epic_fast.demo.recipes import MOPE_CHOSEN, MOPE_HEADS, MOPE_TRAINING, VIEWS, WITHOUT_GPU, mope_recipes, recipes
 from epic_fast.demo.rivals import accuracy, cosine, linear_probe, majority, mlp
 from epic_fast.demo.run import first_layers
 from epic_fast.models import wrap
@@ -280,6 +280,31 @@ def test_the_demo_runs_and_its_adapter_loads_again(task, mope, small, tmp_path, 
     assert "Test split" in printed
     if task == "match":
         assert "MLP on [u, v, u·v, |u−v|], aligned: accuracy" in " ".join(printed.split())
+
+
+@pytest.mark.slow
+def test_the_benchmark_trains_mope_and_the_search_its_grid(small, tmp_path, monkeypatch):
+    from benchmarks import demo, demo_search
+
+    def wanted(trial):
+        return trial.task == "classify" and trial.name.endswith("0.002")
+
+    monkeypatch.setitem(MOPE_TRAINING["classify"], "epochs", 1)
+    jobs = [("classify", 0, method) for method in ("MoPE, one expert", "MoPE")]
+    demo.work(0, 1, jobs, tmp_path / "rows.jsonl", {"command": "c"})
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["MoPE, one expert", "MoPE"]
+    assert rows[0]["trainable"] < rows[1]["trainable"]
+    assert all(len(row["right"]) == KEPT["test"] for row in rows)
+    trials = [trial for trial in demo_search.fifth_trials([0]) if wanted(trial)]
+    demo_search.work(0, trials, 1, tmp_path / "search.jsonl", 1, (0, 0), {"round": 5})
+    found = [json.loads(line) for line in (tmp_path / "search.jsonl").read_text().splitlines()]
+    assert [row.get("error") for row in found] == [None, None]
+    names = ["mope/classify/mlp/all-layers-lr-0.002", "mope/classify/mlp/upper-half-lr-0.002"]
+    assert [row["name"] for row in found] == names
+    # The recipe that was searched is the one that is trained.
+    assert found[1]["validation"] == rows[1]["validation"]
+    assert found[1]["trainable"] == rows[1]["trainable"] < found[0]["trainable"]
 
 
 def test_the_readme_shows_the_recorded_tables():
