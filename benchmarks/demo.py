@@ -71,16 +71,19 @@ def work(number: int, processes: int, jobs: list[tuple[str, int, str]], output: 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = load_backbone("demo")
     size = sum(parameter.numel() for parameter in backbone.parameters())
-    held: dict[str, FrozenPairs] = {}
+    read: dict[str, FrozenPairs] = {}
+    # Below the first prompts of each method, made once of what was read.
+    held: dict[tuple[int, int], FrozenPairs] = {}
     for job, (name, seed, method) in enumerate(jobs):
         if job % processes != number:
             continue
         trained = {each.name: each for each in trained_of(name)}
-        if name not in held:
+        if name not in read:
             mine = [trained[each] for task, _, each in jobs if task == name and each in trained]
             layers = first_layers(mine or list(trained.values()), backbone)
-            held = {name: read_frozen_pairs(backbone, layers, views=VIEWS[name], device=device)}
-        frozen = held[name]
+            read = {name: read_frozen_pairs(backbone, layers, views=VIEWS[name], device=device)}
+            held = {layers: read[name]}
+        frozen = read[name]
         if method == "rivals":
             rows = {split: each.cpu() for split, each in frozen.rows.items()}
             features = {"text": frozen.text.cpu(), "vision": frozen.vision.cpu(), "labels": frozen.labels.cpu()}
@@ -90,8 +93,10 @@ def work(number: int, processes: int, jobs: list[tuple[str, int, str]], output: 
         else:
             task = make_task(name, frozen, seed)
             recipe = trained[method]
-            frozen = frozen.advanced(backbone, first_layers([recipe], backbone))
-            found = [train_prompted(recipe, backbone, frozen, task, seed=seed)[0]]
+            layers = first_layers([recipe], backbone)
+            if layers not in held:
+                held[layers] = frozen.advanced(backbone, layers)
+            found = [train_prompted(recipe, backbone, held[layers], task, seed=seed)[0]]
         for result in found:
             row = {"task": name, "seed": seed, **score(task, result, size)}
             row["right"] = (result.predictions.cpu() == task.test.labels).int().tolist()

@@ -49,7 +49,6 @@ BASE_TRAINING = {"batch_size": 128, "head_learning_rate": 1e-3, "epochs": 15, "p
 def run(trial: Trial, backbone: Any, frozen: Any) -> dict[str, Any]:
     """Train and score one trial."""
     from epic_fast.demo.prompted import train_prompted
-    from epic_fast.demo.run import first_layers
     from epic_fast.demo.tasks import classify_task, match_task, rivals
 
     if "views" in trial.data:
@@ -62,9 +61,7 @@ def run(trial: Trial, backbone: Any, frozen: Any) -> dict[str, Any]:
         scores = {each.name: {"validation": each.validation, **test_scores(task, each), **each.chosen} for each in
                   rivals(frozen, task, trial.seed)}  # fmt: skip
         return {"name": trial.name, "task": trial.task, "seed": trial.seed, "scores": scores}
-    recipe = recipe_of(trial)
-    frozen = frozen.advanced(backbone, first_layers([recipe], backbone))
-    result, extra = train_prompted(recipe, backbone, frozen, task, seed=trial.seed)
+    result, extra = train_prompted(recipe_of(trial), backbone, frozen, task, seed=trial.seed)
     history = [(round(row["train_loss"], 4), row["validation"]["accuracy"]) for row in extra["history"]]
     return {
         "name": trial.name,
@@ -114,15 +111,20 @@ def work(
     """One process: every ``processes``-th trial; ``record`` goes into each row."""
     from epic_fast.backbones import load_backbone
     from epic_fast.demo.frozen import read_frozen_pairs
+    from epic_fast.demo.run import first_layers
 
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = load_backbone("demo")
-    frozen = read_frozen_pairs(backbone, first, views=views, device=device)
+    # Below the first prompts of each trial, made once.
+    held = {first: read_frozen_pairs(backbone, first, views=views, device=device)}
     for trial in trials[number::processes]:
         started = time.perf_counter()
         try:
-            row = run(trial, backbone, frozen)
+            layers = first if trial.name == "rivals" else first_layers([recipe_of(trial)], backbone)
+            if layers not in held:
+                held[layers] = held[first].advanced(backbone, layers)
+            row = run(trial, backbone, held[layers])
         except Exception as error:
             row = {"name": trial.name, "seed": trial.seed, "error": repr(error)}
             backbone.release()
