@@ -1,6 +1,7 @@
 """The demo's two tables with 5 seeds: mean, standard deviation, and a paired bootstrap over the test pictures.
 
     python -m benchmarks.demo train --processes 14 --rows rows.jsonl              # every method, 5 seeds
+    python -m benchmarks.demo train --processes 14 --rows more.jsonl --methods mope   # some of them
     python -m benchmarks.demo summarise rows.jsonl --output benchmarks/results/demo.json
     python -m benchmarks.demo tables benchmarks/results/demo.json                 # the README's two tables
 
@@ -29,6 +30,10 @@ COMPARED = {
         ("EPIC", "EPIC, interaction off"),
         ("EPIC", "MLP on frozen features"),
         ("EPIC", "linear probe, both"),
+        ("MoPE", "MoPE, one expert"),
+        ("MoPE", "MLP on frozen features"),
+        ("MoPE", "linear probe, both"),
+        ("MoPE", "EPIC"),
     ],
     "match": [
         ("EPIC, linear head", "EPIC, linear head, interaction off"),
@@ -36,16 +41,28 @@ COMPARED = {
         ("EPIC, MLP head", "EPIC, MLP head, interaction off"),
         ("EPIC, MLP head", "MLP on frozen features"),
         ("EPIC, MLP head", "cosine of the aligned features"),
+        ("MoPE, linear head", "MoPE, linear head, one expert"),
+        ("MoPE, linear head", "EPIC, linear head"),
+        ("MoPE, MLP head", "MoPE, MLP head, one expert"),
+        ("MoPE, MLP head", "MLP on frozen features"),
+        ("MoPE, MLP head", "cosine of the aligned features"),
     ],
 }
+
+
+def trained_of(task: str) -> list[Any]:
+    """The recipes of a task, each behind its control: those of EPIC, then those of MoPE."""
+    from epic_fast.demo.recipes import mope_recipes, recipes
+
+    return [each for recipe in (*recipes(task), *mope_recipes(task)) for each in (recipe.control(), recipe)]
 
 
 def work(number: int, processes: int, jobs: list[tuple[str, int, str]], output: Path, run: dict[str, Any]) -> None:
     """One process: every ``processes``-th job ``(task, seed, method)``."""
     from epic_fast.backbones import load_backbone
     from epic_fast.demo.frozen import FrozenPairs, read_frozen_pairs
-    from epic_fast.demo.prompted import train_epic
-    from epic_fast.demo.recipes import VIEWS, recipes
+    from epic_fast.demo.prompted import train_prompted
+    from epic_fast.demo.recipes import VIEWS
     from epic_fast.demo.run import first_layers, make_task
     from epic_fast.demo.table import score
     from epic_fast.demo.tasks import rivals
@@ -54,13 +71,19 @@ def work(number: int, processes: int, jobs: list[tuple[str, int, str]], output: 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = load_backbone("demo")
     size = sum(parameter.numel() for parameter in backbone.parameters())
-    held: dict[str, FrozenPairs] = {}
+    read: dict[str, FrozenPairs] = {}
+    # Below the first prompts of each method, made once of what was read.
+    held: dict[tuple[int, int], FrozenPairs] = {}
     for job, (name, seed, method) in enumerate(jobs):
         if job % processes != number:
             continue
-        if name not in held:
-            held = {name: read_frozen_pairs(backbone, first_layers(name, backbone), views=VIEWS[name], device=device)}
-        frozen = held[name]
+        trained = {each.name: each for each in trained_of(name)}
+        if name not in read:
+            mine = [trained[each] for task, _, each in jobs if task == name and each in trained]
+            layers = first_layers(mine or list(trained.values()), backbone)
+            read = {name: read_frozen_pairs(backbone, layers, views=VIEWS[name], device=device)}
+            held = {layers: read[name]}
+        frozen = read[name]
         if method == "rivals":
             rows = {split: each.cpu() for split, each in frozen.rows.items()}
             features = {"text": frozen.text.cpu(), "vision": frozen.vision.cpu(), "labels": frozen.labels.cpu()}
@@ -69,9 +92,11 @@ def work(number: int, processes: int, jobs: list[tuple[str, int, str]], output: 
             found = list(rivals(frozen, task, seed))
         else:
             task = make_task(name, frozen, seed)
-            every = [each for recipe in recipes(name) for each in (recipe, recipe.without_interaction())]
-            recipe = next(each for each in every if each.name == method)
-            found = [train_epic(recipe, backbone, frozen, task, seed=seed)[0]]
+            recipe = trained[method]
+            layers = first_layers([recipe], backbone)
+            if layers not in held:
+                held[layers] = frozen.advanced(backbone, layers)
+            found = [train_prompted(recipe, backbone, held[layers], task, seed=seed)[0]]
         for result in found:
             row = {"task": name, "seed": seed, **score(task, result, size)}
             row["right"] = (result.predictions.cpu() == task.test.labels).int().tolist()
@@ -137,6 +162,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "compared": [
                 {"first": first, "second": second, **bootstrap(right[first], right[second], pictures)}
                 for first, second in pairs
+                if first in right and second in right
             ],
         }
     return tasks
@@ -144,12 +170,8 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """What a result must carry to be believed."""
-    import accelerate
-    import transformers
-
     command = " ".join(["python -m benchmarks.demo", *(Path(each).name for each in sys.argv[1:])])
-    libraries = {"transformers": transformers.__version__, "accelerate": accelerate.__version__}
-    return {**timing.machine(command), **libraries}
+    return {**timing.machine(command), **timing.libraries()}
 
 
 def readme(found: dict[str, Any]) -> str:
@@ -176,19 +198,14 @@ def readme(found: dict[str, Any]) -> str:
 
 def train(arguments: argparse.Namespace) -> None:
     """Append a row for every method and seed to ``arguments.rows``."""
-    from epic_fast.demo.recipes import recipes
-
-    methods = {
-        name: [*(each.name for recipe in recipes(name) for each in (recipe.without_interaction(), recipe)), "rivals"]
-        for name in COMPARED
-    }
-    wanted = {"all": lambda method: True, "epic": lambda method: method != "rivals", "rivals": lambda m: m == "rivals"}
+    methods = {name: [*(each.name for each in trained_of(name)), "rivals"] for name in COMPARED}
+    wanted = {"all": "", "epic": "EPIC", "mope": "MoPE", "rivals": "rivals"}[arguments.methods]
     # The longest first.
     jobs = [
         (name, seed, method)
         for name in sorted(methods)[::-1]
         for method in methods[name]
-        if wanted[arguments.methods](method)
+        if method.startswith(wanted)
         for seed in SEEDS
     ]
     run = machine()
@@ -204,7 +221,7 @@ def summarised(paths: list[Path]) -> dict[str, Any]:
         SystemExit: a method without a row for every seed, or with two.
     """
     rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-    order = {"majority": 0, "linear": 1, "cosine": 2, "MLP": 3, "EPIC": 4}
+    order = {"majority": 0, "linear": 1, "cosine": 2, "MLP": 3, "EPIC": 4, "MoPE": 5}
     rows.sort(key=lambda row: (order[row["method"].split()[0].rstrip(",")], row["method"]))
     for key in {(row["task"], row["method"]) for row in rows}:
         seeds = sorted(row["seed"] for row in rows if (row["task"], row["method"]) == key)
@@ -226,7 +243,7 @@ def main() -> None:
     training = commands.add_parser("train")
     training.add_argument("--rows", type=Path, required=True)
     training.add_argument("--processes", type=int, default=1)
-    training.add_argument("--methods", choices=["all", "epic", "rivals"], default="all")
+    training.add_argument("--methods", choices=["all", "epic", "mope", "rivals"], default="all")
     training.add_argument("--commit", help="of the code that runs, where it runs outside its repository")
     summary = commands.add_parser("summarise")
     summary.add_argument("rows", type=Path, nargs="+")

@@ -1,6 +1,7 @@
 """Which settings the demo takes: many short trainings on the demo's two tasks, judged on validation alone.
 
     python -m benchmarks.demo_search --round 1 --processes 12 --output FILE.jsonl [--only NAME ...]
+    python -m benchmarks.demo_search --best FILE.jsonl        # mean validation of each name, the best first
 
 Every line of FILE holds a name, its overrides, seed and scores.  The test split is scored too, so that the choice
 can be held against it afterwards; nothing here reads it to choose.
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
+from benchmarks import timing
+
 
 @dataclass
 class Trial:
@@ -29,6 +32,7 @@ class Trial:
     config: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    method: str = "epic"
 
 
 BASE_CONFIG = {
@@ -44,14 +48,9 @@ BASE_TRAINING = {"batch_size": 128, "head_learning_rate": 1e-3, "epochs": 15, "p
 
 def run(trial: Trial, backbone: Any, frozen: Any) -> dict[str, Any]:
     """Train and score one trial."""
-    from epic_fast.demo.prompted import train_epic
-    from epic_fast.demo.recipes import Recipe
+    from epic_fast.demo.prompted import train_prompted
     from epic_fast.demo.tasks import classify_task, match_task, rivals
-    from epic_fast.models import EpicConfig
-    from epic_fast.training import TrainingConfig
 
-    config = EpicConfig(**{**BASE_CONFIG, **trial.config})
-    training = TrainingConfig(**{**BASE_TRAINING, **trial.training})
     if "views" in trial.data:
         frozen = replace(frozen, views=frozen.views[:, : 1 + trial.data["views"]])
     same_class = trial.data.get("same_class", 0.5)
@@ -62,8 +61,7 @@ def run(trial: Trial, backbone: Any, frozen: Any) -> dict[str, Any]:
         scores = {each.name: {"validation": each.validation, **test_scores(task, each), **each.chosen} for each in
                   rivals(frozen, task, trial.seed)}  # fmt: skip
         return {"name": trial.name, "task": trial.task, "seed": trial.seed, "scores": scores}
-    recipe = Recipe(trial.name, config, training)
-    result, extra = train_epic(recipe, backbone, frozen, task, seed=trial.seed)
+    result, extra = train_prompted(recipe_of(trial), backbone, frozen, task, seed=trial.seed)
     history = [(round(row["train_loss"], 4), row["validation"]["accuracy"]) for row in extra["history"]]
     return {
         "name": trial.name,
@@ -82,29 +80,55 @@ def run(trial: Trial, backbone: Any, frozen: Any) -> dict[str, Any]:
     }
 
 
+def recipe_of(trial: Trial) -> Any:
+    """The recipe that a trial trains."""
+    from epic_fast.demo.recipes import MOPE_READS, MOPE_TRAINING, Recipe
+    from epic_fast.models import EpicConfig, MopeConfig
+    from epic_fast.training import TrainingConfig
+
+    if trial.method == "mope":
+        training = {**MOPE_TRAINING[trial.task], **trial.training}
+        return Recipe(trial.name, MopeConfig(**{**MOPE_READS, **trial.config}), TrainingConfig(**training))
+    training = {**BASE_TRAINING, **trial.training}
+    return Recipe(trial.name, EpicConfig(**{**BASE_CONFIG, **trial.config}), TrainingConfig(**training))
+
+
 def test_scores(task: Any, result: Any) -> dict[str, float]:
     """Accuracy on the test pairs and on their parts."""
     right = (result.predictions.cpu() == task.test.labels).double()
     return {"test": float(right.mean()), **{name: float(right[mask].mean()) for name, mask in task.groups.items()}}
 
 
-def work(number: int, trials: list[Trial], processes: int, output: Path, views: int, first: tuple[int, int]) -> None:
-    """One process: every ``processes``-th trial."""
+def work(
+    number: int,
+    trials: list[Trial],
+    processes: int,
+    output: Path,
+    views: int,
+    first: tuple[int, int],
+    record: dict[str, Any],
+) -> None:
+    """One process: every ``processes``-th trial; ``record`` goes into each row."""
     from epic_fast.backbones import load_backbone
     from epic_fast.demo.frozen import read_frozen_pairs
+    from epic_fast.demo.run import first_layers
 
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     backbone = load_backbone("demo")
-    frozen = read_frozen_pairs(backbone, first, views=views, device=device)
+    # Below the first prompts of each trial, made once.
+    held = {first: read_frozen_pairs(backbone, first, views=views, device=device)}
     for trial in trials[number::processes]:
         started = time.perf_counter()
         try:
-            row = run(trial, backbone, frozen)
+            layers = first if trial.name == "rivals" else first_layers([recipe_of(trial)], backbone)
+            if layers not in held:
+                held[layers] = held[first].advanced(backbone, layers)
+            row = run(trial, backbone, held[layers])
         except Exception as error:
             row = {"name": trial.name, "seed": trial.seed, "error": repr(error)}
             backbone.release()
-        row["wall"] = time.perf_counter() - started
+        row |= {"wall": time.perf_counter() - started, **record}
         with output.open("a") as lines:
             lines.write(json.dumps(row) + "\n")
 
@@ -249,21 +273,56 @@ def fourth_trials(seeds: list[int]) -> list[Trial]:
     ]
 
 
+def fifth_trials(seeds: list[int]) -> list[Trial]:
+    """MoPE: the declared grid, for each task and head."""
+    from epic_fast.demo.recipes import MOPE_GRID, MOPE_HEADS
+
+    # The longest first.
+    return [
+        Trial(f"mope/{task}/{head}/{name}", task, seed, {"head": head, **config}, training, method="mope")
+        for task in ("match", "classify")
+        for name, (config, training) in MOPE_GRID.items()
+        for head in MOPE_HEADS[task]
+        for seed in seeds
+    ]
+
+
+def best(rows: list[dict[str, Any]]) -> list[tuple[str, float, int]]:
+    """Names with their mean validation over seeds and how many those are, the best first; of a seed the last row."""
+    found: dict[str, dict[int, float]] = {}
+    for row in rows:
+        if "validation" in row:
+            found.setdefault(row["name"], {})[row["seed"]] = row["validation"]
+    means = [(name, sum(each.values()) / len(each), len(each)) for name, each in found.items()]
+    return sorted(means, key=lambda mean: -mean[1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--round", type=int, choices=[1, 2, 3, 4], default=1)
+    parser.add_argument("--best", type=Path, help="show what a search found, and train nothing")
+    parser.add_argument("--round", type=int, choices=[1, 2, 3, 4, 5], default=1)
     parser.add_argument("--processes", type=int, default=12)
     parser.add_argument("--views", type=int, default=3)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="*")
     arguments = parser.parse_args()
-    make = {1: match_trials, 2: second_trials, 3: third_trials, 4: fourth_trials}[arguments.round]
+    if arguments.best:
+        for name, validation, seeds in best([json.loads(line) for line in arguments.best.read_text().splitlines()]):
+            print(f"{validation:.4f}  {name}  ({seeds} seeds)")
+        return
+    if arguments.output is None:
+        parser.error("--output FILE.jsonl is wanted, where the rows are appended")
+    make = {1: match_trials, 2: second_trials, 3: third_trials, 4: fourth_trials, 5: fifth_trials}[arguments.round]
     trials = [trial for trial in make(arguments.seeds) if not arguments.only or trial.name in arguments.only]
-    first = (2, 4) if arguments.round == 1 else (3, 5)
+    first = {1: (2, 4), 5: (0, 0)}.get(arguments.round, (3, 5))
+    record = {
+        "round": arguments.round,
+        "run": timing.machine(f"python -m benchmarks.demo_search --round {arguments.round}"),
+    }
     multiprocessing.spawn(
         work,
-        args=(trials, arguments.processes, arguments.output, arguments.views, first),
+        args=(trials, arguments.processes, arguments.output, arguments.views, first, record),
         nprocs=arguments.processes,
     )
 

@@ -147,6 +147,14 @@ def machine(command: str) -> dict[str, Any]:
     return run
 
 
+def libraries() -> dict[str, str]:
+    """Versions of what a training runs on besides."""
+    import accelerate
+    import transformers
+
+    return {"transformers": transformers.__version__, "accelerate": accelerate.__version__}
+
+
 def ceilings(device: torch.device) -> dict[str, float] | None:
     """What the card does at best: TB/s of a copy, read and written, and TFLOP/s of a bf16 product.  None on a CPU."""
     if device.type != "cuda":

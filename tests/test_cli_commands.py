@@ -100,6 +100,7 @@ def test_python_dash_m() -> None:
         "plot curves",
         "plot confusion",
         "plot sheet",
+        "plot routing",
     ],
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -399,5 +400,5 @@ def test_demo_is_handed_its_options(
     monkeypatch.setitem(sys.modules, "epic_fast.demo", demo)
     found = answer("demo", "--task", "match", "--output", tmp_path / "d", "--seed", 3, "--quick")
     assert found == {"accuracy": 0.5, "mcc": None}
-    given = {"task": "match", "output": tmp_path / "d", "seed": 3, "quick": True, "full": False, "json_output": True}
-    assert seen == given
+    given = {"task": "match", "output": tmp_path / "d", "seed": 3, "quick": True, "full": False, "mope": False}
+    assert seen == {**given, "json_output": True}

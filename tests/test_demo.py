@@ -18,7 +18,7 @@ from epic_fast.demo import frozen as frozen_module
 from epic_fast.demo import run_demo
 from epic_fast.demo.frozen import SPLITS, read_frozen_pairs
 from epic_fast.demo.pairs import CacheCollator, MatchPairs, OwnTitles
-from epic_fast.demo.recipes import VIEWS, WITHOUT_GPU, recipes
+from epic_fast.demo.recipes import MOPE_CHOSEN, MOPE_HEADS, MOPE_TRAINING, VIEWS, WITHOUT_GPU, mope_recipes, recipes
 from epic_fast.demo.rivals import accuracy, cosine, linear_probe, majority, mlp
 from epic_fast.demo.run import first_layers
 from epic_fast.models import wrap
@@ -121,9 +121,11 @@ def test_only_training_pairs_are_drawn_anew(frozen):
     assert not torch.equal(MatchPairs(frozen, "train", seed=4, fresh=True).titles, before[1])
 
 
-def test_a_cached_batch_gives_the_logits_of_the_pictures_and_texts(frozen, backbone, small):
-    recipe = recipes("classify")[0]
+@pytest.mark.parametrize("of", [recipes, mope_recipes])
+def test_a_cached_batch_gives_the_logits_of_the_pictures_and_texts(frozen, backbone, small, of):
+    recipe = of("classify")[0]
     model = wrap(backbone, recipe.config, num_labels=12)
+    frozen = frozen if of is recipes else read_frozen_pairs(backbone, model.first_layers())
     pairs = OwnTitles(frozen, "train")
     collator = CacheCollator(frozen.cache)
     model.fit_feature_statistics([collator([pairs[index] for index in range(40)])])
@@ -173,11 +175,58 @@ def test_the_cosine_takes_the_best_threshold():
 
 def test_first_layers_lie_below_every_recipe(backbone):
     for task in ("classify", "match"):
-        text, vision = first_layers(task, backbone)
-        for recipe in recipes(task):
-            pairs = recipe.config.resolve_layer_pairs(6, 8)
-            assert text <= pairs[0][0]
-            assert vision <= pairs[0][1]
+        text, vision = first_layers(recipes(task), backbone)
+        lowest = [recipe.config.resolve_layer_pairs(6, 8)[0] for recipe in recipes(task)]
+        assert (text, vision) == (min(each for each, _ in lowest), min(each for _, each in lowest))
+        together = first_layers([*recipes(task), *mope_recipes(task)], backbone)
+        for recipe in mope_recipes(task):
+            assert together[1] <= recipe.config.first_layer
+        assert together[0] <= text
+
+
+def test_an_advanced_cache_is_one_made_there(frozen, backbone, small):
+    found = read_frozen_pairs(backbone, (0, 0), views=2).advanced(backbone, (3, 5), batch_size=7)
+    for wanted, given in ((frozen.cache.text, found.cache.text), (frozen.cache.vision, found.cache.vision)):
+        assert given.layer == wanted.layer
+        assert torch.equal(given.lengths, wanted.lengths)
+        torch.testing.assert_close(given.tokens, wanted.tokens, atol=2e-5, rtol=1e-4)
+    assert found.advanced(backbone, (3, 5)).cache.text is found.cache.text
+
+
+@pytest.mark.parametrize("task", ["classify", "match"])
+def test_mope_stands_beside_its_unrouted_form(backbone, task):
+    for recipe in mope_recipes(task):
+        control = recipe.control()
+        assert control.name == f"{recipe.name}, one expert"
+        models = [wrap(backbone, each.config, num_labels=2, self_check=False) for each in (recipe, control)]
+        assert models[0].router is not None
+        assert models[1].router is None
+        assert models[0].first_layers() == models[1].first_layers()
+        for model in models:
+            model.unwrap()
+
+
+@pytest.mark.parametrize(("task", "head"), MOPE_CHOSEN)
+def test_mope_takes_the_best_of_its_grid(task, head):
+    """As measured on validation, where it has been."""
+    from benchmarks.demo_search import best
+
+    assert head in MOPE_HEADS[task]
+    path = Path(__file__).resolve().parent.parent / "benchmarks/results/demo_search.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    mine = best([row for row in rows if row["name"].startswith(f"mope/{task}/{head}/")])
+    if not mine:
+        pytest.skip("not searched yet")
+    assert mine[0][0] == f"mope/{task}/{head}/{MOPE_CHOSEN[task, head]}"
+
+
+def test_the_best_of_a_search_is_by_mean_validation():
+    from benchmarks.demo_search import best
+
+    rows = [{"name": "a", "seed": 0, "validation": 0.5}, {"name": "a", "seed": 1, "validation": 0.7}]
+    rows += [{"name": "b", "seed": 0, "validation": 0.65}, {"name": "c", "seed": 0, "error": "no"}]
+    assert best(rows) == [("b", 0.65, 1), ("a", pytest.approx(0.6), 2)]
+    assert best([*rows, {"name": "a", "seed": 0, "validation": 0.8}])[0] == ("a", pytest.approx(0.75), 2)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +242,7 @@ def test_first_layers_lie_below_every_recipe(backbone):
 def test_training_is_cut_only_where_it_is_said(task, asked, device, epochs, views, monkeypatch, tmp_path, capsys):
     seen = {}
 
-    def read(backbone, name, device, console, views):
+    def read(backbone, trained, device, console, views):
         seen["views"] = views
         raise KeyboardInterrupt
 
@@ -210,14 +259,16 @@ def test_training_is_cut_only_where_it_is_said(task, asked, device, epochs, view
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["classify", "match"])
-def test_the_demo_runs_and_its_adapter_loads_again(task, small, tmp_path, capsys):
-    found = run_demo(task, tmp_path / "run", quick=True)
+@pytest.mark.parametrize(("task", "mope"), [("classify", True), ("match", False)])
+def test_the_demo_runs_and_its_adapter_loads_again(task, mope, small, tmp_path, capsys):
+    found = run_demo(task, tmp_path / "run", quick=True, mope=mope)
     methods = [row["method"] for row in found["rows"]]
     assert methods[0] == "majority class"
     assert [name for name in methods if name.startswith("EPIC")] == [
-        each.name for recipe in recipes(task) for each in (recipe.without_interaction(), recipe)
+        each.name for recipe in recipes(task) for each in (recipe.control(), recipe)
     ]
+    routed = [each.name for recipe in mope_recipes(task) for each in (recipe.control(), recipe)]
+    assert [name for name in methods if name.startswith("MoPE")] == (routed if mope else [])
     if task == "match":
         assert found["rows"][0]["accuracy"] == 0.5
         assert "cosine of the aligned features" in methods
@@ -229,6 +280,31 @@ def test_the_demo_runs_and_its_adapter_loads_again(task, small, tmp_path, capsys
     assert "Test split" in printed
     if task == "match":
         assert "MLP on [u, v, u·v, |u−v|], aligned: accuracy" in " ".join(printed.split())
+
+
+@pytest.mark.slow
+def test_the_benchmark_trains_mope_and_the_search_its_grid(small, tmp_path, monkeypatch):
+    from benchmarks import demo, demo_search
+
+    def wanted(trial):
+        return trial.task == "classify" and trial.name.endswith("0.002")
+
+    monkeypatch.setitem(MOPE_TRAINING["classify"], "epochs", 1)
+    jobs = [("classify", 0, method) for method in ("MoPE, one expert", "MoPE")]
+    demo.work(0, 1, jobs, tmp_path / "rows.jsonl", {"command": "c"})
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["method"] for row in rows] == ["MoPE, one expert", "MoPE"]
+    assert rows[0]["trainable"] < rows[1]["trainable"]
+    assert all(len(row["right"]) == KEPT["test"] for row in rows)
+    trials = [trial for trial in demo_search.fifth_trials([0]) if wanted(trial)]
+    demo_search.work(0, trials, 1, tmp_path / "search.jsonl", 1, (0, 0), {"round": 5})
+    found = [json.loads(line) for line in (tmp_path / "search.jsonl").read_text().splitlines()]
+    assert [row.get("error") for row in found] == [None, None]
+    names = ["mope/classify/mlp/all-layers-lr-0.002", "mope/classify/mlp/upper-half-lr-0.002"]
+    assert [row["name"] for row in found] == names
+    # The recipe that was searched is the one that is trained.
+    assert found[1]["validation"] == rows[1]["validation"]
+    assert found[1]["trainable"] == rows[1]["trainable"] < found[0]["trainable"]
 
 
 def test_the_readme_shows_the_recorded_tables():
@@ -252,4 +328,4 @@ def test_the_record_is_complete():
     assert any(run.get("gpu") and run.get("driver") for run in found["runs"])
     for task in ("classify", "match"):
         methods = {row["method"] for row in found["tasks"][task]["methods"]}
-        assert {each.name for recipe in recipes(task) for each in (recipe, recipe.without_interaction())} <= methods
+        assert {each.name for recipe in recipes(task) for each in (recipe, recipe.control())} <= methods

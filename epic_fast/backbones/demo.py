@@ -23,17 +23,32 @@ def text_folder() -> Path:
     return Path(package.origin).parent / "model"
 
 
-def load_demo_towers(dtype: torch.dtype = torch.float32) -> tuple[Any, Any, Any, Any]:
-    """Vision model, text model, image processor and tokenizer, from installed files only."""
-    from transformers import AutoTokenizer, BertModel, ViTModel
+def load_demo_vision(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Vision model and image processor, which come with the project.
+
+    Raises:
+        ConfigError: they are missing.
+    """
+    from transformers import ViTModel
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-    text = text_folder()
     if not (VISION_FOLDER / "model.safetensors").is_file():
         raise ConfigError(f"the demo's vision tower is missing from {VISION_FOLDER}; reinstall epic_fast")
     return (
         ViTModel.from_pretrained(str(VISION_FOLDER), add_pooling_layer=False, local_files_only=True, dtype=dtype),
-        BertModel.from_pretrained(str(text), add_pooling_layer=False, local_files_only=True, dtype=dtype),
         AutoImageProcessor.from_pretrained(str(VISION_FOLDER), local_files_only=True),
+    )
+
+
+def load_demo_towers(dtype: torch.dtype = torch.float32) -> tuple[Any, Any, Any, Any]:
+    """Vision model, text model, image processor and tokenizer, from installed files only."""
+    from transformers import AutoTokenizer, BertModel
+
+    text = text_folder()
+    vision, processor = load_demo_vision(dtype)
+    return (
+        vision,
+        BertModel.from_pretrained(str(text), add_pooling_layer=False, local_files_only=True, dtype=dtype),
+        processor,
         AutoTokenizer.from_pretrained(str(text), local_files_only=True),
     )

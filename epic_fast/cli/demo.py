@@ -29,6 +29,9 @@ def demo(
         bool,
         typer.Option("--full", help="The whole of --task match without a GPU too: hours on two cores."),
     ] = False,
+    mope: Annotated[
+        bool, typer.Option("--mope", help="Train MoPE too, routed and with one expert: takes longer.")
+    ] = False,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -43,5 +46,5 @@ def demo(
 
     quiet_transformers()
     with json_answer(json) as answer:
-        found = run_demo(task=task, output=output, seed=seed, quick=quick, full=full, json_output=json)
+        found = run_demo(task=task, output=output, seed=seed, quick=quick, full=full, mope=mope, json_output=json)
         answer(found)

@@ -13,6 +13,7 @@ from epic_fast.cli.options import (
     DataSource,
     Debug,
     Device,
+    Json,
     LabelField,
     Run,
     SkipBad,
@@ -22,7 +23,9 @@ from epic_fast.cli.options import (
 )
 from epic_fast.errors import ConfigError
 
-plot_app = typer.Typer(help="Draw a run's training curves, confusion matrix or contact sheet.", no_args_is_help=True)
+plot_app = typer.Typer(
+    help="Draw a run's training curves, confusion matrix, contact sheet or routing.", no_args_is_help=True
+)
 
 Png = Annotated[
     Path | None, typer.Option("--output", metavar="PNG", help="The picture to write; by default in the run folder.")
@@ -104,6 +107,59 @@ def sheet(
     say(str(contact_sheet(items, output or run / "contact_sheet.png", title=title)))
 
 
+@plot_app.command()
+def routing(
+    run: Run,
+    data: DataSource,
+    split: Split = "test",
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="Where the pictures go; by default the run folder.")
+    ] = None,
+    layer: Annotated[
+        int | None, typer.Option("--layer", help="The routed layer to show; by default that of the lowest entropy.")
+    ] = None,
+    count: Annotated[int, typer.Option("--count", min=1, max=12, help="How many pictures of each expert.")] = 6,
+    batch_size: BatchSize = 64,
+    text_field: TextField = None,
+    label_field: LabelField = None,
+    split_field: SplitField = None,
+    backbone: Backbone = None,
+    device: Device = None,
+    skip_bad: SkipBad = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Which samples each expert of MoPE takes; load of the experts and entropy of the routing over training."""
+    from epic_fast.cli.console import json_answer, say, show_table
+    from epic_fast.cli.routing import check_routed, draw_sheet, summarise
+    from epic_fast.cli.sources import Fields, load_model, load_split
+    from epic_fast.plots import entropy_curves, expert_load, routing_history
+    from epic_fast.training import predict_routing
+
+    with json_answer(json) as answer:
+        model = load_model(run, backbone, device)
+        check_routed(model, run, layer)
+        history = routing_history(run / "log.jsonl")
+        dataset = load_split(model, run, data, split, Fields(text_field, label_field, split_field), skip_bad=skip_bad)
+        found = summarise(predict_routing(model, dataset, batch_size=batch_size), count, layer)
+        folder = output or run
+        pictures = [
+            draw_sheet(model, dataset, shown, folder / f"routing_{name}.png", f"{split}, {title}")
+            for name, title, shown in (
+                (f"layer_{found.layer}", f"layer {found.layer}", found.layers[found.layer]),
+                ("mean", "mean over the routed layers", found.mean),
+            )
+        ]
+        pictures.append(expert_load(history, folder / "routing_load.png", title="Running load of the experts"))
+        pictures.append(entropy_curves(history, folder / "routing_entropy.png", title="Entropy of the routing"))
+        about = {"split": split, "samples": len(dataset), "experts": model.config.num_experts}
+        answer({**about, **found.to_json(dataset), "training": vars(history), "pictures": list(map(str, pictures))})
+        if not json:
+            show_table(found.table(), title=f"{run}, {split}: {len(dataset)} samples")
+            for picture in pictures:
+                say(str(picture))
+
+
 def _choose(dataset: Any, count: int, seed: int) -> Any:
     """That many samples, drawn by the seed, in the data's order."""
     import numpy as np
@@ -115,18 +171,14 @@ def _choose(dataset: Any, count: int, seed: int) -> Any:
 
 
 def _item(model: Any, example: Any, logits: Any) -> Any:
-    from epic_fast.classifier import label_name
-    from epic_fast.cli.scoring import verdict
+    from epic_fast.cli.scoring import true_label, verdict
     from epic_fast.plots import SheetItem
 
-    said = verdict(model, logits, 1)
+    said, true = verdict(model, logits, 1), true_label(model, example.label)
     if model.problem_type == "regression":
-        true, predicted = f"{example.label:.3g}", f"{said['predicted']:.3g}"
-        return SheetItem(example.image, example.text, None, f"{predicted} (true {true})")
+        return SheetItem(example.image, example.text, None, f"{said['predicted']:.3g} (true {true})")
     if model.problem_type == "multi_label_classification":
-        true = sorted(label_name(model, index) for index in example.label)
-        predicted = sorted(said["predicted"])
-        shown = ", ".join(predicted) or "none"
-        return SheetItem(example.image, example.text, ", ".join(true) or "none", shown, correct=true == predicted)
+        shown = ", ".join(sorted(said["predicted"])) or "none"
+        return SheetItem(example.image, example.text, true, shown)
     best = said["top_k"][0]
-    return SheetItem(example.image, example.text, label_name(model, example.label), best["label"], best["probability"])
+    return SheetItem(example.image, example.text, true, best["label"], best["probability"])

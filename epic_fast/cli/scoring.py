@@ -42,3 +42,14 @@ def verdict(model: Any, logits: Any, top_k: int) -> dict[str, Any]:
         return {"predicted": said.label}
     top = [{"label": label, "probability": round(probability, 6)} for label, probability in said.top]
     return {"predicted": said.label, "top_k": top}
+
+
+def true_label(model: Any, label: Any) -> str:
+    """A sample's label as a reader wants it: a class's name; for multi-label those of all, sorted; or the number."""
+    from epic_fast.classifier import label_name
+
+    if model.problem_type == "regression":
+        return f"{label:.3g}"
+    if model.problem_type == "multi_label_classification":
+        return ", ".join(sorted(label_name(model, index) for index in label)) or "none"
+    return label_name(model, label)

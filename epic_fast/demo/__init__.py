@@ -14,9 +14,10 @@ def run_demo(
     seed: int = 0,
     quick: bool = False,
     full: bool = False,
+    mope: bool = False,
     json_output: bool = False,
 ) -> Mapping[str, Any]:
     """What ``epic-fast demo`` does; see :mod:`epic_fast.demo.run`."""
     from epic_fast.demo.run import run
 
-    return run(task, Path(output), seed=seed, quick=quick, full=full, plain=json_output)
+    return run(task, Path(output), seed=seed, quick=quick, full=full, mope=mope, plain=json_output)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -12,10 +12,10 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from epic_fast.backbones import DualEncoder
+from epic_fast.backbones import DualEncoder, Tower
 from epic_fast.backbones.demo import VISION_FOLDER
 from epic_fast.data import Collator, PairDataset, read_folder, resolve_data
-from epic_fast.engine import PrefixCache, TowerCache
+from epic_fast.engine import PrefixCache, TowerCache, TowerState
 
 SPLITS = ("train", "validation", "test")
 TEXT_FEATURES, VISION_FEATURES = "mean", "cls+mean"
@@ -26,7 +26,7 @@ class FrozenPairs:
     """The demo's pairs as the frozen towers see them; rows are those of train, validation and test in turn.
 
     Attributes:
-        cache: both towers right below the first layer pair.
+        cache: both towers right below the first layers with prompts.
         text: ``(n, 384)`` mean of MiniLM's last layer.
         vision: ``(n, 512)`` class token and patch mean of the ViT's last layer, after its final norm.
         labels: ``(n,)`` class ids.
@@ -50,6 +50,22 @@ class FrozenPairs:
     @property
     def device(self) -> torch.device:
         return self.text.device
+
+    @torch.no_grad()
+    def advanced(self, backbone: DualEncoder, first_layers: tuple[int, int], *, batch_size: int = 64) -> FrozenPairs:
+        """The same pairs, the cache standing below higher (text, vision) layers."""
+
+        def advance(cache: TowerCache, tower: Tower, layer: int) -> TowerCache:
+            if cache.layer == layer:
+                return cache
+            states: list[TowerState] = [
+                tower.run(cache.rows(rows), layer) for rows in torch.arange(len(cache)).split(batch_size)
+            ]
+            return TowerCache(states)
+
+        text = advance(self.cache.text, backbone.text, first_layers[0])
+        vision = advance(self.cache.vision, backbone.vision, first_layers[1])
+        return replace(self, cache=PrefixCache.from_towers(text, vision))
 
     def aligned_vision(self) -> Tensor:
         """The pictures in the space of the titles, ``(n, 384)``, by the map that the tower was aligned with."""

@@ -1,4 +1,4 @@
-"""EPIC on the demo's cached pairs, trained by the library's own loop."""
+"""EPIC and MoPE on the demo's cached pairs, trained by the library's own loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from epic_fast.models import wrap
 from epic_fast.training import fit, predict
 
 
-def train_epic(
+def train_prompted(
     recipe: Recipe,
     backbone: DualEncoder,
     frozen: FrozenPairs,

@@ -1,7 +1,8 @@
-"""The settings of the demo's EPIC, chosen on validation pairs (``benchmarks/results/demo_search.jsonl``).
+"""The settings of the demo's EPIC and MoPE, chosen on validation pairs (``benchmarks/results/demo_search.jsonl``).
 
-``classify``: the best of those that let the whole demo end in five minutes on two CPU cores.  ``match``: the best of
-all that were tried, which want a GPU; without one the demo trains a shorter :class:`Cut` of them and says so.
+EPIC, ``classify``: the best of those that let the whole demo end in five minutes on two CPU cores.  ``match``: the
+best of all that were tried, which want a GPU; without one the demo trains a shorter :class:`Cut` of them and says so.
+MoPE is not in the demo unless it is asked for; its settings are the best of :data:`MOPE_GRID` for each task and head.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from epic_fast.models import EpicConfig
+from epic_fast.models import EpicConfig, MopeConfig
 from epic_fast.training import TrainingConfig
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One EPIC of the demo's table.
+    """One EPIC or MoPE of the demo's table.
 
     Attributes:
         name: as the table prints it.
@@ -23,11 +24,13 @@ class Recipe:
     """
 
     name: str
-    config: EpicConfig
+    config: EpicConfig | MopeConfig
     training: TrainingConfig
 
-    def without_interaction(self) -> Recipe:
-        """The control: the same, the hub taken away."""
+    def control(self) -> Recipe:
+        """The same, of EPIC the hub taken away, of MoPE all experts but one and with them the router."""
+        if isinstance(self.config, MopeConfig):
+            return Recipe(f"{self.name}, one expert", replace(self.config, num_experts=1, top_k=None), self.training)
         return Recipe(f"{self.name}, interaction off", replace(self.config, interaction=False), self.training)
 
     def cut(self, cut: Cut | None) -> Recipe:
@@ -37,7 +40,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Cut:
-    """Less training than the recipe wants.
+    """Less training than the recipes want.
 
     Attributes:
         epochs: instead of the recipe's.
@@ -84,3 +87,49 @@ def recipes(task: str) -> list[Recipe]:
         Recipe("EPIC, linear head", EpicConfig(**_MATCH, head="linear"), training),
         Recipe("EPIC, MLP head", EpicConfig(**_MATCH, head="mlp", head_reads_similarity=True), training),
     ]
+
+
+# MoPE's head reads what the rivals on frozen features read, here behind the prompts, beside the text's feature.
+MOPE_READS: dict[str, Any] = {
+    "head_input": "cls+mean",
+    "complement_feature": "mean",
+    "head_reads_complement": True,
+    "feature_norm": "standardize",
+    "head_dropout": 0.5,
+}
+# What was tried on validation: prompts in all layers of both towers, as in the released code, or in the upper half of
+# the picture's alone, each with two learning rates.
+MOPE_GRID: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    f"{where}-lr-{rate:g}": (config, {"learning_rate": rate})
+    for where, config in {
+        "all-layers": {},
+        "upper-half": {"first_layer": 4, "complement_prompt_length": 0},
+    }.items()
+    for rate in (5e-4, 2e-3)
+}
+MOPE_TRAINING: dict[str, dict[str, Any]] = {
+    "classify": {"epochs": 8, "batch_size": 64, "head_learning_rate": 1e-3, "precision": "fp32"},
+    "match": {"epochs": 15, "batch_size": 128, "head_learning_rate": 1e-3, "precision": "fp32"},
+}
+MOPE_HEADS = {"classify": ("mlp",), "match": ("linear", "mlp")}
+MOPE_CHOSEN = {
+    ("classify", "mlp"): "upper-half-lr-0.002",
+    ("match", "linear"): "upper-half-lr-0.002",
+    ("match", "mlp"): "upper-half-lr-0.002",
+}
+
+
+def mope_recipe(task: str, head: str, choice: str) -> Recipe:
+    """MoPE with one of the settings of :data:`MOPE_GRID`."""
+    config, training = MOPE_GRID[choice]
+    name = "MoPE" if len(MOPE_HEADS[task]) == 1 else f"MoPE, {'MLP' if head == 'mlp' else head} head"
+    return Recipe(
+        name,
+        MopeConfig(**{**MOPE_READS, "head": head, **config}),
+        TrainingConfig(**{**MOPE_TRAINING[task], **training}),
+    )
+
+
+def mope_recipes(task: str) -> list[Recipe]:
+    """The MoPEs of a task's table, without their controls."""
+    return [mope_recipe(task, head, MOPE_CHOSEN[task, head]) for head in MOPE_HEADS[task]]

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,13 +23,14 @@ from epic_fast.backbones import DualEncoder, load_backbone
 from epic_fast.data import load_image
 from epic_fast.demo.frozen import FrozenPairs, read_frozen_pairs
 from epic_fast.demo.pairs import Pairs
-from epic_fast.demo.prompted import train_epic
-from epic_fast.demo.recipes import QUICK, VIEWS, WITHOUT_GPU, Cut, recipes
+from epic_fast.demo.prompted import train_prompted
+from epic_fast.demo.recipes import QUICK, VIEWS, WITHOUT_GPU, Cut, Recipe, mope_recipes, recipes
 from epic_fast.demo.rivals import Result
 from epic_fast.demo.table import cells, headings, score
 from epic_fast.demo.tasks import Task, classify_task, match_task, rivals
 from epic_fast.errors import EpicFastError
 from epic_fast.files import atomic_write_json, atomic_write_text
+from epic_fast.models import wrap
 from epic_fast.plots import SheetItem, confusion_matrix, contact_sheet, training_curves
 
 SHEET_PICTURES = 24
@@ -38,7 +39,14 @@ WIDTH_OF_FILES = 120
 
 
 def run(
-    name: str, output: Path, *, seed: int = 0, quick: bool = False, full: bool = False, plain: bool = False
+    name: str,
+    output: Path,
+    *,
+    seed: int = 0,
+    quick: bool = False,
+    full: bool = False,
+    mope: bool = False,
+    plain: bool = False,
 ) -> dict[str, Any]:
     """Run a task of the demo.
 
@@ -47,6 +55,7 @@ def run(
         output: the run folder; it ends as the adapter of the last EPIC of the table, with its log and pictures.
         quick: one epoch.
         full: the whole recipe, also where no GPU is there to make it short.
+        mope: train MoPE and its unrouted form too.
         plain: print to stderr only.
 
     Returns:
@@ -65,7 +74,9 @@ def run(
             f"shortened ({cut.why}): {cut.epochs} of {whole} epochs, {cut.views} of {VIEWS[name]} augmented views"
         )
     backbone = load_backbone("demo")
-    frozen = _read(backbone, name, device, console, VIEWS[name] if cut is None else cut.views)
+    trained = [*(mope_recipes(name) if mope else []), *recipes(name)]
+    views = VIEWS[name] if cut is None else cut.views
+    frozen = _read(backbone, trained, device, console, views)
     task = make_task(name, frozen, seed)
     size = sum(parameter.numel() for parameter in backbone.parameters())
     console.print(
@@ -74,7 +85,7 @@ def run(
     )
     rows: list[dict[str, Any]] = []
     result: Result | None = None
-    for result in results(task, backbone, frozen, seed, output, cut=cut, console=console):
+    for result in results(task, trained, backbone, frozen, seed, output, cut=cut, console=console):
         rows.append(score(task, result, size))
         console.print(f"  {escape(result.name)}: accuracy {rows[-1]['accuracy']:.3f}  ({result.seconds:.1f} s)")
     assert result is not None
@@ -111,6 +122,7 @@ def make_task(name: str, frozen: FrozenPairs, seed: int) -> Task:
 
 def results(
     task: Task,
+    trained: Sequence[Recipe],
     backbone: DualEncoder,
     frozen: FrozenPairs,
     seed: int,
@@ -119,35 +131,37 @@ def results(
     cut: Cut | None,
     console: Console,
 ) -> Iterator[Result]:
-    """Every row of the task's table in turn; the run of the last, an EPIC, is kept in ``output``."""
+    """Every row of the task's table in turn; the run of the last recipe, an EPIC, is kept in ``output``."""
     yield from rivals(frozen, task, seed)
-    whole = recipes(task.name)
-    for recipe in whole:
-        for each in (recipe.without_interaction(), recipe):
-            yield train_epic(
+    for recipe in trained:
+        for each in (recipe.control(), recipe):
+            yield train_prompted(
                 each.cut(cut),
                 backbone,
                 frozen,
                 task,
                 seed=seed,
-                output=output if each is whole[-1] else None,
+                output=output if each is trained[-1] else None,
                 progress=console.is_terminal or None,
             )[0]
 
 
-def first_layers(name: str, backbone: DualEncoder) -> tuple[int, int]:
-    """The lowest (text, vision) layers that any EPIC of a task puts prompts into."""
-    depths = backbone.text.num_layers, backbone.vision.num_layers
-    pairs = [recipe.config.resolve_layer_pairs(*depths)[0] for recipe in recipes(name)]
-    return min(text for text, _ in pairs), min(vision for _, vision in pairs)
+def first_layers(trained: Sequence[Recipe], backbone: DualEncoder) -> tuple[int, int]:
+    """The lowest (text, vision) layers that any of the recipes puts prompts into."""
+    found = []
+    for recipe in trained:
+        model = wrap(backbone, recipe.config, self_check=False)
+        found.append(model.first_layers())
+        model.unwrap()
+    return min(text for text, _ in found), min(vision for _, vision in found)
 
 
-def _read(backbone: DualEncoder, name: str, device: str, console: Console, views: int) -> FrozenPairs:
+def _read(backbone: DualEncoder, trained: Sequence[Recipe], device: str, console: Console, views: int) -> FrozenPairs:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("frozen towers, once", total=None)
         return read_frozen_pairs(
             backbone,
-            first_layers(name, backbone),
+            first_layers(trained, backbone),
             views=views,
             device=device,
             tick=lambda done, total: progress.update(bar, completed=done, total=total),

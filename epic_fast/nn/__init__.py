@@ -2,7 +2,13 @@
 
 from epic_fast.nn.heads import FeatureNorm, Head
 from epic_fast.nn.interaction_hub import InteractionHub
-from epic_fast.nn.prompt_experts import ExpertRouter, PromptExperts, PromptMapper, importance_loss
+from epic_fast.nn.prompt_experts import (
+    ExpertRouter,
+    PromptExperts,
+    PromptMapper,
+    importance_loss,
+    routing_entropy,
+)
 
 __all__ = [
     "ExpertRouter",
@@ -12,4 +18,5 @@ __all__ = [
     "PromptExperts",
     "PromptMapper",
     "importance_loss",
+    "routing_entropy",
 ]

@@ -149,7 +149,7 @@ class ExpertRouter(nn.Module):
         1 where it takes all experts alike, 0 where it takes one.
         """
         found = torch.stack([each.detach() for each in scores]).to(self.load.dtype)
-        entropy = torch.special.entr(found).sum(dim=2).mean(dim=1) / math.log(found.shape[2])
+        entropy = routing_entropy(found).mean(dim=1)
         for running, value in ((self.load, found.mean(dim=1)), (self.entropy, entropy)):
             running.copy_(torch.where(value.isfinite(), running + MEMORY * (value - running), running))
 
@@ -196,6 +196,12 @@ class PromptMapper(nn.Module):
                 self.dropout(nn.functional.gelu(projection(hidden))).unflatten(1, (self.rows, -1))
                 for projection in self.projections
             ]
+
+
+def routing_entropy(scores: Tensor) -> Tensor:
+    """Entropy of routing scores ``(..., E)`` over at least two experts, as a share of the highest there can be:
+    ``(...)``, 1 where all experts are taken alike, 0 where one is."""
+    return torch.special.entr(scores).sum(dim=-1) / math.log(scores.shape[-1])
 
 
 def importance_loss(scores: Sequence[Tensor], *, threshold: float = 0.1) -> Tensor:

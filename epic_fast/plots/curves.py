@@ -14,6 +14,8 @@ from epic_fast.errors import DataError
 from epic_fast.plots.style import BLUE, INK, QUIET, SERIES, SKY, VERMILLION, figure_style, new_figure, save_figure
 
 _NOT_A_SCORE = ("loss", "threshold")
+# How MoPE's numbers begin among a model's diagnostics: too many for a panel here, and with figures of their own.
+ENTROPY, LOAD = "routing_entropy/", "expert_load/"
 
 
 def training_curves(log_jsonl: str | Path, png: str | Path, *, title: str | None = None) -> Path:
@@ -38,6 +40,7 @@ def training_curves(log_jsonl: str | Path, png: str | Path, *, title: str | None
     losses = metrics.pop("loss", None)
     metrics = {name: points for name, points in metrics.items() if name not in _NOT_A_SCORE}
     gates = _series(epochs, "gates", a_pass)
+    gates = {name: points for name, points in gates.items() if not name.startswith((ENTROPY, LOAD))}
     last = gates or _series(steps or epochs, "learning_rates", a_pass)
     panels = 1 + bool(metrics) + bool(last)
     with figure_style():

@@ -17,7 +17,7 @@ _PIXELS = 360
 _LABEL_LETTERS = 24
 _TEXT_LETTERS = 32
 _LABEL_LINE, _TEXT_LINE = 0.092, 0.072  # heights, the picture's side being 1
-_SIDE, _GAP = 2.0, 0.14  # inches
+_SIDE, _GAP, _HEADING = 2.0, 0.14, 0.34  # inches
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,12 @@ class SheetItem:
 
 
 def contact_sheet(
-    items: Sequence[SheetItem], png: str | Path, *, columns: int | None = None, title: str | None = None
+    items: Sequence[SheetItem],
+    png: str | Path,
+    *,
+    columns: int | None = None,
+    title: str | None = None,
+    headings: Sequence[str] | None = None,
 ) -> Path:
     """Draw pictures in a grid, each with its text, the predicted and the true label.
 
@@ -61,28 +66,35 @@ def contact_sheet(
         png: the file to write.
         columns: pictures a row; by default 3 to 6, so that few places stay empty.
         title: what stands above the sheet.
+        headings: what stands above each row.
 
     Returns:
         The path of the picture.
 
     Raises:
-        DataError: there is nothing to show.
+        DataError: there is nothing to show, or not as many headings as rows.
     """
     if not items:
         raise DataError("contact_sheet was given no items; give at least one picture")
     columns = columns or _columns(len(items))
     rows = math.ceil(len(items) / columns)
+    if headings is not None and len(headings) != rows:
+        raise DataError(f"contact_sheet was given {len(headings)} headings for {rows} rows; give one a row, or none")
     captions = [_caption(item) for item in items]
     below = max(caption.height for caption in captions)
     head, cell = 0.42 if title else 0.06, _SIDE * (1 + below)
-    width, height = columns * (_SIDE + _GAP) + _GAP, rows * (cell + _GAP) + head
+    above = _HEADING if headings is not None else 0.0
+    width, height = columns * (_SIDE + _GAP) + _GAP, rows * (above + cell + _GAP) + head
     with figure_style():
         figure = new_figure(width, height, layout=None)
         if title:
             figure.text(0.5, 1 - 0.12 / height, title, ha="center", va="top", fontsize=12, fontweight="bold")
+        for row, heading in enumerate(headings or ()):
+            line = 1 - (head + row * (above + cell + _GAP) + 0.6 * above) / height
+            figure.text(_GAP / width, line, heading, ha="left", va="center", fontsize=10.5, fontweight="bold")
         for place, (item, caption) in enumerate(zip(items, captions, strict=True)):
             row, column = divmod(place, columns)
-            left, top = _GAP + column * (_SIDE + _GAP), head + row * (cell + _GAP)
+            left, top = _GAP + column * (_SIDE + _GAP), head + above + row * (above + cell + _GAP)
             size = (_SIDE / width, cell / height)
             axes = figure.add_axes((left / width, 1 - top / height - size[1], *size))
             axes.set_axis_off()

@@ -4,7 +4,7 @@ from epic_fast.training.callbacks import Callback
 from epic_fast.training.config import TrainingConfig
 from epic_fast.training.loop import FitResult, fit
 from epic_fast.training.metrics import compute_metrics, tune_threshold
-from epic_fast.training.predict import Predictions, predict
+from epic_fast.training.predict import Predictions, predict, predict_routing
 from epic_fast.training.prefixes import fill_prefix_cache
 
 __all__ = [
@@ -16,5 +16,6 @@ __all__ = [
     "fill_prefix_cache",
     "fit",
     "predict",
+    "predict_routing",
     "tune_threshold",
 ]

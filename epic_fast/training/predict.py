@@ -61,15 +61,11 @@ def predict(
         DataError: the data set is empty or a sample cannot be read.
         ConfigError: a batch size below 1 or an unknown precision.
     """
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError(f"predict: batch_size is {batch_size!r}; wanted a whole number of at least 1")
-    length = length_of(dataset, "given")
     device = device_of(model)
     kind = resolve_precision(precision, device)
-    collate = collator or collator_for(model, dataset)
     result = infer(
         model,
-        loader(dataset, collate, ordered_batches(length, batch_size), seed=0, num_workers=num_workers),
+        _in_order(model, dataset, collator, batch_size, num_workers),
         device=device,
         autocast=lambda: passes(kind, device),
         reporter=make_reporter(progress),
@@ -77,6 +73,69 @@ def predict(
         with_loss=False,
     )
     return Predictions(torch.cat(result.logits), torch.cat(result.labels) if result.labels else None)
+
+
+def predict_routing(
+    model: Any,
+    dataset: Any,
+    *,
+    collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    batch_size: int = 64,
+    progress: ProgressLike = None,
+    num_workers: int = 0,
+    precision: str = "auto",
+) -> dict[int, Tensor]:
+    """Which experts each sample takes, in order and without noise.
+
+    Args:
+        model: of the method MoPE.
+        dataset, collator, batch_size, progress, num_workers, precision: as for :func:`predict`.
+
+    Returns:
+        Routed layer of the main tower to scores ``(N, E)``, float32 on the CPU, that sum to 1 over the experts; empty
+        where nothing is routed.
+
+    Raises:
+        DataError: the data set is empty or a sample cannot be read.
+        ConfigError: a batch size below 1, an unknown precision, or a model without routing.
+    """
+    from accelerate.utils import send_to_device
+
+    if not hasattr(model, "routing"):
+        raise ConfigError(f"predict_routing: a {type(model).__name__} has no routing; wanted a model of MoPE")
+    device = device_of(model)
+    kind = resolve_precision(precision, device)
+    batches = _in_order(model, dataset, collator, batch_size, num_workers)
+    reporter = make_reporter(progress)
+    found: dict[int, list[Tensor]] = {}
+    was_training = model.training
+    model.eval()
+    reporter.start("routing", len(batches))
+    try:
+        for _, batch in batches:
+            inputs: dict[str, Any] = send_to_device(prepared(model, batch), device)  # pyright: ignore[reportAssignmentType]
+            with passes(kind, device):
+                for layer, scores in model.routing(**inputs).items():
+                    found.setdefault(layer, []).append(scores.float().cpu())
+            reporter.advance()
+    finally:
+        reporter.stop()
+        model.train(was_training)
+    return {layer: torch.cat(scores) for layer, scores in found.items()}
+
+
+def _in_order(
+    model: Any,
+    dataset: Any,
+    collator: Callable[[list[Any]], Mapping[str, Any]] | None,
+    batch_size: int,
+    num_workers: int,
+) -> Any:
+    """The data set's batches, first to last."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"predict: batch_size is {batch_size!r}; wanted a whole number of at least 1")
+    plan = ordered_batches(length_of(dataset, "given"), batch_size)
+    return loader(dataset, collator or collator_for(model, dataset), plan, seed=0, num_workers=num_workers)
 
 
 def infer(
