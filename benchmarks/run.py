@@ -320,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     operation, device = OPERATIONS[given.command], torch.device(given.device)
     cases, providers = choose(operation, given)
     run = timing.machine(" ".join(["python -m benchmarks.run", *arguments]))
-    run["ceilings"] = timing.ceilings(device)
+    run["ceilings"], run["empty_function"] = timing.ceilings(device), timing.empty_function(device)
     rows = []
     for kind in given.dtype:
         for row in rows_of(operation, cases, providers, DTYPES[kind], device):

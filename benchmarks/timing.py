@@ -167,6 +167,39 @@ def ceilings(device: torch.device) -> dict[str, float] | None:
     return {"copy_tb_s": 2 * source.nbytes / copied / 1e9, "bf16_tflop_s": 2 * 8192**3 / multiplied / 1e9}
 
 
+class _Nothing(torch.autograd.Function):
+    """Nine inputs, two outputs, no work."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(*inputs)
+        return inputs[0].new_empty(inputs[0].shape), inputs[1].new_empty(inputs[1].shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return ctx.saved_tensors
+
+
+def empty_function(device: torch.device) -> dict[str, float]:
+    """Milliseconds of a step, launched from Python, through an ``autograd.Function`` of nine inputs that does nothing.
+
+    What PyTorch itself costs a call whose backward pass is written in Python, on this machine: the least that the
+    interaction can take without a graph.
+    """
+    inputs = [torch.zeros(8, device=device, requires_grad=True) for _ in range(9)]
+    grads = [torch.ones(8, device=device) for _ in range(2)]
+
+    def call() -> Any:
+        return torch.autograd.grad(_Nothing.apply(*inputs), inputs, grads)  # pyright: ignore[reportArgumentType]
+
+    for _ in range(LAUNCHES):
+        call()
+    return {
+        "launched_ms": measure_launched(call, device),
+        "launched_one_thread_ms": measure_launched(call, device, one_thread=True),
+    }
+
+
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
