@@ -31,6 +31,34 @@ def test_the_hub_makes_no_tensor_that_nothing_reads() -> None:
     assert hub.diagnostics()["vision_gate/2"] == 0.5
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("read", [(0, 1, 2), (1,)])
+def test_gradients_of_what_steps_share_add_up_in_float32(shared: bool, read: tuple[int, ...]) -> None:
+    hub = InteractionHub(4, 6, steps=3, shared=shared, gate_init=0.5)
+    # So large a number swallows the small ones in bfloat16: 256 + 1 = 256.
+    factors = {0: 256.0, 1: 1.0, 2: 1.0}
+    made: dict[Any, Any] = {}
+    total = torch.zeros(())
+    for step in read:
+        given = hub.parameters_of(step, torch.bfloat16, made)
+        assert [each.dtype for each in given[:4]] == [torch.bfloat16] * 4
+        assert given[4:6] == (hub.text_gate[step], hub.vision_gate[step])
+        total = total + factors[step] * sum(each.float().sum() for each in given)
+    total.backward()
+    projections = [each for module in (hub.text_to_vision, hub.vision_to_text) for each in module]
+    for copy, layer in enumerate(projections):
+        steps = read if shared else [step for step in read if step == copy % 3]
+        for tensor in (layer.weight, layer.bias):
+            if not steps:
+                assert tensor.grad is None
+                continue
+            assert tensor.grad.dtype == torch.float32
+            assert (tensor.grad == sum(factors[step] for step in steps)).all()
+    for gate in (hub.text_gate, hub.vision_gate):
+        assert gate.grad.tolist() == [factors[step] if step in read else 0.0 for step in range(3)]
+    assert torch.isclose(hub.log_temperature.grad, sum(factors[step] for step in read) * hub.log_temperature.exp())
+
+
 @pytest.mark.parametrize("kind", ["linear", "mlp"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_heads_give_float32_or_float64_of_features_of_any_type(kind: str, dtype: torch.dtype) -> None:

@@ -240,7 +240,7 @@ class EpicModel(PromptedModel):
         more: list[Tensor] = []
         if self.config.prompt_length:
             runs = text_run, vision_run = self._begin(prefix, reads)
-            made: dict[Any, Tensor] = {}
+            made: dict[Any, Any] = {}
             for step, layers in enumerate(self.layer_pairs):
                 for run, layer in zip(runs, layers, strict=True):
                     run.step(layer)
@@ -288,7 +288,7 @@ class EpicModel(PromptedModel):
         return self.hub.similarity(text_prompt, vision_prompt, step).flatten(1)
 
     def _interact(
-        self, text: PackedRun | PlainRun, vision: PackedRun | PlainRun, step: int, made: dict[Any, Tensor]
+        self, text: PackedRun | PlainRun, vision: PackedRun | PlainRun, step: int, made: dict[Any, Any]
     ) -> None:
         if (
             self.hub.activation == "none"

@@ -91,7 +91,7 @@ class InteractionHub(nn.Module):
             (vision + gates[1] * self._activate(mixed[1] - vision)).to(vision_prompt.dtype),
         )
 
-    def parameters_of(self, step: int, dtype: torch.dtype, made: dict[Any, Tensor] | None = None) -> tuple[Tensor, ...]:
+    def parameters_of(self, step: int, dtype: torch.dtype, made: dict[Any, Any] | None = None) -> tuple[Tensor, ...]:
         """What step ``step`` gives to :func:`epic_fast.functional.prompt_interaction` beside prompts of ``dtype``.
 
         Args:
@@ -99,12 +99,22 @@ class InteractionHub(nn.Module):
         """
         made = {} if made is None else made
         projections = [
-            each if each.dtype == dtype else _Cast.apply(each, _once(made, each, dtype))
+            each if each.dtype == dtype else self._copy_of(each, step, dtype, made)
             for each in self._projections(0 if self.shared else step, None)
         ]
         if "temperature" not in made:
+            # The steps' gates at once: their gradients are put together in one piece.
             made["temperature"] = self.log_temperature.exp()
-        return (*projections, self.text_gate[step], self.vision_gate[step], made["temperature"])
+            made["gates"] = self.text_gate.unbind(), self.vision_gate.unbind()
+        text_gates, vision_gates = made["gates"]
+        return (*projections, text_gates[step], vision_gates[step], made["temperature"])
+
+    def _copy_of(self, parameter: Tensor, step: int, dtype: torch.dtype, made: dict[Any, Any]) -> Tensor:
+        """A parameter in another type; steps that share it share the cast."""
+        key = id(parameter), dtype
+        if key not in made:
+            made[key] = _Copies.apply(parameter, dtype, self.steps if self.shared else 1)
+        return made[key][step if self.shared else 0]
 
     def similarity(self, text_prompt: Tensor, vision_prompt: Tensor, step: int) -> Tensor:
         """The cosines that step ``step`` mixes by, before temperature and softmax: ``(B, P, P)``."""
@@ -159,21 +169,20 @@ class InteractionHub(nn.Module):
         return values
 
 
-def _once(made: dict[Any, Tensor], parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    key = id(parameter), dtype
-    if key not in made:
-        made[key] = parameter.detach().to(dtype)
-    return made[key]
-
-
-class _Cast(torch.autograd.Function):
-    """A parameter as a copy in another type that was made before; gradients add up in the parameter's own type."""
+class _Copies(torch.autograd.Function):
+    """A parameter in another type, as often as it is read; the gradients add up in the parameter's own type, in one
+    sum."""
 
     @staticmethod
-    def forward(ctx: Any, parameter: Tensor, copy: Tensor) -> Tensor:
+    def forward(ctx: Any, parameter: Tensor, dtype: torch.dtype, count: int) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
         ctx.dtype = parameter.dtype
-        return copy.view_as(copy)
+        copy = parameter.to(dtype)
+        return tuple(copy.detach() for _ in range(count))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return grad.to(ctx.dtype), None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None]:
+        given = [each for each in grads if each is not None]
+        if len(given) < 2:
+            return given[0].to(ctx.dtype) if given else None, None, None
+        return torch.stack(given).sum(dim=0, dtype=ctx.dtype), None, None
