@@ -73,9 +73,9 @@ Inputs are made in the type named, then promoted: what stands here is the error 
 the inputs. *Largest* and *mean* are absolute errors against the reference in float64, over all cases and elements;
 *PyTorch* is the reference run eagerly in the same type. An error may be at most twice PyTorch's for outputs and three
 times for gradients, plus one rounding; *budget used* is the largest share of that which any tensor takes. `float32` is
-IEEE arithmetic; `float32 (TF32)` is what both do where PyTorch's matrix products are set to TF32. There the kernels do
-not keep the budget: PyTorch rounds the operands of a product to TF32, or computes a small product in IEEE arithmetic,
-and the kernels' products cut the operands off, which makes the error three to four times as large.
+IEEE arithmetic. `float32 (TF32)` is what both do where PyTorch's matrix products may use TF32: the kernels then multiply on
+tensor cores in pieces of a number, with float32's digits, since PyTorch too computes attention and small products there with more
+than TF32 has.
 """
 SMOKE: dict[str, tuple[Case, ...]] = {"attention": ATTENTION_SMOKE, "interaction": INTERACTION_SMOKE}
 
