@@ -20,11 +20,11 @@ from torch import Tensor
 
 from epic_fast.kernels.common import plan
 from epic_fast.kernels.common.plan import Tape, precision, unit_last_stride
-from epic_fast.kernels.prompt_attention.tiles import shared_memory
 from epic_fast.kernels.prompt_attention.triton_rows import (
     LOG2_E,
     empty_rows,
     head_base,
+    is_hopper,
     layout_of,
     load_rows,
     load_statistic,
@@ -991,7 +991,7 @@ def backward(
     windows = rows // batch
     itemsize, width = query.dtype.itemsize, padded(head_dim)
     if tiles is None:
-        tiles = backward_tiles(width, itemsize, count, shared_memory(query.device))
+        tiles = backward_tiles(width, itemsize, count, is_hopper(query.device))
     bias, bias_strides = bias_of(tape, bias)
     words = pack_mask(tape, mask, prompts)
     read = (*inputs, unit_last_stride(tape, grad_output), unit_last_stride(tape, grad_prompt_output))
@@ -1017,8 +1017,8 @@ def backward(
             facts_of(layout, others, integers, (constants, tile.warps, tile.registers)),
         )
 
-    if tiles.whole is not None and tiles.whole.whole(count):
-        tile = tiles.whole
+    tile = tiles.bias if needs_bias else tiles.whole
+    if tile is not None and tile.whole(count):
         chunks = _chunks(tile, windows)
         shares = shares_of(tape, results[3:6], chunks)
         bias_share = None
