@@ -173,9 +173,7 @@ def window_prompt_attention(
     """
     tensors = (query, key, value, prompt_query, prompt_key, prompt_value)
     _check_window_prompt_attention(*tensors, relative_position_bias, window_mask)
-    return ops.window_prompt_attention(
-        *tensors, relative_position_bias=relative_position_bias, window_mask=window_mask, scale=scale, impl=impl
-    )
+    return ops.window_prompt_attention(*tensors, relative_position_bias, window_mask, scale=scale, impl=impl)
 
 
 def mix_prompt_experts(

@@ -259,7 +259,7 @@ def _forward_kernel(
                     WIDE,
                     PRECISION,
                 )
-        seen = total > 0  # [BLOCK_M]
+        seen = total != 0  # [BLOCK_M], and where it is NaN
         total = tl.where(seen, total, 1.0)
         accumulator = accumulator / total[:, None]
         of_prompts += accumulator
