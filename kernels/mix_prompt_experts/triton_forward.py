@@ -99,9 +99,9 @@ def _forward_kernel(
     target = prompts + (sample.to(tl.int64)[:, None] * prompts_sample + row.to(tl.int64) * prompts_row) * UNIT + column
     tl.store(target, mixed.to(prompts.dtype.element_ty), mask=(sample < batch)[:, None] & inside)
     if part == 0:
-        target = scores + sample.to(tl.int64)[:, None] * EXPERTS + expert[None, :]
+        own_scores = scores + sample.to(tl.int64)[:, None] * EXPERTS + expert[None, :]
         exists = (sample < batch)[:, None] & (expert < EXPERTS)[None, :]
-        tl.store(target, found.to(scores.dtype.element_ty), mask=exists)
+        tl.store(own_scores, found.to(scores.dtype.element_ty), mask=exists)
 
 
 def mix_prompt_experts_forward(
