@@ -12,6 +12,8 @@ from dataclasses import dataclass
 WHOLE_ROWS = 64
 # Wider heads leave no registers for the sums over windows.
 WHOLE_WIDTH = 64
+# B200 has this and more, A100 and MI300 have not; what spills is another tile on each.
+_MUCH_SHARED = 200_000
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,21 @@ def holds_whole(width: int, count: int) -> bool:
 
 
 @functools.cache
-def forward_tile(width: int, itemsize: int, count: int, hopper: bool) -> WindowTile:
-    """The forward's tile; arguments as those of :func:`holds_whole`."""
+def forward_tile(width: int, itemsize: int, count: int, hopper: bool, shared: int) -> WindowTile:
+    """The forward's tile; arguments as those of :func:`holds_whole`, and the bytes of shared memory of a block."""
     if itemsize == 4:
         # IEEE products run on the plain units and keep operands in registers, so many warps share a small tile.
         return WindowTile(rows=32 if width <= 64 else 16, keys=32, warps=8, stages=1)
     if holds_whole(width, count):
-        return WindowTile(rows=64, keys=64, warps=4, stages=2, hold=True, registers=168 if hopper else None)
+        # Three programs share a multiprocessor of an H100; with the prompts held as well they would spill.
+        return WindowTile(rows=64, keys=64, warps=4, stages=2, registers=168 if hopper else None)
+    if not hopper:
+        return WindowTile(rows=32, keys=32, warps=4, stages=2, windows=4)
     return WindowTile(rows=64, keys=64 if width <= 64 else 32, warps=4, stages=2, windows=4)
 
 
 @functools.cache
-def backward_tiles(width: int, itemsize: int, count: int, hopper: bool) -> BackwardTiles:
+def backward_tiles(width: int, itemsize: int, count: int, hopper: bool, shared: int) -> BackwardTiles:
     """The backward's tiles; arguments as those of :func:`forward_tile`."""
     whole = bias = None
     if holds_whole(width, count):
@@ -87,8 +92,14 @@ def backward_tiles(width: int, itemsize: int, count: int, hopper: bool) -> Backw
         return BackwardTiles(query=small, key=small)
     if bias is not None:
         whole = WindowTile(rows=64, keys=64, warps=4, stages=2 if hopper else 1)
+    if hopper:
+        query = WindowTile(rows=64, keys=32, warps=4, stages=2, windows=4)
+    elif shared < _MUCH_SHARED:
+        query = WindowTile(rows=64, keys=32, warps=8, stages=1, windows=4)
+    else:
+        query = WindowTile(rows=32, keys=16, warps=4, stages=1, windows=4)
     return BackwardTiles(
-        query=WindowTile(rows=64, keys=32, warps=4, stages=2 if hopper else 1, windows=4),
+        query=query,
         key=WindowTile(rows=32, keys=64 if hopper else 32, warps=4, stages=1, windows=4),
         whole=whole,
         bias=bias,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from epic_fast.kernels.common import plan
 from epic_fast.kernels.common.plan import Tape, precision, unit_last_stride
+from epic_fast.kernels.prompt_attention.tiles import shared_memory
 from epic_fast.kernels.prompt_attention.triton_rows import (
     LOG2_E,
     empty_rows,
@@ -991,7 +992,7 @@ def backward(
     windows = rows // batch
     itemsize, width = query.dtype.itemsize, padded(head_dim)
     if tiles is None:
-        tiles = backward_tiles(width, itemsize, count, is_hopper(query.device))
+        tiles = backward_tiles(width, itemsize, count, is_hopper(query.device), shared_memory(query.device))
     bias, bias_strides = bias_of(tape, bias)
     words = pack_mask(tape, mask, prompts)
     read = (*inputs, unit_last_stride(tape, grad_output), unit_last_stride(tape, grad_prompt_output))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from epic_fast.kernels.common import plan
 from epic_fast.kernels.common.plan import Tape, precision
+from epic_fast.kernels.prompt_attention.tiles import shared_memory
 from epic_fast.kernels.prompt_attention.triton_rows import (
     LOG2_E,
     empty_rows,
@@ -429,7 +430,7 @@ def forward(
     windows = rows // batch
     itemsize, width = query.dtype.itemsize, padded(head_dim)
     if tile is None:
-        tile = forward_tile(width, itemsize, count, is_hopper(query.device))
+        tile = forward_tile(width, itemsize, count, is_hopper(query.device), shared_memory(query.device))
     chunk = min(tile.windows, windows)
     chunks = -(-windows // chunk)
     (target,) = shares_of(tape, (prompt_output,), chunks)
