@@ -75,8 +75,7 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     found = [
         _rows_like(each) if needed else _no_tensor(query) for each, needed in zip(inputs[:6], needs[:6], strict=True)
     ]
-    wanted = bias is not None and needs[6]
-    return (*found, bias.new_empty(bias.shape) if wanted else _no_tensor(query))
+    return (*found, _no_tensor(query) if bias is None or not needs[6] else bias.new_empty(bias.shape))
 
 
 FORWARD = library.register(
