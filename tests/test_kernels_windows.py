@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 pytest.importorskip("triton")
 
@@ -374,6 +375,20 @@ def test_a_call_through_autograd_is_within_the_budget(compiled: bool) -> None:
         torch._dynamo.reset()
         call = torch.compile(call, backend="aot_eager", fullgraph=True)
     check(WindowCase(2, 3, 1, 9, 3, 16, mask=True, bias_gradient=True), torch.float32, call)
+
+
+def test_one_graph_serves_every_size() -> None:
+    """The first size, then one more graph in which batch, windows, tokens and prompts are symbols."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda **given: window_prompt_attention(**given, impl="triton"), backend=counter, fullgraph=True
+    )
+    for sizes in ((2, 2, 1, 4, 3), (3, 3, 1, 9, 2), (2, 3, 1, 62, 6)):
+        case = WindowCase(*sizes, head_dim=16, mask=True)
+        inputs = {name: each.requires_grad_() for name, each in case.make(device=DEVICE).items() if each is not None}
+        torch.autograd.backward([each.sum() for each in compiled(**inputs, **case.options(DEVICE))])
+    assert counter.frame_count <= 2
 
 
 def test_frozen_inputs_have_no_graph_and_no_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
