@@ -31,8 +31,13 @@ from epic_fast.testing.cases import (
     ATTENTION_SMOKE,
     INTERACTION_PRODUCTION,
     INTERACTION_SMOKE,
+    MIX_PRODUCTION,
+    MIX_SMOKE,
+    WINDOW_PRODUCTION,
+    WINDOW_SMOKE,
     AttentionCase,
     Case,
+    WindowCase,
 )
 
 KINDS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -64,6 +69,17 @@ CASES: dict[str, tuple[Case, ...]] = {
         AttentionCase(2, 4, 257, 0, name="no prompts"),
     ),
     "interaction": INTERACTION_PRODUCTION,
+    "windows": (
+        *WINDOW_PRODUCTION,
+        *(
+            replace(case, bias_gradient=True, name=f"{case.name}, bias with a gradient")
+            for case in WINDOW_PRODUCTION[1:3]
+        ),
+        *(WindowCase(2, 4, 4, 49, 13, head_dim, name=f"head_dim {head_dim}") for head_dim in (16, 48, 64, 80, 128)),
+        WindowCase(2, 2, 2, 144, 256, mask=True, name="256 prompts"),
+        WindowCase(2, 4, 2, 49, 0, mask=True, name="no prompts"),
+    ),
+    "experts": MIX_PRODUCTION,
 }
 HEAD = """# Numerics
 
@@ -73,11 +89,16 @@ Inputs are made in the type named, then promoted: what stands here is the error 
 the inputs. *Largest* and *mean* are absolute errors against the reference in float64, over all cases and elements;
 *PyTorch* is the reference run eagerly in the same type. An error may be at most twice PyTorch's for outputs and three
 times for gradients, plus one rounding; *budget used* is the largest share of that which any tensor takes. `float32` is
-IEEE arithmetic. `float32 (TF32)` is what both do where PyTorch's matrix products may use TF32: the kernels then multiply on
-tensor cores in pieces of a number, with float32's digits, since PyTorch too computes attention and small products there with more
-than TF32 has.
+IEEE arithmetic. `float32 (TF32)` is what both do where PyTorch's matrix products may use TF32: the kernels then multiply
+on tensor cores in pieces of a number, with float32's digits, since PyTorch too computes attention and small products
+there with more than TF32 has.
 """
-SMOKE: dict[str, tuple[Case, ...]] = {"attention": ATTENTION_SMOKE, "interaction": INTERACTION_SMOKE}
+SMOKE: dict[str, tuple[Case, ...]] = {
+    "attention": ATTENTION_SMOKE,
+    "interaction": INTERACTION_SMOKE,
+    "windows": WINDOW_SMOKE,
+    "experts": MIX_SMOKE,
+}
 
 
 @contextlib.contextmanager
@@ -125,7 +146,7 @@ def page(found: dict[str, Any]) -> str:
         here = [row for row in rows if row["operation"] == operation]
         cases = list(dict.fromkeys(row["case"] for row in here))
         lines += [
-            f"## prompt_{operation}",
+            f"## {OPERATIONS[operation].function.__name__}",
             "",
             "| type | tensor | largest value | largest, ours | PyTorch | mean, ours | PyTorch | budget used |",
             "|---|---|---|---|---|---|---|---|",

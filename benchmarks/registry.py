@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from epic_fast import functional
 from epic_fast.kernels.prompt_attention.reference import visibility  # pyright: ignore[reportMissingImports]
@@ -22,8 +22,13 @@ from epic_fast.testing.cases import (
     ATTENTION_SMOKE,
     INTERACTION_MEASURED,
     INTERACTION_SMOKE,
+    MIX_MEASURED,
+    MIX_SMOKE,
+    WINDOW_MEASURED,
+    WINDOW_SMOKE,
     AttentionCase,
     Case,
+    WindowCase,
 )
 from epic_fast.testing.numerics import make_cotangents
 
@@ -294,4 +299,117 @@ INTERACTION = Operation(
     ),
 )
 
-OPERATIONS = {each.name: each for each in (ATTENTION, INTERACTION)}
+
+def _dense_bias(case: WindowCase, options: dict[str, Any], dtype: torch.dtype) -> Tensor | None:
+    """Bias and mask in one tensor, padded for the prompts: ``(H, R, R)``, or ``(nW * H, R, R)`` where there is a mask.
+
+    Rows start at multiples of 16 bytes, so that no backend has to copy it.
+    """
+    bias, mask, rows = options["relative_position_bias"], options["window_mask"], case.prompts + case.tokens
+    if bias is None and mask is None:
+        return None
+    given = bias if bias is not None else mask
+    dense = torch.zeros(case.windows if case.mask else 1, case.heads, rows, -(-rows // 8) * 8, device=given.device)
+    if bias is not None:
+        dense[..., :rows] += pad(bias.float(), (case.prompts, 0, case.prompts, 0))
+    if mask is not None:
+        dense[..., case.prompts :, case.prompts : rows].masked_fill_(~mask[:, None], float("-inf"))
+    return dense.to(dtype).flatten(0, 1)[..., :rows]
+
+
+def _window_sdpa(backend: SDPBackend, *, cat: bool) -> Callable[..., Call]:
+    """SDPA over windows into which the prompts were copied: in the call, or found that way.
+
+    Windows and heads are one dimension, so that one dense bias serves the whole batch.  With the copy it gives what the
+    operation gives, tokens and the prompts' mean; without it one tensor, of which the mean is not counted.
+    """
+
+    def prepare(case: WindowCase, inputs: dict[str, Tensor | None], options: dict[str, Any]) -> Call:
+        given = [each for each in inputs.values() if each is not None]
+        bias = _dense_bias(case, options, given[0].dtype)
+        if bias is not None and backend == SDPBackend.FLASH_ATTENTION:
+            raise CannotRun("PyTorch's flash attention takes no bias")
+        rows = case.prompts + case.tokens
+
+        def join(prompt: Tensor, token: Tensor) -> Tensor:
+            return torch.cat([prompt.repeat_interleave(case.windows, dim=0), token], dim=2)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            """A view ``(B, nW, H, R, D)`` of whatever memory the backend chose."""
+            folded = (query, key, value)
+            if case.mask:
+                folded = [each.view(case.batch, -1, rows, case.head_dim) for each in folded]
+            mask = None if bias is None else bias.expand(len(folded[0]), -1, -1, -1)
+            found = scaled_dot_product_attention(*folded, attn_mask=mask, scale=case.scale)
+            return found.unflatten(1 if case.mask else 0, (-1, case.heads) if case.mask else (-1, case.windows))
+
+        def apart(whole: Tensor | None) -> tuple[Tensor, Tensor]:
+            assert whole is not None
+            return whole[:, :, :, case.prompts :], whole[:, :, :, : case.prompts].mean(dim=1)
+
+        def flat(result: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+            tokens, of_prompts = result if cat else apart(result[0])
+            assert tokens is not None
+            return tokens.flatten(0, 1), of_prompts
+
+        def settings() -> AbstractContextManager[Any]:
+            return sdpa_kernel(backend)
+
+        if cat:
+            leaves = leaves_of(inputs)
+            pairs = list(zip(given[3:], given[:3], strict=True))
+            return Call(lambda: apart(attend(*[join(*pair) for pair in pairs])), leaves, flat, settings)
+        with torch.no_grad():
+            joined = [join(prompt, token) for prompt, token in zip(given[3:], given[:3], strict=True)]
+        leaves = [each.requires_grad_() for each in joined]
+        return Call(lambda: (attend(*joined),), leaves, flat, settings)
+
+    return prepare
+
+
+WINDOWS = Operation(
+    "windows",
+    functional.window_prompt_attention,
+    WINDOW_MEASURED,
+    WINDOW_SMOKE,
+    (
+        Provider(OURS, "epic_fast", _ours(functional.window_prompt_attention, "triton")),
+        Provider(EAGER, "PyTorch, eager", _ours(functional.window_prompt_attention, "reference")),
+        Provider(
+            "compiled", "PyTorch, compiled", _compiled_reference(functional.window_prompt_attention), compiled=True
+        ),
+        *(
+            Provider(
+                f"copy+sdpa-{name}",
+                f"copy + SDPA ({label}), dense bias",
+                _window_sdpa(backend, cat=True),
+                group="copy + SDPA, dense bias, best backend",
+            )
+            for name, (label, backend) in _BACKENDS.items()
+        ),
+        *(
+            Provider(
+                f"sdpa-{name}",
+                f"SDPA ({label}), dense bias, no copy",
+                _window_sdpa(backend, cat=False),
+                in_place=True,
+                group="SDPA, dense bias, no copy, best backend",
+            )
+            for name, (label, backend) in _BACKENDS.items()
+        ),
+    ),
+)
+
+EXPERTS = Operation(
+    "experts",
+    functional.mix_prompt_experts,
+    MIX_MEASURED,
+    MIX_SMOKE,
+    (
+        Provider(OURS, "epic_fast", _ours(functional.mix_prompt_experts, "triton")),
+        Provider(EAGER, "PyTorch, eager", _ours(functional.mix_prompt_experts, "reference")),
+        Provider("compiled", "PyTorch, compiled", _compiled_reference(functional.mix_prompt_experts), compiled=True),
+    ),
+)
+
+OPERATIONS = {each.name: each for each in (ATTENTION, INTERACTION, WINDOWS, EXPERTS)}

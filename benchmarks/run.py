@@ -2,6 +2,8 @@
 
     python -m benchmarks.run attention --output benchmarks/results/attention.jsonl
     python -m benchmarks.run interaction --output benchmarks/results/interaction.jsonl
+    python -m benchmarks.run windows --output benchmarks/results/windows.jsonl
+    python -m benchmarks.run experts --output benchmarks/results/experts.jsonl
     python -m benchmarks.run table benchmarks/results/attention.jsonl       # the README's table, in Markdown
 
 At every case ours is held against its error budget first (``epic_fast.testing.numerics``).  Where it fails, no
@@ -31,7 +33,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.registry import MODES, OPERATIONS, OURS, Call, CannotRun, Operation, Provider
-from epic_fast.testing.cases import LAYOUTS, AttentionCase, Case
+from epic_fast.testing.cases import LAYOUTS, AttentionCase, Case, WindowCase
 from epic_fast.testing.numerics import Measured, measure_operation
 
 COLUMNS = ("p50_ms", "launched_ms", "launched_one_thread_ms", "graph_ms", "peak_mib")
@@ -282,7 +284,10 @@ def choose(operation: Operation, given: argparse.Namespace) -> tuple[list[Case],
             if any(wanted == str(number) or wanted.lower() in case.name.lower() for wanted in given.cases)
         ]
     if given.layout:
-        cases = [replace(case, layout=given.layout) if isinstance(case, AttentionCase) else case for case in cases]
+        cases = [
+            replace(case, layout=given.layout) if isinstance(case, AttentionCase | WindowCase) else case
+            for case in cases
+        ]
     known = {each.name: each for each in operation.providers}
     unknown = set(given.providers or ()) - set(known)
     if unknown:

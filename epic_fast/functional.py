@@ -185,9 +185,7 @@ def window_prompt_attention(
     """
     tensors = (query, key, value, prompt_query, prompt_key, prompt_value)
     _check_window_prompt_attention(*tensors, relative_position_bias, window_mask)
-    return ops.window_prompt_attention(
-        *tensors, relative_position_bias=relative_position_bias, window_mask=window_mask, scale=scale, impl=impl
-    )
+    return ops.window_prompt_attention(*tensors, relative_position_bias, window_mask, scale=scale, impl=impl)
 
 
 def mix_prompt_experts(
@@ -196,6 +194,7 @@ def mix_prompt_experts(
     *,
     temperature: float = 0.1,
     top_k: int | None = None,
+    out: Tensor | None = None,
     impl: Implementation = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Prompts as a mixture of experts, weighted for each sample by the softmax of its routing logits.
@@ -210,6 +209,8 @@ def mix_prompt_experts(
         top_k: None mixes all experts; else the ``top_k`` with the largest logits of a sample (of equal ones the first),
             their scores adding up to one and the others' being exactly 0 with gradient 0 (the sparse gate of arXiv
             1701.06538).  1 leaves the logits without gradient.
+        out: a tensor to write the prompts into, such as a slot of a tower's buffer; it is what is returned.  It
+            overlaps no input.  Without gradients only, as PyTorch's own ``out=``.
         impl: ``"auto"``, ``"triton"`` (raises if it cannot run) or ``"reference"``.
 
     Returns:
@@ -219,7 +220,10 @@ def mix_prompt_experts(
         ConfigError: shapes, types, devices or options that do not fit together, naming what was wanted and found.
     """
     _check_mix_prompt_experts(router_logits, experts, temperature, top_k)
-    return ops.mix_prompt_experts(router_logits, experts, temperature=temperature, top_k=top_k, impl=impl)
+    if out is not None:
+        given = (router_logits, experts)
+        _check_out("mix_prompt_experts", (out,), ("prompts",), (experts,), router_logits, given)
+    return ops.mix_prompt_experts(router_logits, experts, temperature=temperature, top_k=top_k, out=out, impl=impl)
 
 
 def _wrong(operation: str, found: str, wanted: str) -> ConfigError:
@@ -369,7 +373,7 @@ def _check_lengths(lengths: Tensor, query: Tensor) -> None:
 def _check_out(
     name: str,
     out: tuple[Tensor | None, ...],
-    labels: tuple[str, str],
+    labels: tuple[str, ...],
     like: tuple[Tensor | None, ...],
     batch_like: Tensor,
     tensors: tuple[Tensor | None, ...],

@@ -24,7 +24,7 @@ from epic_fast.functional import prompt_attention, prompt_interaction
 from epic_fast.ops import frozen_linear, library
 from epic_fast.ops import prompt_attention as attention_operation
 from epic_fast.ops import prompt_interaction as interaction_operation
-from epic_fast.testing.cases import AttentionCase, InteractionCase
+from epic_fast.testing.cases import AttentionCase, InteractionCase, MixCase, WindowCase
 from epic_fast.testing.numerics import assert_bits_equal, check_operation
 
 if not library.TRITON_INSTALLED:
@@ -183,6 +183,58 @@ def prompt_interaction_backward() -> Any:
 def prompt_interaction_backward_of_some() -> Any:
     inputs = InteractionCase(2, 3, 4, 16, 20).make()
     return (torch.randn(2, 3, 16), None, *inputs.values(), 1e-6, [index % 3 == 0 for index in range(9)]), {}
+
+
+def window_arguments(**more: Any) -> list[Any]:
+    case = WindowCase(2, 2, 2, 5, 3, 16, mask=True, **more)
+    options = case.options()
+    return [*case.make().values(), options["relative_position_bias"], options["window_mask"]]
+
+
+@operator
+def window_prompt_attention_forward() -> Any:
+    return (*window_arguments(layout="packed"), 0.25, True), {}
+
+
+@operator
+def window_prompt_attention_forward_without_statistics() -> Any:
+    return (*window_arguments()[:6], None, None, 0.25, False), {}
+
+
+@operator
+def window_prompt_attention_backward() -> Any:
+    inputs = window_arguments()
+    output, prompt_output, lse = torch.ops.epic_fast.window_prompt_attention_forward(*inputs, 0.25, True)
+    return (torch.randn_like(output), torch.randn_like(prompt_output), *inputs, lse, 0.25, [True] * 7), {}
+
+
+@operator
+def window_prompt_attention_backward_of_some() -> Any:
+    inputs = window_arguments()
+    output, _, lse = torch.ops.epic_fast.window_prompt_attention_forward(*inputs, 0.25, True)
+    needs = [False, True, False, True, False, False, False]
+    return (torch.randn_like(output), None, *inputs, lse, 0.25, needs), {}
+
+
+@operator
+def mix_prompt_experts_forward() -> Any:
+    return (*MixCase(3, 4, 2, 16).make().values(), 0.1, 2), {}
+
+
+@operator
+def mix_prompt_experts_forward_out() -> Any:
+    return (*MixCase(3, 4, 2, 16).make().values(), 0.1, None), {"prompts": torch.zeros(3, 2, 16)}
+
+
+@operator
+def mix_prompt_experts_backward() -> Any:
+    grads = torch.randn(3, 2, 16), torch.randn(3, 4)
+    return (*grads, *MixCase(3, 4, 2, 16).make().values(), 0.1, None, [True, True]), {}
+
+
+@operator
+def mix_prompt_experts_backward_of_some() -> Any:
+    return (torch.randn(3, 2, 16), None, *MixCase(3, 4, 2, 16).make().values(), 0.1, 3, [False, True]), {}
 
 
 @operator

@@ -34,9 +34,15 @@ from epic_fast.testing.cases import (
     ATTENTION_PRODUCTION,
     INTERACTION_MEASURED,
     INTERACTION_PRODUCTION,
+    MIX_MEASURED,
+    MIX_PRODUCTION,
+    WINDOW_MEASURED,
+    WINDOW_PRODUCTION,
     AttentionCase,
     Case,
     InteractionCase,
+    MixCase,
+    WindowCase,
 )
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -430,6 +436,41 @@ def launch_interaction(case: InteractionCase, dtype: torch.dtype) -> None:
     prompt_interaction_backward(*outputs, *inputs, eps=1e-8, needs=(True,) * len(inputs))
 
 
+def launch_windows(case: WindowCase, dtype: torch.dtype) -> None:
+    """Forward and backward launchers on tensors without memory; backward also for what a first block needs: prompts."""
+    from epic_fast.kernels.window_prompt_attention.triton_backward import (  # pyright: ignore[reportMissingImports]
+        window_prompt_attention_backward,
+    )
+    from epic_fast.kernels.window_prompt_attention.triton_forward import (  # pyright: ignore[reportMissingImports]
+        window_prompt_attention_forward,
+    )
+
+    made, options = case.make(dtype, "meta"), case.options("meta")
+    bias = made.pop("relative_position_bias") if case.bias_gradient else options["relative_position_bias"]
+    given = (*made.values(), bias, options["window_mask"])
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    window_prompt_attention_forward(*given, scale=scale, save_lse=False)
+    output, prompt_output, lse = window_prompt_attention_forward(*given, scale=scale)
+    grads = torch.empty_like(output), torch.empty_like(prompt_output)
+    for tokens in (True, False):
+        needs = (tokens,) * 3 + (True,) * 3 + (case.bias_gradient,)
+        window_prompt_attention_backward(*grads, *given, lse, scale=scale, needs=needs)
+
+
+def launch_experts(case: MixCase, dtype: torch.dtype) -> None:
+    """Forward and backward launchers on tensors without memory."""
+    from epic_fast.kernels.mix_prompt_experts.triton_backward import (  # pyright: ignore[reportMissingImports]
+        mix_prompt_experts_backward,
+    )
+    from epic_fast.kernels.mix_prompt_experts.triton_forward import (  # pyright: ignore[reportMissingImports]
+        mix_prompt_experts_forward,
+    )
+
+    inputs, options = tuple(case.make(dtype, "meta").values()), case.options("meta")
+    outputs = mix_prompt_experts_forward(*inputs, **options)
+    mix_prompt_experts_backward(*outputs, *inputs, **options, needs=(True, True))
+
+
 @dataclass(frozen=True)
 class RowsCase:
     """Rows of a frozen layer, ``(batch, rows, width)``; the first half of each sample's rows as a slice as well."""
@@ -543,6 +584,8 @@ OPERATIONS: dict[str, tuple[Callable[[Any, torch.dtype], None], tuple[Case | Row
         (*ATTENTION_MEASURED, *(variant for case in ATTENTION_PRODUCTION for variant in _variants(case))),
     ),
     "interaction": (launch_interaction, (*INTERACTION_MEASURED, *INTERACTION_PRODUCTION)),
+    "windows": (launch_windows, (*WINDOW_MEASURED, *WINDOW_PRODUCTION)),
+    "experts": (launch_experts, (*MIX_MEASURED, *MIX_PRODUCTION)),
     "norm": (
         launch_norm,
         (
@@ -571,6 +614,14 @@ OPERATIONS: dict[str, tuple[Callable[[Any, torch.dtype], None], tuple[Case | Row
     "attention-wide": (
         launch_attention,
         tuple(AttentionCase(2, 4, 257, 16, head_dim, name=f"head_dim {head_dim}") for head_dim in (80, 128, 256)),
+    ),
+    "windows-wide": (
+        launch_windows,
+        (
+            *(WindowCase(2, 4, 4, 49, 13, head_dim, name=f"head_dim {head_dim}") for head_dim in (64, 80, 128)),
+            WindowCase(2, 4, 4, 49, 13, bias_gradient=True, name="bias with a gradient"),
+            WindowCase(2, 4, 4, 144, 256, mask=True, name="256 prompts"),
+        ),
     ),
 }
 """What ``build_production`` launches.  Heads beyond CLIP's are no production shape: they may spill, but must fit."""

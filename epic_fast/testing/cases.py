@@ -1,4 +1,4 @@
-"""Calls of the two operations: shapes, flags and memory layouts, drawn at random or met in production."""
+"""Calls of the operations: shapes, flags and memory layouts, drawn at random or met in production."""
 
 from __future__ import annotations
 
@@ -200,11 +200,177 @@ class InteractionCase:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class WindowCase:
+    """One call of :func:`epic_fast.functional.window_prompt_attention`.
+
+    Attributes:
+        batch, windows, heads, tokens, prompts, head_dim: the sizes B, nW, H, M, P, D.
+        bias, mask: whether there are a bias of relative positions and a mask.
+        bias_gradient: the bias is one of the differentiable tensors.
+        scale: as in the call.
+        layout: one of :data:`LAYOUTS`; packed are the windows' tokens, ``(B * nW, M, 3, H, D)``.
+        name: a short one, for tables.
+    """
+
+    batch: int
+    windows: int
+    heads: int
+    tokens: int
+    prompts: int
+    head_dim: int = 32
+    bias: bool = True
+    mask: bool = False
+    bias_gradient: bool = False
+    scale: float | None = None
+    layout: str = "tokens"
+    name: str = ""
+
+    outputs: ClassVar[tuple[str, ...]] = ("output", "prompt_output")
+
+    @property
+    def reductions(self) -> dict[str, int]:
+        """The longest sum behind an element of each output and of each input's gradient.
+
+        Over the keys, the channels or the rows; for what a prompt gets also over windows, for the bias over the batch.
+        """
+        rows = max(self.prompts + self.tokens, self.head_dim)
+        own: dict[str, int] = dict.fromkeys(("output", "query", "key", "value"), rows)
+        prompts = dict.fromkeys(("prompt_output", "prompt_query", "prompt_key", "prompt_value"), self.windows * rows)
+        return own | prompts | {"relative_position_bias": self.batch * self.windows * self.head_dim}
+
+    def make(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, seed: int = 0
+    ) -> dict[str, Tensor | None]:
+        """Random tensors by parameter name, standard normal, made in ``dtype``."""
+        device = torch.device(device)
+        random = _generator(device, seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=random, device=device).to(dtype)
+
+        def parts(batch: int, rows: int) -> list[Tensor]:
+            if self.layout == "packed":
+                return list(draw(batch, rows, 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4))
+            if self.layout == "heads":
+                return [draw(batch, self.heads, rows, self.head_dim) for _ in range(3)]
+            return [draw(batch, rows, self.heads, self.head_dim).transpose(1, 2) for _ in range(3)]
+
+        tokens, prompts = parts(self.batch * self.windows, self.tokens), parts(self.batch, self.prompts)
+        names = ("query", "key", "value", "prompt_query", "prompt_key", "prompt_value")
+        made: dict[str, Tensor | None] = dict(zip(names, [*tokens, *prompts], strict=True))
+        if self.bias_gradient:
+            made["relative_position_bias"] = self._bias(device, dtype)
+        return made
+
+    def options(self, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """The other arguments of the call.
+
+        The bias is in bfloat16, so that every type holds it as it is; the mask hides a third of the pairs and nobody
+        from itself, in the last half of the windows (as a shift does).
+        """
+        device = torch.device(device)
+        found: dict[str, Any] = {"window_mask": None, "scale": self.scale}
+        if not self.bias_gradient:
+            found["relative_position_bias"] = self._bias(device, torch.bfloat16)
+        if self.mask:
+            random = _generator(device, 5)
+            pairs = (self.windows, self.tokens, self.tokens)
+            if device.type == "meta":
+                found["window_mask"] = torch.empty(pairs, dtype=torch.bool, device=device)
+            else:
+                seen = torch.rand(pairs, generator=random, device=device) < 0.66
+                seen[: self.windows // 2] = True
+                found["window_mask"] = seen | torch.eye(self.tokens, dtype=torch.bool, device=device)
+        return found
+
+    def _bias(self, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+        if not self.bias:
+            return None
+        shape = (self.heads, self.tokens, self.tokens)
+        return torch.randn(shape, generator=_generator(device, 3), device=device).to(dtype)
+
+    def flops(self, mode: str = "forward") -> float:
+        """Floating-point operations of the two (forward) or five (backward) products; the mask counts for nothing."""
+        products = {"forward": 2, "backward": 5, "forward+backward": 7}[mode]
+        rows = self.prompts + self.tokens
+        return 2.0 * products * self.batch * self.windows * self.heads * self.head_dim * rows * rows
+
+    def bytes_moved(self, dtype: torch.dtype, mode: str = "forward") -> float:
+        """Bytes if q, k, v and the output went over the bus once; backward, q, k, v, and the gradients of all four."""
+        rows = self.batch * (self.windows * self.tokens + self.prompts)
+        values = {"forward": 4 * rows, "backward": 7 * rows, "forward+backward": 11 * rows}[mode]
+        pairs = self.tokens * self.tokens * (self.heads * self.bias * 2 + self.windows * self.mask)
+        return float(values * self.heads * self.head_dim * dtype.itemsize + pairs)
+
+    def row(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class MixCase:
+    """One call of :func:`epic_fast.functional.mix_prompt_experts`.
+
+    Attributes:
+        batch, experts, length, width: the sizes B, E, L, C.
+        temperature, top_k: as in the call.
+        name: a short one, for tables.
+    """
+
+    batch: int
+    experts: int
+    length: int
+    width: int
+    temperature: float = 0.1
+    top_k: int | None = None
+    name: str = ""
+
+    outputs: ClassVar[tuple[str, ...]] = ("prompts", "scores")
+
+    @property
+    def reductions(self) -> dict[str, int]:
+        """The longest sum behind an element of each output and of each input's gradient."""
+        values = self.length * self.width
+        return {"prompts": self.experts, "scores": self.experts, "router_logits": values, "experts": self.batch}
+
+    def make(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, seed: int = 0
+    ) -> dict[str, Tensor | None]:
+        """Random tensors by parameter name, made in ``dtype``; logits that leave several experts a weight."""
+        device = torch.device(device)
+        random = _generator(device, seed)
+        logits = torch.randn(self.batch, self.experts, generator=random, device=device) * self.temperature
+        experts = torch.randn(self.experts, self.length, self.width, generator=random, device=device)
+        return {"router_logits": logits.to(dtype), "experts": experts.to(dtype)}
+
+    def options(self, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """The other arguments of the call."""
+        return {"temperature": self.temperature, "top_k": self.top_k}
+
+    def flops(self, mode: str = "forward") -> float:
+        """Floating-point operations of the one (forward) or two (backward) products."""
+        products = {"forward": 1, "backward": 2, "forward+backward": 3}[mode]
+        return 2.0 * products * self.batch * self.experts * self.length * self.width
+
+    def bytes_moved(self, dtype: torch.dtype, mode: str = "forward") -> float:
+        """Bytes if experts and prompts went over the bus once; backward, both, and the experts' gradient."""
+        experts, prompts = self.experts * self.length * self.width, self.batch * self.length * self.width
+        logits = 2 * self.batch * self.experts
+        values = {"forward": experts + prompts + logits, "backward": 2 * experts + prompts + 2 * logits}
+        values["forward+backward"] = values["forward"] + values["backward"]
+        return float(values[mode] * dtype.itemsize)
+
+    def row(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return asdict(self)
+
+
 def _generator(device: torch.device, seed: int) -> torch.Generator | None:
     return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
 
-Case = AttentionCase | InteractionCase
+Case = AttentionCase | InteractionCase | WindowCase | MixCase
 
 ATTENTION_MEASURED = (
     AttentionCase(64, 16, 257, 16, name="vision L/14"),
@@ -251,6 +417,43 @@ INTERACTION_SMOKE = (
     InteractionCase(2, 3, 4, 16, 24, name="smoke"),
     InteractionCase(3, 2, 2, 16, 16, channel_gates=True, name="smoke, channel gates"),
 )
+
+WINDOW_MEASURED = tuple(
+    WindowCase(64, windows, heads, 49, 13, mask=mask, name=f"Swin-B, stage {stage}{', shifted' if mask else ''}")
+    for stage, windows, heads in ((0, 64, 4), (1, 16, 8), (2, 4, 16))
+    for mask in (False, True)
+)
+"""MoPE's 13 prompts in the windows of a Swin-B at 224 pixels; the fourth stage has one window and no shift."""
+
+WINDOW_PRODUCTION = (
+    *(
+        replace(each, batch=4, layout=layout, name=f"{each.name}{', packed' if layout == 'packed' else ''}")
+        for each, layout in zip(WINDOW_MEASURED, ("tokens", "packed") * 3, strict=True)
+    ),
+    WindowCase(4, 1, 32, 49, 13, name="Swin-B, stage 3"),
+    WindowCase(2, 16, 4, 144, 13, mask=True, name="Swin-B at 384, stage 1"),
+    WindowCase(2, 4, 4, 49, 64, mask=True, name="64 prompts"),
+)
+
+WINDOW_SMOKE = (
+    WindowCase(2, 3, 2, 9, 3, 16, name="smoke"),
+    WindowCase(2, 4, 2, 9, 2, 16, mask=True, layout="packed", name="smoke, shifted"),
+)
+
+MIX_MEASURED = tuple(
+    MixCase(64, experts, 6, width, name=f"Swin-B, C={width}, E={experts}")
+    for width, experts in ((128, 4), (512, 4), (512, 16), (1024, 16))
+)
+"""MoPE's experts in the stages of a Swin-B, four a block as published and sixteen."""
+
+MIX_PRODUCTION = (
+    *(replace(each, batch=16) for each in MIX_MEASURED),
+    MixCase(16, 16, 6, 512, top_k=2, name="top 2 of 16"),
+    MixCase(7, 3, 5, 100, temperature=0.7, name="odd sizes"),
+    MixCase(5, 1, 4, 64, name="one expert"),
+)
+
+MIX_SMOKE = (MixCase(3, 4, 2, 16, name="smoke"), MixCase(3, 5, 2, 16, top_k=2, name="smoke, top 2"))
 
 
 def attention_cases(
@@ -307,6 +510,54 @@ def interaction_cases(
         channel_gates=st.booleans(),
         temperature=st.sampled_from((0.07, 0.3, 1.0)),
     )
+
+
+def window_cases(
+    *,
+    max_batch: int = 2,
+    max_windows: int = 4,
+    max_tokens: int = 24,
+    max_prompts: int = 12,
+    head_dims: tuple[int, ...] = (16, 24, 32, 48),
+) -> SearchStrategy[WindowCase]:
+    """Any call of window attention up to these sizes, without prompts as well."""
+    from hypothesis import strategies as st
+
+    return st.builds(
+        WindowCase,
+        batch=st.integers(1, max_batch),
+        windows=st.integers(1, max_windows),
+        heads=st.integers(1, 2),
+        tokens=st.integers(1, max_tokens),
+        prompts=st.integers(0, max_prompts),
+        head_dim=st.sampled_from(head_dims),
+        bias=st.booleans(),
+        mask=st.booleans(),
+        bias_gradient=st.booleans(),
+        scale=st.none() | st.sampled_from((0.05, -0.3)),
+        layout=st.sampled_from(LAYOUTS),
+    )
+
+
+def mix_cases(
+    *, max_batch: int = 20, max_experts: int = 9, widths: tuple[int, ...] = (1, 16, 33, 64)
+) -> SearchStrategy[MixCase]:
+    """Any mixture up to these sizes."""
+    from hypothesis import strategies as st
+
+    @st.composite
+    def draw_case(draw: Any) -> MixCase:
+        experts = draw(st.integers(1, max_experts))
+        return MixCase(
+            batch=draw(st.integers(1, max_batch)),
+            experts=experts,
+            length=draw(st.integers(1, 6)),
+            width=draw(st.sampled_from(widths)),
+            temperature=draw(st.sampled_from((0.05, 0.1, 1.0))),
+            top_k=draw(st.none() | st.integers(1, experts)),
+        )
+
+    return draw_case()
 
 
 def with_batch(case: Case, batch: int) -> Any:
