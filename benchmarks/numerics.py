@@ -89,8 +89,8 @@ Inputs are made in the type named, then promoted: what stands here is the error 
 the inputs. *Largest* and *mean* are absolute errors against the reference in float64, over all cases and elements;
 *PyTorch* is the reference run eagerly in the same type. An error may be at most twice PyTorch's for outputs and three
 times for gradients, plus one rounding; *budget used* is the largest share of that which any tensor takes. `float32` is
-IEEE arithmetic. `float32 (TF32)` is what both do where PyTorch's matrix products may use TF32: the kernels then multiply
-on tensor cores in pieces of a number, with float32's digits, since PyTorch too computes attention and small products
+IEEE arithmetic. `float32 (TF32)` is what both do where PyTorch's matrix products may use TF32: the kernels multiply on
+tensor cores then, in pieces of a number, with float32's digits, since PyTorch too computes attention and small products
 there with more than TF32 has.
 """
 SMOKE: dict[str, tuple[Case, ...]] = {
