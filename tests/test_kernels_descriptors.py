@@ -18,7 +18,7 @@ import triton
 from triton.backends.nvidia import driver as nvidia
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from epic_fast.kernels.common import descriptors, plan
+from epic_fast.kernels.common import descriptors, driver, plan
 from epic_fast.kernels.common.descriptors import Described, Encoded, behind_encoding
 
 ABOUT = {"swizzle": 3, "elem_size": 2, "elem_type": 6, "block_size": [16, 32], "fp4_padded": False}
@@ -98,14 +98,16 @@ def launch_step(tensor: Tensor) -> tuple[plan._Launch, Any]:
 def test_a_plan_hands_over_what_was_encoded(encoded: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
     step, compiled = launch_step(torch.zeros(40, 64, dtype=torch.float16))
     monkeypatch.setattr(plan, "kept", lambda *_: compiled)
-    run, programs, function, metadata, pick, numbers = step.ready(0)
+    memory = driver.Places(3)
+    direct, (run, programs, function, metadata, pick, numbers), derives = step.ready(0, memory)
+    assert (direct, derives) == (None, None)
     assert run.launch == compiled.run.bare
     assert (programs, function, metadata, numbers) == (3, "function", "metadata", (6,))
     for places in ([None, 4096, 5], [None, 4096, 7]):
         assert pick(places) == ["map of 4096", 40, 64, 64, 1, places[2]]
     assert len(encoded) == 1
     compiled.run.launch = print
-    assert step.ready(0) is None
+    assert step.ready(0, memory) is None
 
 
 def test_a_plan_tells_triton_of_descriptors() -> None:
