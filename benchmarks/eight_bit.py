@@ -171,9 +171,7 @@ def layer_errors(
                         zip(tower.frozen.blocks(), tower.frozen.blocks(kind), strict=True)
                     )
                 ]
-                patches.enter_context(
-                    mock.patch.object(tower.frozen, "blocks", lambda eight_bit=None, mixed=mixed: mixed)
-                )
+                patches.enter_context(mock.patch.object(tower.frozen, "blocks", lambda *_, mixed=mixed: mixed))
             return logits()
 
     engine, model.engine = model.engine, EngineConfig(blocks="fused")
@@ -184,8 +182,9 @@ def layer_errors(
             for index in range(tower.num_layers):
                 found = with_layers({name: {index}})
                 rows.append({"layers": f"{name} {index}", "error": error(found, wanted)})
-        every = {name: set(range(tower.num_layers)) for name, tower in towers.items()}
-        rows.append({"layers": "all", "error": error(with_layers(every), wanted)})
+        for first, name in ((EngineConfig.exact_layers, "all but the first"), (0, "all")):
+            every = {tower: set(range(first, towers[tower].num_layers)) for tower in towers}
+            rows.append({"layers": name, "error": error(with_layers(every), wanted)})
     finally:
         model.engine = engine
     return rows

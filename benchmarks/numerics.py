@@ -169,18 +169,24 @@ def page(found: dict[str, Any]) -> str:
 
 
 def as_lines(found: dict[str, Any]) -> str:
-    """JSON with a row a line, numbers to six figures; what is wrong with a tensor is in its numbers, not told again."""
+    """JSON with a row a line, numbers to six figures and shapes once a case; what is wrong with a tensor is in its
+    numbers, not told again."""
+    shapes = {f"{row['operation']}, {row['case']}": row["shape"] for row in found["rows"] if "shape" in row}
     rows = [
         json.dumps(
             {
                 name: float(f"{value:.6g}") if isinstance(value, float) else value
                 for name, value in row.items()
-                if name != "problem"
+                if name not in ("problem", "shape")
             }
         )
         for row in found["rows"]
     ]
-    return f'{{"run": {json.dumps(found["run"])}, "rows": [\n' + ",\n".join(rows) + "\n]}\n"
+    return (
+        f'{{"run": {json.dumps(found["run"])},\n"shapes": {json.dumps(shapes or found.get("shapes"))},\n"rows": [\n'
+        + ",\n".join(rows)
+        + "\n]}\n"
+    )
 
 
 def _share(row: dict[str, Any], kind: str) -> float:

@@ -278,10 +278,6 @@ def test_numerics_by_several_workers_are_those_by_one(monkeypatch: pytest.Monkey
     assert len(one) == 2 * 2 * 11
 
 
-# Their rows come with the next page that is made on a GPU; then this is empty.
-NOT_ON_THE_PAGE = {"windows", "experts"}
-
-
 def test_the_numerics_page_of_the_tree_is_that_of_its_rows() -> None:
     """Made on a GPU of what is committed, of every operation and type, and found from the README."""
     page, rows = ROOT / "docs/numerics.md", ROOT / "benchmarks/results/numerics.json"
@@ -293,12 +289,12 @@ def test_the_numerics_page_of_the_tree_is_that_of_its_rows() -> None:
     assert found["run"]["gpu"]
     assert found["run"]["commit"]
     assert not found["run"]["modified"]
-    assert all(row["passes"] for row in found["rows"] if row["dtype"] != "float32 (TF32)")
+    assert all(row["passes"] for row in found["rows"])
     kinds = ("float32", "float32 (TF32)", "float16", "bfloat16")
     shown = {(row["operation"], row["dtype"], row["case"]) for row in found["rows"]}
     assert shown == {
         (operation, kind, case.name)
-        for operation in numerics.CASES.keys() - NOT_ON_THE_PAGE
+        for operation in numerics.CASES
         for kind in kinds
         for case in numerics.CASES[operation]
     }

@@ -70,7 +70,8 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 
 
 def engine_of(weights: Any, **fields: Any) -> EngineConfig:
-    return EngineConfig(weights=weights, **fields)
+    # All layers round here; that the first need not has a test of its own.
+    return EngineConfig(weights=weights, **{"exact_layers": 0, **fields})
 
 
 def joined(grads: dict[str, Tensor]) -> Tensor:
@@ -274,6 +275,29 @@ def test_what_is_not_finite_stays_visible(kind: str, value: float) -> None:
         layer = model.backbone.text.layers[0]
         next(each for name, each in layer.named_parameters() if name.endswith("fc1.weight"))[0, 0] = value
         assert model(**batch).logits.isnan().all()
+
+
+@pytest.mark.parametrize("exact", [0, 1, 2, 99])
+def test_the_first_layers_multiply_with_their_own_weights(exact: int) -> None:
+    batch = make_batch([3, 9, 5, 4], width=12)
+    model = model_of("clip", engine_of("fp8", exact_layers=exact))
+    model(**batch)
+    for tower in (model.backbone.text, model.backbone.vision):
+        blocks = tower.frozen.blocks("fp8", exact)
+        kinds = [block.weights(None).eight_bit for block in blocks]
+        first = min(exact, tower.num_layers)
+        assert kinds == [None] * first + ["fp8"] * (tower.num_layers - first)
+        # A layer that is not rounded holds no rounded weights.
+        assert not any(weights.eight_bit for block in blocks[:exact] for _, weights in block.parts._cache.values())
+    exactly = model_of("clip", EngineConfig(blocks="fused"))(**batch).logits
+    assert torch.equal(model(**batch).logits, exactly) == (exact == 99)
+
+
+def test_a_number_of_exact_layers_is_checked() -> None:
+    assert EngineConfig().exact_layers == 1
+    for wrong in (-1, True, 1.5, "1"):
+        with pytest.raises(ConfigError, match="exact_layers=.*wanted a number of layers, 0 or more"):
+            EngineConfig(exact_layers=wrong)  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -172,7 +172,7 @@ class Tower(ABC):
                 say_plain(self.modality, "it is not known where texts end")
             return None
         assert engine is not None
-        return self.frozen.blocks(eight_bit_kind(engine.weights, state.hidden.device))
+        return self.frozen.blocks(eight_bit_kind(engine.weights, state.hidden.device), engine.exact_layers)
 
     def rows_read(
         self, state: TowerState, reads: str | None, engine: EngineConfig | None, prompts: int = 0

@@ -29,6 +29,8 @@ class EngineConfig:
             the first epoch or by ``epic-fast data cache``.
         weights: ``"frozen"`` (as the backbone has them), or the frozen products in 8 bits: ``"fp8"`` (Hopper and
             newer), ``"int8"``, ``"8bit"`` (whichever the card has).  A CPU computes the same numbers, slowly.
+        exact_layers: with ``weights`` in 8 bits, so many first layers of each tower that multiply with their own weights
+            nevertheless: what is rounded there passes all layers above.
         graphs: capture whole steps as CUDA graphs, one per shape; falls back with a reason.
     """
 
@@ -38,6 +40,7 @@ class EngineConfig:
     trim_text: bool = True
     prefix_cache: str | None = None
     weights: Literal["frozen", "fp8", "int8", "8bit"] = "frozen"
+    exact_layers: int = 1
     graphs: bool = False
 
     def __post_init__(self) -> None:
@@ -46,7 +49,10 @@ class EngineConfig:
             value, choices = getattr(self, field.name), get_args(hints[field.name])
             if hints[field.name] is bool and not isinstance(value, bool):
                 raise ConfigError(f"EngineConfig.{field.name}={value!r}; wanted true or false")
-            if field.name == "prefix_cache":
+            if field.name == "exact_layers":
+                if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                    raise ConfigError(f"EngineConfig.exact_layers={value!r}; wanted a number of layers, 0 or more")
+            elif field.name == "prefix_cache":
                 if value is not None and (not isinstance(value, str) or not value):
                     raise ConfigError(f"EngineConfig.prefix_cache={value!r}; wanted None, 'memory' or a folder")
             elif choices and value not in choices:

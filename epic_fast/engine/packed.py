@@ -45,11 +45,12 @@ class FrozenTower:
         self._blocks: list[FrozenBlock] | None = None
         self._eight_bit: dict[str, list[FrozenBlock]] = {}
 
-    def blocks(self, eight_bit: str | None = None) -> list[FrozenBlock] | None:
+    def blocks(self, eight_bit: str | None = None, exact: int = 0) -> list[FrozenBlock] | None:
         """The blocks, read anew where a layer was changed; None, saying why once, where a layer cannot have one.
 
         Args:
             eight_bit: ``"fp8"`` or ``"int8"``: blocks that multiply in 8 bits.
+            exact: so many first ones that do not.
         """
         if self._blocks is None or not all(block.parts.unchanged() for block in self._blocks):
             self._blocks, self._eight_bit = None, {}
@@ -68,7 +69,7 @@ class FrozenTower:
             return self._blocks
         if eight_bit not in self._eight_bit:
             self._eight_bit[eight_bit] = [FrozenBlock(block.parts, eight_bit) for block in self._blocks]
-        return self._eight_bit[eight_bit]
+        return [*self._blocks[:exact], *self._eight_bit[eight_bit][exact:]]
 
     def made(self) -> list[Any]:
         """What the blocks have made of their weights; a captured graph knows only where it lies, and has to hold it."""

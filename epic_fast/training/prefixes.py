@@ -281,10 +281,11 @@ def fill_prefix_cache(
 def cache_key(model: Any, collator: Any, precision: str) -> dict[str, Any]:
     """What prefixes are made of but for the samples, in JSON's types."""
     text, vision = model.first_layers()
+    weights = eight_bit_kind(model.engine.weights, model.device)
     return {
         "first_layers": {"text": text, "vision": vision},
         "precision": precision,
-        "weights": eight_bit_kind(model.engine.weights, model.device) or "frozen",
+        "weights": "frozen" if weights is None else f"{weights}, first layers exact: {model.engine.exact_layers}",
         "processors": collator.settings() if isinstance(collator, Collator) else "of the data set",
         "backbone": model.backbone.fingerprint(),
     }
