@@ -296,7 +296,7 @@ def test_the_first_layers_multiply_with_their_own_weights(exact: int) -> None:
 def test_a_number_of_exact_layers_is_checked() -> None:
     assert EngineConfig().exact_layers == 1
     for wrong in (-1, True, 1.5, "1"):
-        with pytest.raises(ConfigError, match="exact_layers=.*wanted a number of layers, 0 or more"):
+        with pytest.raises(ConfigError, match=r"exact_layers=.*wanted a number of layers, 0 or more"):
             EngineConfig(exact_layers=wrong)  # pyright: ignore[reportArgumentType]
 
 

@@ -29,8 +29,8 @@ class EngineConfig:
             the first epoch or by ``epic-fast data cache``.
         weights: ``"frozen"`` (as the backbone has them), or the frozen products in 8 bits: ``"fp8"`` (Hopper and
             newer), ``"int8"``, ``"8bit"`` (whichever the card has).  A CPU computes the same numbers, slowly.
-        exact_layers: with ``weights`` in 8 bits, so many first layers of each tower that multiply with their own weights
-            nevertheless: what is rounded there passes all layers above.
+        exact_layers: with ``weights`` in 8 bits, so many first layers of each tower that multiply with their own
+            weights nevertheless: what is rounded there passes all layers above.
         graphs: capture whole steps as CUDA graphs, one per shape; falls back with a reason.
     """
 
