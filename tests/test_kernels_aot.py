@@ -141,32 +141,9 @@ def test_a_kernel_named_by_hand(toys: list[Build]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize(
-    "operation", ["attention", "interaction", "windows", "experts", "norm", "activation", "linear"]
-)
+@pytest.mark.parametrize("operation", ["norm", "activation", "linear"])
 def test_production_shapes_neither_spill_nor_overflow(operation: str, target: str) -> None:
     builds = build_production_elsewhere(operation, target)
     assert builds
     problems = [problem for build in builds for problem in build.problems]
-    assert not problems, "\n".join(problems)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize(("operation", "target"), [("attention", "cuda:90"), ("interaction", "cuda:80")])
-def test_float32_on_tensor_cores_neither_spills_nor_overflows(operation: str, target: str) -> None:
-    builds = build_production_elsewhere(operation, target, ("tf32",))
-    assert {build.constants["PRECISION"] for build in builds} <= {"bf16x6", "tf32x3"}
-    problems = [problem for build in builds for problem in build.problems]
-    assert not problems, "\n".join(problems)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("operation", ["attention-wide", "windows-wide"])
-@pytest.mark.parametrize("target", ["cuda:80", "hip:gfx942"])
-def test_wide_heads_fit_into_small_cards(target: str, operation: str) -> None:
-    builds = build_production_elsewhere(operation, target, ("bf16", "fp32"))
-    assert builds
-    problems = [problem for build in builds if not build.fits for problem in build.problems]
     assert not problems, "\n".join(problems)
