@@ -37,14 +37,31 @@ class Driver:
         self.sizes = sizes
         self.launched: list[Any] = []
         self.status = 0
+        self.entered: list[int] = []
+        self.lost = False
 
-    def info(self, function: Any, index: Any, offset: Any, size: Any) -> int:
+    def cuDeviceGet(self, handle: Any, index: Any) -> int:
+        handle._obj.value = 40 + index.value
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context: Any, handle: Any) -> int:
+        context._obj.value = 100 + handle.value
+        return 0
+
+    def cuCtxSetCurrent(self, context: Any) -> int:
+        self.entered.append(context.value)
+        self.lost = False
+        return 0
+
+    def cuFuncGetParamInfo(self, function: Any, index: Any, offset: Any, size: Any) -> int:
         if index.value >= len(self.sizes):
             return 1
         size._obj.value = self.sizes[index.value]
         return 0
 
-    def launch(self, function: Any, *given: Any) -> int:
+    def cuLaunchKernel(self, function: Any, *given: Any) -> int:
+        if self.lost:
+            return 201
         *grid, shared, stream, parameters, extra = given
         assert extra is None
         values = [
@@ -63,12 +80,12 @@ def compiled(kinds: dict[str, str] = KINDS, **metadata: Any) -> Any:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> Driver:
     found = Driver(SIZES)
-    monkeypatch.setattr(driver, "_driver", lambda: (found.launch, found.info))
+    monkeypatch.setattr(driver, "_driver", lambda: found)
     return found
 
 
 def prepare(kernel: Any, memory: Any, programs: int = 6) -> Any:
-    return driver.prepared(kernel, programs, (2, 1, 0), (40, 2**40, 0.1, 64), memory)
+    return driver.prepared(kernel, 3, programs, (2, 1, 0), (40, 2**40, 0.1, 64), memory)
 
 
 def test_the_driver_reads_what_triton_would_have_passed(cuda: Driver) -> None:
@@ -96,6 +113,15 @@ def test_a_launch_that_fails_says_so(cuda: Driver) -> None:
     cuda.status = 700
     with pytest.raises(RuntimeError, match="error 700"):
         launch(ctypes.c_void_p(0))
+
+
+def test_a_thread_that_has_not_met_the_card_is_made_to(cuda: Driver) -> None:
+    launch = prepare(compiled(), driver.Places(3))
+    cuda.lost = True
+    launch(ctypes.c_void_p(0))
+    launch(ctypes.c_void_p(0))
+    assert cuda.entered == [143]
+    assert len(cuda.launched) == 2
 
 
 @pytest.mark.parametrize(
@@ -158,6 +184,20 @@ def test_threads_that_run_the_same_plan_do_not_mix_their_tensors() -> None:
     for each in threads:
         each.join()
     assert not wrong
+
+
+@pytest.mark.gpu
+def test_a_thread_that_does_nothing_else_on_the_card() -> None:
+    draw = [torch.randn(2, 3, 20, 48, device="cuda") for _ in range(6)]
+
+    def call() -> torch.Tensor:
+        return prompt_attention_forward(*draw, None, prefix=False, causal=False, scale=0.2)[0]
+
+    wanted, found = [call() for _ in range(3)], []
+    thread = threading.Thread(target=lambda: found.append(call()))
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], wanted[0])
 
 
 @pytest.mark.gpu

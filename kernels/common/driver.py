@@ -26,8 +26,8 @@ _NUMBERS: dict[str, Any] = {
     "fp32": ctypes.c_float,
 }
 _WARP = 32
-# The driver's answer beyond the last parameter.
-_INVALID_VALUE = 1
+# The driver's answers beyond the last parameter, and in a thread that has not met the card yet.
+_INVALID_VALUE, _INVALID_CONTEXT = 1, 201
 # Triton adds two pointers for scratch memory, which these kernels do not use.
 _SCRATCH_POINTERS = 2
 
@@ -43,35 +43,39 @@ class Places:
 class Launch:
     """A kernel, its grid and its arguments; a call launches it on a stream."""
 
-    def __init__(self, before: tuple[Any, ...], parameters: Any, kept: list[Any]) -> None:
-        self._before, self._parameters = before, parameters
+    def __init__(self, device: int, before: tuple[Any, ...], parameters: Any, kept: list[Any]) -> None:
+        self._device, self._before, self._parameters = device, before, parameters
         # Memory that the parameters point to.
         self._kept = kept
-        functions = _driver()
-        assert functions is not None
-        self._launch = functions[0]
+        library = _driver()
+        assert library is not None
+        self._launch = library.cuLaunchKernel
 
     def __call__(self, stream: Any) -> None:
         status = self._launch(*self._before, stream, self._parameters, None)
+        if status == _INVALID_CONTEXT:
+            _enter(self._device)
+            status = self._launch(*self._before, stream, self._parameters, None)
         if status:
             raise RuntimeError(f"the CUDA driver did not launch a kernel: error {status}")
 
 
 def prepared(
-    compiled: Any, programs: int, places: Sequence[int], numbers: Sequence[Any], memory: Places
+    compiled: Any, device: int, programs: int, places: Sequence[int], numbers: Sequence[Any], memory: Places
 ) -> Launch | None:
     """The launch of a compiled kernel; None where Triton has to do it.
 
     Args:
-        compiled: Triton's ``CompiledKernel``, loaded on the current device.
+        compiled: Triton's ``CompiledKernel``, loaded on the device.
+        device: its index.
         programs: size of the grid; at least 1.
         places: for each pointer, which come first among the arguments, where its address stands in ``memory``.
         numbers: the other arguments, constexprs included.
         memory: of the plan.
     """
-    functions = _driver()
+    library = _driver()
     metadata, types = compiled.metadata, list(compiled.src.signature.values())
-    if functions is None or programs < 1 or len(types) != len(places) + len(numbers):
+    if library is None or programs < 1 or len(types) != len(places) + len(numbers):
         return None
     plain = ("num_ctas", 1), ("launch_cooperative_grid", False), ("launch_pdl", False)
     unused = ("global_scratch_size", 0), ("profile_scratch_size", 0)
@@ -98,7 +102,7 @@ def prepared(
     kept += [nothing, memory]
     pointers += [ctypes.addressof(nothing)] * _SCRATCH_POINTERS
     sizes += [ctypes.sizeof(nothing)] * _SCRATCH_POINTERS
-    if _sizes(functions[1], compiled.function) != sizes:
+    if _sizes(library.cuFuncGetParamInfo, compiled.function) != sizes:
         return None
     one = ctypes.c_uint(1)
     before = (
@@ -111,7 +115,7 @@ def prepared(
         one,
         ctypes.c_uint(metadata.shared),
     )
-    return Launch(before, (ctypes.c_void_p * len(pointers))(*pointers), kept)
+    return Launch(device, before, (ctypes.c_void_p * len(pointers))(*pointers), kept)
 
 
 def _sizes(info: Any, function: int) -> list[int]:
@@ -127,11 +131,21 @@ def _sizes(info: Any, function: int) -> list[int]:
         found.append(size.value)
 
 
+def _enter(device: int) -> None:
+    """Make the card's context, which PyTorch has made, that of this thread."""
+    library = _driver()
+    assert library is not None
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+    library.cuDeviceGet(ctypes.byref(handle), ctypes.c_int(device))
+    library.cuDevicePrimaryCtxRetain(ctypes.byref(context), handle)
+    library.cuCtxSetCurrent(context)
+
+
 @functools.cache
-def _driver() -> tuple[Any, Any] | None:
-    """``cuLaunchKernel`` and ``cuFuncGetParamInfo`` (CUDA 12.4); None without them."""
+def _driver() -> Any:
+    """CUDA's driver; None without it, or where it is older than CUDA 12.4 and tells nothing of parameters."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
-        return library.cuLaunchKernel, library.cuFuncGetParamInfo
-    except (OSError, AttributeError):
+    except OSError:
         return None
+    return library if hasattr(library, "cuFuncGetParamInfo") else None

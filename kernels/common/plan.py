@@ -366,7 +366,7 @@ class _Launch:
             return None
         run, pick = compiled.run, self.pick
         if self.forms is None:
-            direct = driver.prepared(compiled, self.programs, self.places, self.numbers, memory)
+            direct = driver.prepared(compiled, device, self.programs, self.places, self.numbers, memory)
             if direct is not None:
                 return direct, None, None
         if self.forms is not None:
