@@ -96,6 +96,8 @@ class MopeSetting:
             from transformers import BertConfig, BertModel, SwinConfig, SwinModel
 
             shape = SwinConfig(embed_dim=128, depths=[2, 2, 18, 2], num_heads=[4, 8, 16, 32], window_size=7)
+            swin: Any
+            bert: Any
             with torch.device(device):
                 swin, bert = SwinModel(shape), BertModel(BertConfig(), add_pooling_layer=False)
             for stage in swin.encoder.layers:
