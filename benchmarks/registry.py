@@ -300,21 +300,33 @@ INTERACTION = Operation(
 )
 
 
-def _dense_bias(case: WindowCase, options: dict[str, Any], dtype: torch.dtype) -> Tensor | None:
-    """Bias and mask in one tensor, padded for the prompts: ``(H, R, R)``, or ``(nW * H, R, R)`` where there is a mask.
+def dense_bias(bias: Tensor | None, mask: Tensor | None, prompts: int, dtype: torch.dtype) -> Tensor | None:
+    """Bias ``(H, M, M)`` and mask ``(nW, M, M)`` in one tensor, padded for P prompts before the M tokens of a window.
 
-    Rows start at multiples of 16 bytes, so that no backend has to copy it.
+    Returns:
+        ``(nW, H, R, S)``, R = P + M, one window and one head where nothing depends on them; S is R, filled up so that
+        rows start at multiples of 16 bytes and no backend has to copy it once ``[..., :R]`` is taken.
     """
-    bias, mask, rows = options["relative_position_bias"], options["window_mask"], case.prompts + case.tokens
     if bias is None and mask is None:
         return None
     given = bias if bias is not None else mask
-    dense = torch.zeros(case.windows if case.mask else 1, case.heads, rows, -(-rows // 8) * 8, device=given.device)
+    assert given is not None
+    rows = prompts + given.shape[-1]
+    windows, heads = 1 if mask is None else len(mask), 1 if bias is None else len(bias)
+    dense = torch.zeros(windows, heads, rows, -(-rows // 8) * 8, device=given.device)
     if bias is not None:
-        dense[..., :rows] += pad(bias.float(), (case.prompts, 0, case.prompts, 0))
+        dense[..., :rows] += pad(bias.float(), (prompts, 0, prompts, 0))
     if mask is not None:
-        dense[..., case.prompts :, case.prompts : rows].masked_fill_(~mask[:, None], float("-inf"))
-    return dense.to(dtype).flatten(0, 1)[..., :rows]
+        dense[..., prompts:, prompts:rows].masked_fill_(~mask[:, None], float("-inf"))
+    return dense.to(dtype)
+
+
+def _dense_bias(case: WindowCase, options: dict[str, Any], dtype: torch.dtype) -> Tensor | None:
+    """:func:`dense_bias` of a case: ``(H, R, R)``, or ``(nW * H, R, R)`` where there is a mask."""
+    dense = dense_bias(options["relative_position_bias"], options["window_mask"], case.prompts, dtype)
+    if dense is None:
+        return None
+    return dense.expand(-1, case.heads, -1, -1).flatten(0, 1)[..., : case.prompts + case.tokens]
 
 
 def _window_sdpa(backend: SDPBackend, *, cat: bool) -> Callable[..., Call]:

@@ -36,8 +36,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,44 @@ from benchmarks.run import first_line, read
 from benchmarks.step_cases import CASES, Setting, StepCase, describe_lengths, useful_flops
 from benchmarks.step_gate import Wanted, gate, wanted_of
 from benchmarks.step_providers import PROVIDERS, StepProvider, captured, release
+from epic_fast.models import PromptedModel
 
 ROWS = Path(__file__).parent / "results" / "step.jsonl"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 FEWEST, MOST, WARMUP, TIMED_SECONDS = 10, 100, 3, 2.0
 GIB = 1024.0
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A method whose steps are timed: what the command has to know of it.
+
+    Attributes:
+        name: of its module here, and in the rows.
+        about: the command's description.
+        output: where rows go.
+        cases, providers: by their names.
+        usual: the cases that are measured if none are named.
+        make: ``(device, dtype, *, tiny)`` to the frozen weights and their batches, such as :class:`Setting`.
+        measured_at: whether a provider has a row of its own at a case.
+        wanted: ``(setting, case, method)`` to what is right.
+        describe: ``(setting, case, provider)`` to what the row says besides; ``flops`` is among it.
+        tables: rows to Markdown.
+        draw: rows and a path to a figure, where there is one.
+    """
+
+    name: str
+    about: str | None
+    output: Path
+    cases: Mapping[str, StepCase]
+    providers: Mapping[str, StepProvider]
+    usual: Sequence[str]
+    make: Callable[..., Any]
+    measured_at: Callable[[StepProvider, StepCase], bool]
+    wanted: Callable[[Any, StepCase, str], Wanted]
+    describe: Callable[[Any, StepCase, StepProvider], dict[str, Any]]
+    tables: Callable[[Sequence[dict[str, Any]]], str]
+    draw: Callable[[Sequence[dict[str, Any]], Path], Any] | None = None
 
 
 def measure(call: Callable[[], Any], device: torch.device, seconds: float = TIMED_SECONDS) -> dict[str, Any]:
@@ -87,22 +120,20 @@ def _quantiles(times: list[float]) -> dict[str, Any]:
 
 
 def measure_case(
-    setting: Setting,
+    benchmark: Benchmark,
+    setting: Any,
     case: StepCase,
     provider: StepProvider,
     wanted: Callable[[str], Wanted],
     product_rate: float | None,
 ) -> dict[str, Any]:
     """One row, without its ``run``."""
-    flops = useful_flops(setting, case, provider.method, from_prefix=provider.from_prefix)
     row: dict[str, Any] = {
-        "benchmark": "step",
+        "benchmark": benchmark.name,
         "case": case.name,
         "layout": case.layout,
         "batch": case.batch,
         "mode": case.mode,
-        "towers": "tiny" if setting.tiny else "CLIP ViT-L/14",
-        "texts": describe_lengths(case, setting.text.tokens),
         "frozen_dtype": str(setting.dtype).removeprefix("torch."),
         "provider": provider.name,
         "label": provider.label,
@@ -110,9 +141,9 @@ def measure_case(
         "method": provider.method,
         "from_prefix": provider.from_prefix,
         "engine": provider.parts,
-        "flops": flops,
+        **benchmark.describe(setting, case, provider),
     }
-    device, step = setting.device, None
+    device, flops, step = setting.device, row["flops"], None
     try:
         right = wanted(provider.method)
         with provider.settings():
@@ -120,7 +151,7 @@ def measure_case(
             step = provider.prepare(setting, case)
             row |= {"trainable_dtype": _types(step.model), **step.notes}
             mark = _mark(device)
-            if provider.method == "epic" and device.type == "cuda":
+            if isinstance(step.model, PromptedModel) and device.type == "cuda":
                 row["held_mib"] = (mark - before) / 2**20
             if provider.graphed:
                 step = captured(step, device)
@@ -132,7 +163,7 @@ def measure_case(
                     row["peak_mib"] = peak_of(step.call, mark, device)
                 row |= measure(step.call, device)
                 row["samples_s"] = 1e3 * case.batch / row["p50_ms"]
-                row["share"] = flops / row["p50_ms"] / 1e9 / product_rate if product_rate else None
+                row["share"] = flops / row["p50_ms"] / 1e9 / product_rate if flops and product_rate else None
             else:
                 row["why"] = "numerics failed: " + "; ".join(verdict["problems"])
     except CannotRun as reason:
@@ -180,8 +211,18 @@ def _types(model: torch.nn.Module) -> str:
 # -- which, and in which order ---------------------------------------------------------------------------------------
 
 
+def describe(setting: Setting, case: StepCase, provider: StepProvider) -> dict[str, Any]:
+    """For a row: towers, texts and operations."""
+    return {
+        "towers": "tiny" if setting.tiny else "CLIP ViT-L/14",
+        "texts": describe_lengths(case, setting.text.tokens),
+        "flops": useful_flops(setting, case, provider.method, from_prefix=provider.from_prefix),
+    }
+
+
 def rows_of(
-    setting: Setting,
+    benchmark: Benchmark,
+    setting: Any,
     cases: Sequence[StepCase],
     providers: Sequence[StepProvider],
     *,
@@ -200,18 +241,18 @@ def rows_of(
 
         def wanted(method: str, case: StepCase = case, references: dict[str, Wanted] = references) -> Wanted:
             if method not in references:
-                references[method] = wanted_of(setting, case, method)
+                references[method] = benchmark.wanted(setting, case, method)
             return references[method]
 
         for provider in providers:
-            if not measured_at(provider, case) or (case.name, provider.name) in done:
+            if not benchmark.measured_at(provider, case) or (case.name, provider.name) in done:
                 continue
             needed = 0.0 if setting.device.type == "cpu" else provider.seconds
             if time.perf_counter() - start + needed > seconds:
                 left.append((case.name, provider.name))
                 continue
             began = time.perf_counter()
-            row = measure_case(setting, case, provider, wanted, product_rate)
+            row = measure_case(benchmark, setting, case, provider, wanted, product_rate)
             row["measuring_s"] = time.perf_counter() - began
             print(line_of(row), file=sys.stderr, flush=True)
             yield row
@@ -282,7 +323,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
             kin = {row["batch"]: row for row in here if row["provider"] == provider.name}
             if not any(row["kind"] in ("time", "failed") for row in kin.values()):
                 continue
-            cells = [_time(kin.get(batch)) for batch in batches]
+            cells = [time_cell(kin.get(batch)) for batch in batches]
             of = kin.get(chosen)
             if of is not None and of["kind"] == "time":
                 cells.append(f"{of['samples_s']:.0f}")
@@ -292,17 +333,23 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
                 cells += ["–"] * 3
             lines.append(f"| {layout}, {provider.label} | " + " | ".join(cells) + " |")
         lines.append("")
-    reasons: dict[tuple[str, str], list[str]] = {}
+    return "\n".join([*lines, *footnotes(rows)])
+
+
+def footnotes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Lines under the tables: what could not run, and where the rest ran."""
+    lines, reasons = [], {}
     for row in rows:
         if row["kind"] == "skipped":
             reasons.setdefault((row["label"], row["why"]), []).append(row["case"])
     if reasons:
         said = [f"- {label} ({', '.join(cases)}): {why}" for (label, why), cases in reasons.items()]
         lines += ["Could not run:", "", *said, ""]
-    return "\n".join([*lines, *dict.fromkeys(where(row["run"]) for row in rows)])
+    return [*lines, *dict.fromkeys(where(row["run"]) for row in rows)]
 
 
-def _time(row: dict[str, Any] | None) -> str:
+def time_cell(row: dict[str, Any] | None) -> str:
+    """Milliseconds, or why there are none."""
     if row is None or row["kind"] == "skipped":
         return "–"
     if row["kind"] == "failed":
@@ -321,59 +368,85 @@ def where(run: dict[str, Any]) -> str:
 # -- the command -----------------------------------------------------------------------------------------------------
 
 
-def choose(given: argparse.Namespace) -> tuple[list[StepCase], list[StepProvider]]:
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> Path:
+    """The figure."""
+    from benchmarks.figures import draw_step
+
+    return draw_step(rows, path)
+
+
+EPIC = Benchmark(
+    name="step",
+    about=__doc__,
+    output=ROWS,
+    cases=CASES,
+    providers=PROVIDERS,
+    usual=[name for name, case in CASES.items() if case.lengths == "captions"],
+    make=Setting.make,
+    measured_at=measured_at,
+    wanted=wanted_of,
+    describe=describe,
+    tables=tables,
+    draw=draw,
+)
+
+
+def choose(benchmark: Benchmark, given: argparse.Namespace) -> tuple[list[StepCase], list[StepProvider]]:
     """The cases and providers that the command line names."""
-    for wanted, known, what in ((given.cases, CASES, "case"), (given.providers, PROVIDERS, "provider")):
+    of_cases, of_providers = (given.cases, benchmark.cases, "case"), (given.providers, benchmark.providers, "provider")
+    for wanted, known, what in (of_cases, of_providers):
         unknown = [name for name in wanted or () if name not in known]
         if unknown:
             raise SystemExit(f"no {what} {', '.join(unknown)}; there are {', '.join(known)}")
-    cases = given.cases or [name for name, case in CASES.items() if case.lengths == "captions"]
-    return [CASES[name] for name in cases], [PROVIDERS[name] for name in given.providers or PROVIDERS]
+    cases = [benchmark.cases[name] for name in given.cases or benchmark.usual]
+    return cases, [benchmark.providers[name] for name in given.providers or benchmark.providers]
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, benchmark: Benchmark = EPIC) -> int:
     """The command; 1 if a provider's numerics failed."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    command = f"python -m benchmarks.{benchmark.name}"
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=command, description=benchmark.about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--cases", nargs="+", metavar="CASE", help=f"{', '.join(CASES)}; all but the -full ones")
-    parser.add_argument("--providers", nargs="+", metavar="PROVIDER", help=f"{', '.join(PROVIDERS)}; all")
-    parser.add_argument("--output", type=Path, default=ROWS, help="append rows of JSON here")
+    others = "" if len(benchmark.usual) == len(benchmark.cases) else f"; if none is named {', '.join(benchmark.usual)}"
+    parser.add_argument("--cases", nargs="+", metavar="CASE", help=f"{', '.join(benchmark.cases)}{others}")
+    parser.add_argument("--providers", nargs="+", metavar="PROVIDER", help=f"{', '.join(benchmark.providers)}; all")
+    parser.add_argument("--output", type=Path, default=benchmark.output, help="append rows of JSON here")
     parser.add_argument("--seconds", type=float, default=280.0, help="begin nothing that would end later than this")
     parser.add_argument("--again", action="store_true", help="measure what is measured at this commit once more")
     parser.add_argument("--dtype", choices=DTYPES, help="of frozen weights; bf16, with --tiny fp32")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="tiny towers: does everything run?")
     parser.add_argument("--table", action="store_true", help="print the rows as Markdown")
-    parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the rows")
+    if benchmark.draw is not None:
+        parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the rows")
     parser.add_argument("--profile", nargs=2, metavar=("CASE", "PROVIDER"), help="device time by kinds of kernels")
     given = parser.parse_args(arguments)
-    if given.table or given.figure:
+    figure: Path | None = getattr(given, "figure", None)
+    if given.table or figure:
         rows = read(given.output)
         if given.table:
-            print(tables(rows))
-        if given.figure:
-            from benchmarks.figures import draw_step
-
-            print(draw_step(rows, given.figure))
+            print(benchmark.tables(rows))
+        if figure and benchmark.draw is not None:
+            print(benchmark.draw(rows, figure))
         return 0
     if given.profile:
         given.cases, given.providers = ([name] for name in given.profile)
-    cases, providers = choose(given)
+    cases, providers = choose(benchmark, given)
     device = torch.device(given.device)
-    setting = Setting.make(device, DTYPES[given.dtype or ("fp32" if given.tiny else "bf16")], tiny=given.tiny)
+    setting = benchmark.make(device, DTYPES[given.dtype or ("fp32" if given.tiny else "bf16")], tiny=given.tiny)
     if given.profile:
         print(step_profile.profile(setting, cases[0], providers[0]))
         return 0
-    run = timing.machine(" ".join(["python -m benchmarks.step", *arguments]))
+    run = timing.machine(" ".join([command, *arguments]))
     run["ceilings"] = timing.ceilings(device)
     rate = run["ceilings"]["bf16_tflop_s"] if run["ceilings"] else None
     before = read(given.output) if given.output.exists() else []
     done = {(row["case"], row["provider"]) for row in before if _stands(row, run)} if not given.again else set()
     good = True
     given.output.parent.mkdir(parents=True, exist_ok=True)
-    for row in rows_of(setting, cases, providers, done=done, seconds=given.seconds, product_rate=rate):
+    for row in rows_of(benchmark, setting, cases, providers, done=done, seconds=given.seconds, product_rate=rate):
         good = good and row["kind"] != "failed"
         with given.output.open("a") as lines:
             lines.write(json.dumps({**row, "run": run}) + "\n")

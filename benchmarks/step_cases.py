@@ -28,15 +28,16 @@ class StepCase:
     """A layout at a batch.
 
     Attributes:
-        layout: one of :data:`LAYOUTS`.
+        layout: one of :data:`LAYOUTS`, or another method's name.
         batch: B.
-        mode: ``"step"`` (forward, loss, gradients of the trainable tensors) or ``"inference"`` (logits alone).
+        mode: ``"step"`` (forward, loss, gradients of the trainable tensors), ``"inference"`` (logits alone) or
+            ``"forward"`` (logits from pictures alone, texts having been read before).
         lengths: ``"captions"`` (see :meth:`draw_lengths`) or ``"full"``, every text as long as the tower takes.
     """
 
-    layout: Literal["late", "deep"]
+    layout: Literal["late", "deep", "mope"]
     batch: int
-    mode: Literal["step", "inference"] = "step"
+    mode: Literal["step", "inference", "forward"] = "step"
     lengths: Literal["captions", "full"] = "captions"
 
     @property

@@ -13,7 +13,7 @@ to 3 bits of mantissa.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,11 +45,13 @@ def kind_of(name: str) -> str:
         return "adapters"
     if name.startswith("head."):
         return "head"
-    if name in ("text_prompt", "vision_prompt"):
+    if name in ("text_prompt", "vision_prompt", "input_prompts") or name.startswith(
+        ("experts.", "complement_prompts.")
+    ):
         return "prompts"
     if name.endswith(("_gate", "log_temperature")):
         return "gates"
-    return "projections" if name.startswith("hub.") else "backbone"
+    return "projections" if name.startswith(("hub.", "router.", "mapper.")) else "backbone"
 
 
 @dataclass(frozen=True)
@@ -81,28 +83,49 @@ def _relative(pairs: list[tuple[Tensor, Tensor]]) -> float:
 
 def wanted_of(setting: Setting, case: StepCase, method: str) -> Wanted:
     """The reference of a method at a case."""
-    inputs = setting.batch(case)
     gradients = case.mode == "step" and method != "frozen"
-    with PROVIDERS["eager"].settings(), ieee():
-        model = reference_model(setting, case, method)
+
+    def plain() -> Any:
+        return build_epic(setting, case) if method == "epic" else build_other(setting, method)
+
+    with PROVIDERS["eager"].settings():
+        return held_against(
+            lambda: reference_model(setting, case, method), plain, setting.batch(case), gradients=gradients, part=PART
+        )
+
+
+def held_against(
+    exact: Callable[[], Any], plain: Callable[[], Any], inputs: dict[str, Tensor], *, gradients: bool, part: int
+) -> Wanted:
+    """What is right, and how far a plain model is off.
+
+    Args:
+        exact, plain: make the same model in float32 and in the case's type, one after the other.
+        inputs: of a step; pictures are given to ``exact`` in float32.
+        gradients: whether those of the trainable tensors are wanted; without them labels are left out.
+        part: samples that ``exact`` takes at once.  The loss has to be a mean over samples, or this the whole batch.
+    """
+    pictures = inputs["pixel_values"]
+    batch, device = len(pictures), pictures.device
+    with ieee():
+        model = exact()
         parts, summed = [], {}
-        for start in range(0, case.batch, PART):
-            part = {name: value[start : start + PART] for name, value in inputs.items()}
-            part["pixel_values"] = part["pixel_values"].float()
-            share = len(part["labels"]) / case.batch
-            step = step_call(model, _for_mode(part, gradients), gradients=gradients)
+        for start in range(0, batch, part):
+            few = {name: value[start : start + part] for name, value in inputs.items()}
+            few["pixel_values"] = few["pixel_values"].float()
+            share = len(few["pixel_values"]) / batch
+            step = step_call(model, _for_mode(few, gradients), gradients=gradients)
             logits, found = step.call()
             parts.append(logits)
             for name, each in zip(step.names, found, strict=True):
                 summed[name] = share * each + summed.get(name, 0.0)
-        exact = Wanted(torch.cat(parts), summed, {})
+        right = Wanted(torch.cat(parts), summed, {})
         del model, step, found, logits
-        plain = build_epic(setting, case) if method == "epic" else build_other(setting, method)
-        step = step_call(plain, _for_mode(inputs, gradients), gradients=gradients)
+        step = step_call(plain(), _for_mode(inputs, gradients), gradients=gradients)
         logits, found = step.call()
-        off = errors(exact, logits, dict(zip(step.names, found, strict=True)))
-        release(step, setting.device)
-    return Wanted(exact.logits, exact.gradients, off)
+        off = errors(right, logits, dict(zip(step.names, found, strict=True)))
+        release(step, device)
+    return Wanted(right.logits, right.gradients, off)
 
 
 def _for_mode(inputs: dict[str, Tensor], labels: bool) -> dict[str, Tensor]:

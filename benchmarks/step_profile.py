@@ -20,7 +20,7 @@ KINDS: dict[str, str] = {
     "norms": r"norm|rsqrt",
     "activation": r"gelu|sigmoid|activation|silu",
     "quantisation": r"quantis|quantiz|fp8|float8|int8|amax",
-    "copies": r"copy|memcpy|memset|\bcat|concat|fill|gather|index|embedding|contiguous|clone|transpose",
+    "copies": r"copy|memcpy|memset|\bcat|concat|fill|gather|index|embedding|contiguous|clone|transpose|\broll_",
 }
 """The first kind whose expression is found in a kernel's name has it; a fused kernel counts for the first."""
 

@@ -109,7 +109,7 @@ class StepProvider:
             return _other_method(self, setting, case)
         if self.engine is None:
             model = build_epic(setting, case)
-            return _step_of(self, model, setting.batch(case), case)
+            return step_of(self, model, setting.batch(case), case)
         return _engine_step(self, setting, case)
 
 
@@ -210,13 +210,17 @@ def step_call(model: nn.Module, inputs: dict[str, Any], *, gradients: bool, comp
 
     Args:
         compile: mode of ``torch.compile`` for the forward pass, loss included; its backward pass comes with it.
+            ``"trace"`` leaves the compiler itself out.
     """
     named = trainable(model) if gradients else {}
     leaves = list(named.values())
     forward: Callable[..., tuple[Tensor | None, Tensor]] = _loss_and_logits
     if compile is not None:
         torch._dynamo.reset()
-        forward = torch.compile(_loss_and_logits, dynamic=False, mode=None if compile == "default" else compile)
+        if compile == "trace":
+            forward = torch.compile(_loss_and_logits, dynamic=False, backend="aot_eager")
+        else:
+            forward = torch.compile(_loss_and_logits, dynamic=False, mode=None if compile == "default" else compile)
     marks = compile == "reduce-overhead"
 
     def compute(given: dict[str, Any]) -> Result:
@@ -232,42 +236,63 @@ def step_call(model: nn.Module, inputs: dict[str, Any], *, gradients: bool, comp
     return Step(compute, list(named), model, inputs)
 
 
-def _step_of(provider: StepProvider, model: nn.Module, inputs: dict[str, Any], case: StepCase) -> Step:
-    if case.mode == "inference":
+def step_of(provider: StepProvider, model: nn.Module, inputs: dict[str, Any], case: StepCase) -> Step:
+    """A provider's model as a step of a case."""
+    if case.mode != "step":
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
     if provider.compile is not None:
         # What a model asks itself once, at its first step, is no part of the graph.
         with torch.no_grad():
-            _loss_and_logits(model, {name: value[:2] for name, value in inputs.items()})
+            _loss_and_logits(model, inputs)
     return step_call(
         model, inputs, gradients=case.mode == "step" and provider.method != "frozen", compile=provider.compile
     )
 
 
 def _other_method(provider: StepProvider, setting: Setting, case: StepCase) -> Step:
-    return _step_of(provider, build_other(setting, provider.method), setting.batch(case), case)
+    return step_of(provider, build_other(setting, provider.method), setting.batch(case), case)
 
 
 def _engine_step(provider: StepProvider, setting: Setting, case: StepCase) -> Step:
     engine = provider.engine
     assert engine is not None
-    if engine.graphs and backend_for(setting.device) is None:
-        raise CannotRun(f"CUDA graphs need a GPU; this is {setting.device}")
+    refuse_without_graphs(engine, setting.device)
     model = build_epic(setting, case, engine)
     inputs = dict(setting.batch(case))
-    plain = count_plain_layers(model, inputs)
-    if plain:
-        raise CannotRun(f"the engine leaves {plain} layers to the backbone's own modules")
+    refuse_plain_layers(model, inputs)
     if engine.weights != "frozen" or engine.save == "eight_bit":
         _refuse_if_unchanged(setting, case, engine, model)
-    # What a collator and the training loop do before a batch reaches the device.
-    inputs, reason = ready(model, inputs) if engine.graphs else (prepared(model, inputs), None)
+    inputs = batch_for(engine, model, inputs)
     if provider.from_prefix:
         prefix = model.extract(**{name: value for name, value in inputs.items() if name != "labels"})
         inputs, reason = ready(model, {"prefix": prefix, "labels": inputs["labels"]})
+        _refuse(reason)
+    return step_of(provider, model, inputs, case)
+
+
+def refuse_without_graphs(engine: EngineConfig, device: torch.device) -> None:
+    """Say so, before anything is built, where the engine is to make CUDA graphs and there are none."""
+    if engine.graphs and backend_for(device) is None:
+        raise CannotRun(f"CUDA graphs need a GPU; this is {device}")
+
+
+def refuse_plain_layers(model: PromptedModel, inputs: dict[str, Any]) -> None:
+    """A time in which layers ran that the engine did not take over would not be the engine's."""
+    plain = count_plain_layers(model, inputs)
+    if plain:
+        raise CannotRun(f"the engine leaves {plain} layers to the backbone's own modules")
+
+
+def batch_for(engine: EngineConfig, model: PromptedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+    """What a collator and the training loop make of a batch before it reaches the device."""
+    found, reason = ready(model, inputs) if engine.graphs else (prepared(model, inputs), None)
+    _refuse(reason)
+    return found
+
+
+def _refuse(reason: str | None) -> None:
     if reason is not None:
         raise CannotRun(f"no graph of this batch: {reason}")
-    return _step_of(provider, model, inputs, case)
 
 
 def count_plain_layers(model: PromptedModel, inputs: dict[str, Any]) -> int:

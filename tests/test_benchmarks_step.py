@@ -237,7 +237,7 @@ def test_graphs_and_prefixes_run_what_is_timed(name: str, setting: Setting, monk
     monkeypatch.setattr(step_providers, "backend_for", lambda device: recorder)
     case = CASES["late-8"]
     wanted = step_gate.wanted_of(setting, case, "epic")
-    row = step.measure_case(setting, case, PROVIDERS[name], lambda method: wanted, 1.0)
+    row = step.measure_case(step.EPIC, setting, case, PROVIDERS[name], lambda method: wanted, 1.0)
     assert row["kind"] == "time", row
     (recording,) = recorder.recorded
     assert recording.replays == 1 + 1 + step.WARMUP + step.FEWEST
