@@ -10,7 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from epic_fast.backbones.towers import TOWERS, Tower, VisionTower
-from epic_fast.engine import TowerState
+from epic_fast.engine import EngineConfig, TowerState
+from epic_fast.engine.blocks import why_not
+from epic_fast.engine.packed import SAME, say_plain
+from epic_fast.engine.window_blocks import FrozenWindowBlock, Windows, differs
 from epic_fast.engine.windows import call_swin_block, call_swin_block_with_prompts, merge_prompts
 from epic_fast.errors import ConfigError
 
@@ -39,6 +42,7 @@ class SwinTower(VisionTower):
 
     def __init__(self, model: nn.Module, projection: nn.Linear | None = None):
         super().__init__(model, projection)
+        self._blocks: list[FrozenWindowBlock] | None = None
         self.stages: list[Stage] = []
         for stage in self.model.encoder.layers:
             start = self.stages[-1].stop if self.stages else 0
@@ -104,7 +108,7 @@ class SwinTower(VisionTower):
         return state
 
     def run_prompted(
-        self, state: TowerState, index: int, prompts: Tensor, prompt_mask: str
+        self, state: TowerState, index: int, prompts: Tensor, prompt_mask: str, engine: EngineConfig | None = None
     ) -> tuple[TowerState, Tensor]:
         """As in any tower; prompts of a stage's last layer come out in the width of the next stage."""
         if prompt_mask != "full":
@@ -117,11 +121,38 @@ class SwinTower(VisionTower):
         if prompts.shape[1] == 0:
             width = prompts.shape[2] if merge is None else 2 * prompts.shape[2]
             return self.run(state, index + 1), prompts.new_zeros(len(prompts), 0, width)
-        grid = self.grid(state)
-        hidden, prompts = call_swin_block_with_prompts(
-            self.layers[index], state.hidden, prompts, grid, window=self.window, shift=self._shift(index)
-        )
+        grid, shift = self.grid(state), self._shift(index)
+        blocks = self.window_blocks(engine)
+        if blocks is None:
+            hidden, prompts = call_swin_block_with_prompts(
+                self.layers[index], state.hidden, prompts, grid, window=self.window, shift=shift
+            )
+        else:
+            assert engine is not None
+            windows = Windows(grid, self.window, 0 if min(grid) <= self.window else shift)
+            hidden, prompts = blocks[index](state.hidden, prompts.to(state.hidden.dtype), windows, save=engine.save)
         return self._leave(index, state, hidden, grid), prompts if merge is None else merge_prompts(merge, prompts)
+
+    def fused_blocks(self, state: TowerState, engine: EngineConfig | None) -> None:
+        """None: rows of windows do not stay in one buffer with the prompts; :meth:`window_blocks` has other ones."""
+
+    def window_blocks(self, engine: EngineConfig | None) -> list[FrozenWindowBlock] | None:
+        """The fused blocks of all layers, read anew where one was changed; None where the model's own ones run."""
+        if not self.runs_fused(engine):
+            return None
+        if self._blocks is None or not all(block.parts.unchanged() for block in self._blocks):
+            self._blocks = None
+            reason = next(filter(None, map(why_not, self.layers)), None)
+            if reason is not None:
+                say_plain(self.modality, reason)
+                return None
+            blocks = [FrozenWindowBlock(layer) for layer in self.layers]
+            error = differs(self.layers[0], blocks[0])
+            if error > SAME:
+                say_plain(self.modality, f"this release's SwinLayer differs from its fused block by {error:.1e}")
+                return None
+            self._blocks = blocks
+        return self._blocks
 
     def _shift(self, index: int) -> int:
         """Every second block of a stage is built with a shift of half a window."""

@@ -88,11 +88,12 @@ class Tower(ABC):
         return state.after(hidden, stop)
 
     def run_prompted(
-        self, state: TowerState, index: int, prompts: Tensor, prompt_mask: str
+        self, state: TowerState, index: int, prompts: Tensor, prompt_mask: str, engine: EngineConfig | None = None
     ) -> tuple[TowerState, Tensor]:
         """The tokens alone up to layer ``index``, then that layer on ``[prompts ; tokens]``.
 
-        Prompts ``(B, P, D)`` go in and come out.
+        Prompts ``(B, P, D)`` go in and come out.  ``engine`` is for towers that have fused forms of single layers; the
+        others are run by :meth:`begin`.
         """
         state = self.run(state, index)
         if prompts.shape[1] == 0:
@@ -147,7 +148,7 @@ class Tower(ABC):
         state = self.advance(state, first, engine)
         blocks = self.fused_blocks(state, engine)
         if blocks is None:
-            return PlainRun(self, state, prompts, prompt_mask)
+            return PlainRun(self, state, prompts, prompt_mask, engine)
         assert engine is not None
         rows = self.rows_read(state, reads, engine, prompts.shape[1] if reads_prompts else 0)
         return PackedRun(
@@ -275,15 +276,20 @@ class Tower(ABC):
 class PlainRun:
     """As :class:`~epic_fast.engine.packed.PackedRun`, through the model's own layers."""
 
-    def __init__(self, tower: Tower, state: TowerState, prompts: Tensor, prompt_mask: str):
+    def __init__(
+        self, tower: Tower, state: TowerState, prompts: Tensor, prompt_mask: str, engine: EngineConfig | None = None
+    ):
         self._tower = tower
+        self._engine = engine
         self._state = state
         self._prompt_mask = prompt_mask
         self.prompts = prompts
 
     def step(self, index: int) -> None:
         """The tokens alone up to layer ``index``, then that layer on ``[prompts ; tokens]``."""
-        self._state, self.prompts = self._tower.run_prompted(self._state, index, self.prompts, self._prompt_mask)
+        self._state, self.prompts = self._tower.run_prompted(
+            self._state, index, self.prompts, self._prompt_mask, self._engine
+        )
 
     def finish(self) -> TowerState:
         """The tokens after the layers that are left."""

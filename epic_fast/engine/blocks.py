@@ -40,6 +40,19 @@ LAYOUTS: dict[str, dict[str, str]] = {
         "second_norm": "layernorm_after",
         **_PRE_NORM_MLP,
     },
+    "SwinLayer": {
+        "attention": "attention",
+        "query": "attention.q_proj",
+        "key": "attention.k_proj",
+        "value": "attention.v_proj",
+        "output": "attention.o_proj",
+        "first_norm": "layernorm_before",
+        "second_norm": "layernorm_after",
+        "position": "attention.relative_position_bias",
+        # The identity, or what drops whole paths in training.
+        "drop_path": "drop_path",
+        **_PRE_NORM_MLP,
+    },
     "BertLayer": {
         "attention": "attention.self",
         "query": "attention.self.query",

@@ -140,7 +140,7 @@ def run_blocks(
         for block in blocks[:-1]:
             hidden, owned = block(hidden, whole, save=save, owned=owned), True
         return blocks[-1](hidden, geometry, save=save, owned=owned)
-    with torch.no_grad(), _no_autocast(hidden) as dtype:
+    with torch.no_grad(), no_autocast(hidden) as dtype:
         hidden = hidden.contiguous()
         normed = None
         for index, block in enumerate(blocks):
@@ -218,7 +218,7 @@ def _kind(parts: LayerParts) -> str:
     return parts.activation
 
 
-def _mlp_backward(
+def _mlp_gradient(
     parts: LayerParts, weights: Weights, grad: Tensor, kept: Tensor | None, keep: str, normed: Rows | None
 ) -> Tensor:
     """The gradient of the MLP's input; ``normed`` is that input, where nothing was kept."""
@@ -228,6 +228,30 @@ def _mlp_backward(
     assert parts.activation is not None
     rows = activated_product_backward(grad, weights.down, kept=kept, keep=keep, activation=parts.activation)
     return product_backward(rows, weights.up)
+
+
+def mlp_forward(
+    parts: LayerParts, weights: Weights, stream: Tensor, branch: Tensor, keep: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The second half of a pre-norm layer from ``stream + branch`` on: its result, and the four tensors by which
+    :func:`mlp_backward` knows it."""
+    total, normed, *second = _kept_norm(stream, branch, weights.second_norm, weights, keep == "eight_bit")
+    hidden, kept = activated_product(normed, weights.up, weights.up_bias, _kind(parts), keep)
+    del normed
+    return total + product(hidden, weights.down, weights.down_bias)[0], *second, kept
+
+
+def mlp_backward(
+    parts: LayerParts, weights: Weights, grad: Tensor, second: Sequence[Tensor | None], keep: str
+) -> Tensor:
+    """The gradient of the sum that the second half of a pre-norm layer starts from."""
+    total, mean, rstd, kept = second
+    assert total is not None
+    assert mean is not None
+    assert rstd is not None
+    normed = _norm(total, None, weights.second_norm, weights)[1] if kept is None else None
+    branch = _mlp_gradient(parts, weights, grad.to(weights.dtype), kept, keep, normed)
+    return residual_norm_backward(branch, grad, total, weights.second_norm[0], mean, rstd, grad_dtype=grad.dtype)
 
 
 # -- attention: of all rows, or of those that are read ----------------------------------------------------------------
@@ -330,7 +354,7 @@ class _Block(torch.autograd.Function):
         ctx.parts, ctx.geometry, ctx.keep = parts, geometry, KEEP[save]
         ctx.prompt_dtype = None if prompts is None else prompts.dtype
         ctx.waiting = waiting
-        with _no_autocast(stream) as dtype:
+        with no_autocast(stream) as dtype:
             ctx.weights = weights = block.weights(dtype, backward=True)
             options = (geometry, ctx.keep, prompts is not None, owned)
             if parts.post_norm:
@@ -345,7 +369,7 @@ class _Block(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         joined = ctx.prompt_dtype is not None
         waited, grad = grad[:, : ctx.waiting], grad[:, ctx.waiting :]
-        with _no_autocast(grad):
+        with no_autocast(grad):
             backward = _post_norm_backward if ctx.parts.post_norm else _pre_norm_backward
             found = backward(
                 ctx.parts, ctx.weights, grad.contiguous(), ctx.saved_tensors, ctx.geometry, ctx.keep, joined
@@ -412,13 +436,7 @@ def _pre_norm_backward(
 ) -> Tensor:
     stream, mean, rstd, total, second_mean, second_rstd, kept, *attention = saved
     dtype, stream_dtype, prompts = weights.dtype, grad.dtype, geometry.prompts
-    normed = None
-    if kept is None:
-        normed = _norm(total, None, weights.second_norm, weights)[1]
-    branch = _mlp_backward(parts, weights, grad.to(dtype), kept, keep, normed)
-    grad = residual_norm_backward(
-        branch, grad, total, weights.second_norm[0], second_mean, second_rstd, grad_dtype=stream_dtype
-    )
+    grad = mlp_backward(parts, weights, grad, (total, second_mean, second_rstd, kept), keep)
     branch = product_backward(grad.to(dtype), weights.output)
     branch = _attend_backward(parts, weights, branch, tuple(attention), geometry, prompt_rows_only)
     if geometry.rows is None:
@@ -476,7 +494,7 @@ def _post_norm_backward(
     grad = residual_norm_backward(
         grad, None, second_total, weights.second_norm[0], second_mean, second_rstd, grad_dtype=stream_dtype
     )
-    branch = _mlp_backward(parts, weights, grad.to(dtype), kept, keep, normed)
+    branch = _mlp_gradient(parts, weights, grad.to(dtype), kept, keep, normed)
     grad = residual_norm_backward(
         grad + branch, None, total, weights.first_norm[0], mean, rstd, grad_dtype=stream_dtype
     )
@@ -520,7 +538,7 @@ def _first_rows(statistics: Tensor, stream: Tensor, prompts: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def _no_autocast(like: Tensor) -> Any:
+def no_autocast(like: Tensor) -> Any:
     """Autocast switched off, giving the type that it wants for products (None where it was off)."""
     kind = like.device.type
     if not torch.is_autocast_enabled(kind):

@@ -398,7 +398,7 @@ class MopeModel(PromptedModel):
             if layer == config.first_layer:
                 packed = self._packed(state, prompts)
             if packed is None:
-                state, prompts = tower.run_prompted(state, layer, prompts, "full")
+                state, prompts = tower.run_prompted(state, layer, prompts, "full", self.engine)
             else:
                 packed.step(layer)
                 prompts = packed.prompts

@@ -203,6 +203,85 @@ def _autocast(*args: Tensor | None) -> list[Tensor | None]:
     return [*cast, bias, mask]
 
 
+# -- raw, for whoever owns the graph -----------------------------------------------------------------------------
+
+
+def window_attention_forward(
+    qkv: Tensor, prompt_qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, *, save_lse: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`epic_fast.functional.window_prompt_attention` of packed projections, without a graph.
+
+    Args:
+        qkv: of the windows, ``(B * nW, M, 3, H, head_dim)``.
+        prompt_qkv: of the prompts, ``(B, P, 3, H, head_dim)``.
+        bias, mask: ``(H, M, M)`` and ``(nW, M, M)``, or None.
+        save_lse: whether a backward pass follows.
+
+    Returns:
+        ``(B * nW, M, H * head_dim)``, ``(B, P, H * head_dim)``, and what backward wants beside the projections (None
+        where no kernel ran).
+    """
+    inputs = (*_apart(qkv), *_apart(prompt_qkv), bias, mask)
+    lse = None
+    if _takes_kernel(inputs):
+        forward = _forward if library.direct(*inputs) else FORWARD
+        *outputs, lse = forward(*inputs, scale, save_lse)
+    else:
+        outputs = _reference(*inputs, scale=scale)
+    return (*(each.transpose(1, 2).flatten(2) for each in outputs), lse if save_lse else None)  # pyright: ignore[reportReturnType]
+
+
+def window_attention_backward(
+    grad_output: Tensor,
+    grad_prompt_output: Tensor,
+    qkv: Tensor,
+    prompt_qkv: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    lse: Tensor | None,
+    *,
+    tokens: bool = True,
+) -> tuple[Tensor | None, Tensor]:
+    """The gradients ``(B * nW, M, 3 * H * head_dim)`` and ``(B, P, 3 * H * head_dim)`` of both packed projections.
+
+    Args:
+        grad_output, grad_prompt_output: in the shapes of the outputs of :func:`window_attention_forward`.
+        lse: what that gave.
+        tokens: whether the windows' own gradient is wanted.
+    """
+    heads = qkv.shape[3]
+    grads = [each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (grad_output, grad_prompt_output)]
+    inputs = (*_apart(qkv), *_apart(prompt_qkv), bias, mask)
+    needs = (tokens,) * 3 + (True,) * 3 + (False,)
+    if lse is not None:
+        tensors = (*grads, *inputs, lse)
+        backward = _backward if library.direct(*tensors) else BACKWARD
+        found: Sequence[Tensor] = backward(*tensors, scale, list(needs))[:6]
+    else:
+        with torch.enable_grad():
+            leaves = [
+                each.detach().requires_grad_(needed)
+                for each, needed in zip((*_apart(qkv), *_apart(prompt_qkv)), needs[:6], strict=True)
+            ]
+            outputs = _reference(*leaves, bias, mask, scale=scale)
+        wanted = [each for each in leaves if each.requires_grad]
+        kept = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True, materialize_grads=True))
+        found = [next(kept) if each.requires_grad else each for each in leaves]
+    own, of_prompts = (
+        torch.stack([each.transpose(1, 2) for each in part], dim=2).flatten(2) for part in (found[:3], found[3:])
+    )
+    return own if tokens else None, of_prompts
+
+
+def _apart(packed: Tensor) -> tuple[Tensor, ...]:
+    return packed.permute(2, 0, 3, 1, 4).unbind()
+
+
+def _takes_kernel(inputs: Sequence[Tensor | None]) -> bool:
+    return window_prompt_attention.choose("auto", *inputs) is not window_prompt_attention.reference
+
+
 window_prompt_attention = Operation(
     "window_prompt_attention", reference=_reference, triton=_triton, limits=_limits, autocast=_autocast
 )

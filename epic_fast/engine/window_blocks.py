@@ -1,0 +1,190 @@
+"""Fused frozen Swin blocks: a block and its prompts as one ``autograd.Function``.
+
+As :mod:`epic_fast.engine.fused`, with x the tokens of a picture and p the prompts of its sample::
+
+    a, a' = attention(QKV(windows(norm_1(x))), QKV(norm_1(p)))
+    x' = x + back(O(a))        y = x' + W_2 act(W_1 norm_2(x'))
+    p' = p + O(a')             q = p' + W_2 act(W_1 norm_2(p'))
+
+Windows share their sample's prompts, which are projected once (``kernels/window_prompt_attention``).  Backward gives
+the gradients of x and p alone, and of x only where it needs one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from epic_fast.engine.blocks import LayerParts, Weights
+from epic_fast.engine.fused import KEEP, mlp_backward, mlp_forward, no_autocast
+from epic_fast.engine.products import product, product_backward
+from epic_fast.engine.windows import call_swin_block_with_prompts, from_windows, shift_mask, to_windows
+from epic_fast.ops.residual_norm import residual_norm_backward, residual_norm_forward, residual_norm_forward_kept
+from epic_fast.ops.window_prompt_attention import window_attention_backward, window_attention_forward
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a block cuts its tokens.
+
+    Attributes:
+        grid: (rows, columns) that the tokens fill.
+        window: tokens along a side of a window.
+        shift: by how much the grid is moved first; 0: not.
+    """
+
+    grid: tuple[int, int]
+    window: int
+    shift: int
+
+    def cut(self, tokens: Tensor) -> Tensor:
+        """``(B, N, C)`` to ``(B * nW, window ** 2, C)``."""
+        return to_windows(tokens.unflatten(1, self.grid), self.window, self.shift)
+
+    def join(self, windows: Tensor, batch: int) -> Tensor:
+        """The inverse of :meth:`cut`."""
+        tokens = from_windows(windows, batch, self.grid, self.window, self.shift)
+        return tokens.reshape(batch, -1, windows.shape[-1])
+
+    def mask(self, device: torch.device) -> Tensor | None:
+        """Who sees whom, ``(nW, window ** 2, window ** 2)``; None: everybody."""
+        if not self.shift:
+            return None
+        down, across = (-(-side // self.window) for side in self.grid)
+        return shift_mask(down, across, self.window, self.shift, device)
+
+
+class FrozenWindowBlock:
+    """One block of a Swin, computed from its own weights.
+
+    Args:
+        layer: a block of which :func:`epic_fast.engine.blocks.why_not` says None.
+    """
+
+    def __init__(self, layer: nn.Module):
+        self.parts = LayerParts(layer)
+        self.position: Any = self.parts.parts["position"]
+        self._bias: tuple[Any, Tensor] | None = None
+
+    def bias(self) -> Tensor:
+        """The bias of relative positions ``(H, M, M)``, made anew when its table changed."""
+        table = self.position.relative_position_bias_table
+        key = table.data_ptr(), table._version, table.dtype, table.device
+        if self._bias is None or self._bias[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                self._bias = key, self.position()[0].contiguous()
+        return self._bias[1]
+
+    def __call__(
+        self, hidden: Tensor, prompts: Tensor, windows: Windows, *, save: str = "full"
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens ``(B, N, C)`` and prompts ``(B, P, C)`` behind the block.
+
+        Args:
+            save: what is kept for backward: ``"full"``, ``"eight_bit"`` or ``"recompute"``.
+        """
+        return _WindowBlock.apply(hidden, prompts, self, windows, save)  # pyright: ignore[reportReturnType]
+
+
+class _WindowBlock(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, prompts: Tensor, block: FrozenWindowBlock, windows: Windows, save: str
+    ) -> tuple[Tensor, Tensor]:
+        parts, batch = block.parts, len(hidden)
+        needs = ctx.needs_input_grad[:2]
+        keep = KEEP[save]
+        # Prompts are few: their rows are kept as they are.
+        keeps = (keep, "full")
+        streams = hidden.contiguous(), prompts.contiguous()
+        with no_autocast(hidden) as dtype:
+            weights = parts.weights(dtype, backward=True)
+            firsts, normed = [], []
+            for stream, kept in zip(streams, keeps, strict=True):
+                found, *first = _first_norm(stream, weights, kept == "eight_bit")
+                normed.append(found)
+                firsts.append(first)
+            normed[0] = windows.cut(normed[0])
+            packed = [_heads(product(rows, weights.qkv, weights.qkv_bias)[0], parts.heads) for rows in normed]
+            del normed
+            options = (block.bias(), windows.mask(hidden.device), parts.scale)
+            *attended, lse = window_attention_forward(packed[0], packed[1], *options, save_lse=any(needs))
+            results, saved = [], []
+            for index, (stream, rows, kept) in enumerate(zip(streams, attended, keeps, strict=True)):
+                branch = product(rows, weights.output, weights.output_bias)[0]
+                if index == 0:
+                    branch = windows.join(branch, batch)
+                result, *second = mlp_forward(parts, weights, stream, branch, kept)
+                results.append(result)
+                saved += second  # four tensors
+        ctx.block, ctx.weights, ctx.windows, ctx.keeps = block, weights, windows, keeps
+        ctx.save_for_backward(*firsts[0], *firsts[1], *saved, *packed, lse)
+        return tuple(results)  # pyright: ignore[reportReturnType]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        parts, weights, windows = ctx.block.parts, ctx.weights, ctx.windows
+        saved = ctx.saved_tensors
+        firsts, seconds = (saved[:3], saved[3:6]), (saved[6:10], saved[10:14])
+        qkv, prompt_qkv, lse = saved[14:]
+        batch = len(grads[0])
+        needs_tokens = ctx.needs_input_grad[0]
+        with no_autocast(grads[0]):
+            streams, branches = [], []
+            for index, (grad, second, keep) in enumerate(zip(grads, seconds, ctx.keeps, strict=True)):
+                stream = mlp_backward(parts, weights, grad.contiguous(), second, keep)
+                rows = stream.to(weights.dtype)
+                rows = windows.cut(rows) if index == 0 else rows
+                branches.append(product_backward(rows, weights.output))
+                streams.append(stream)
+            options = (ctx.block.bias(), windows.mask(grads[0].device), parts.scale)
+            found = window_attention_backward(
+                branches[0], branches[1], qkv, prompt_qkv, *options, lse, tokens=needs_tokens
+            )
+            results: list[Tensor | None] = []
+            for index, (grad, stream, first) in enumerate(zip(found, streams, firsts, strict=True)):
+                if grad is None:
+                    results.append(None)
+                    continue
+                branch = product_backward(grad, weights.qkv)
+                branch = windows.join(branch, batch) if index == 0 else branch
+                results.append(
+                    residual_norm_backward(
+                        branch, stream, first[0], weights.first_norm[0], *first[1:], grad_dtype=stream.dtype
+                    )
+                )
+        return (*results, None, None, None)
+
+
+def _first_norm(stream: Tensor, weights: Weights, eight_bit: bool) -> list[Tensor]:
+    """The norm of rows, and the three tensors by which backward knows it."""
+    operation = residual_norm_forward_kept if eight_bit else residual_norm_forward
+    total, normed, *saved, _ = operation(stream, None, *weights.first_norm, normed_dtype=weights.dtype)
+    return [normed, *(saved if eight_bit else (total, *saved))]
+
+
+def _heads(rows: Tensor, heads: int) -> Tensor:
+    """``(R, M, 3 C)`` to ``(R, M, 3, H, head_dim)``."""
+    return rows.unflatten(-1, (3, heads, -1))
+
+
+@torch.no_grad()
+def differs(layer: Any, block: FrozenWindowBlock) -> float:
+    """How far apart a block of the model's own and its fused form are on a few windows, relative."""
+    weight, side = block.parts.parts["query"].weight, layer.window_size
+    windows = Windows((2 * side, 2 * side), side, side // 2)
+    count = 4 * side * side
+    values = torch.arange((count + 1) * weight.shape[1], device=weight.device).view(1, count + 1, -1).sin()
+    rows, prompt = values.to(weight.dtype).split([count, 1], dim=1)
+    with torch.autocast(weight.device.type, enabled=False):
+        wanted = call_swin_block_with_prompts(layer, rows, prompt, windows.grid, window=side, shift=windows.shift)
+        found = block(rows, prompt, windows)
+    added, wanted_sum = (torch.cat(each, dim=1).double() - values for each in (found, wanted))
+    error = float((added - wanted_sum).norm() / wanted_sum.norm())
+    return error if math.isfinite(error) else math.inf

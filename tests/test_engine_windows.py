@@ -1,0 +1,171 @@
+"""Fused Swin blocks against the blocks that they take the place of, alone and in whole models."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from epic_fast import EngineConfig, EpicConfig, MopeConfig, wrap
+from epic_fast.engine.blocks import why_not
+from epic_fast.engine.packed import say_plain
+from epic_fast.engine.window_blocks import FrozenWindowBlock, Windows, differs
+from epic_fast.engine.windows import call_swin_block_with_prompts
+from epic_fast.ops import library
+from epic_fast.ops import window_prompt_attention as operation
+from epic_fast.testing import tiny_bert, tiny_swin
+from epic_fast.testing.probes import lively, make_batch, perturb
+
+GRIDS = {"whole": (8, 8), "padded": (6, 9), "one window": (4, 4)}
+WINDOW = 4
+EIGHT_BIT_ERROR = 2e-2
+
+
+def block_of(dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    model = lively(tiny_swin(image_size=64, window=WINDOW)).to(dtype).requires_grad_(False).eval()
+    return model.encoder.layers[0].blocks[1]
+
+
+def run(
+    block: Any, fused: FrozenWindowBlock | None, windows: Windows, save: str, wants: tuple[bool, bool], **how: Any
+) -> list[Tensor | None]:
+    dtype, width = how.get("dtype", torch.float32), block.layernorm_before.normalized_shape[0]
+    random = torch.Generator().manual_seed(1)
+    count = windows.grid[0] * windows.grid[1]
+    inputs = [torch.randn(3, rows, width, generator=random, dtype=torch.float64).to(dtype) for rows in (count, 5)]
+    leaves = [each.requires_grad_(wanted) for each, wanted in zip(inputs, wants, strict=True)]
+    if fused is None:
+        outputs = call_swin_block_with_prompts(
+            block, *leaves, windows.grid, window=windows.window, shift=windows.shift
+        )  # fmt: skip
+    else:
+        outputs = fused(*leaves, windows, save=save)
+    weights = [torch.randn(each.shape, generator=random, dtype=torch.float64).to(each.dtype) for each in outputs]
+    total = sum((each * weight).sum() for each, weight in zip(outputs, weights, strict=True))
+    if any(wants):
+        assert isinstance(total, Tensor)
+        total.backward()
+    return [*(each.detach() for each in outputs), *(each.grad for each in leaves)]
+
+
+def distance(one: Tensor, other: Tensor) -> float:
+    return float((one.double() - other.double()).norm() / other.double().norm())
+
+
+@pytest.mark.parametrize("wants", [(True, True), (False, True), (True, False), (False, False)], ids=str)
+@pytest.mark.parametrize("save", ["full", "recompute", "eight_bit"])
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_block_and_its_gradients(grid: str, shift: int, save: str, wants: tuple[bool, bool]) -> None:
+    if grid == "one window" and shift:
+        pytest.skip("one window is not shifted")
+    block, windows = block_of(torch.float64), Windows(GRIDS[grid], WINDOW, shift)
+    assert why_not(block) is None
+    wanted = run(block, None, windows, save, wants, dtype=torch.float64)
+    found = run(block, FrozenWindowBlock(block), windows, save, wants, dtype=torch.float64)
+    for index, (one, other) in enumerate(zip(found, wanted, strict=True)):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            rounded = save == "eight_bit" and index > 1
+            assert distance(one, other) <= (EIGHT_BIT_ERROR if rounded else 1e-12), (index, distance(one, other))
+
+
+@pytest.mark.skipif(not library.TRITON_INSTALLED, reason="triton is not installed")
+@pytest.mark.parametrize("shift", [0, 2])
+def test_by_the_kernels(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not library.interpreting():
+        pytest.skip("Triton's interpreter is off: a GPU is there")
+    block, windows = block_of(), Windows((8, 8), WINDOW, shift)
+    wanted = run(block, None, windows, "full", (True, True))
+    taken = []
+
+    def choose(self: Any, impl: str, *args: Any) -> Any:
+        taken.append(self.name)
+        return self.triton
+
+    monkeypatch.setattr(type(operation), "choose", choose)
+    found = run(block, FrozenWindowBlock(block), windows, "full", (True, True))
+    assert "window_prompt_attention" in taken
+    for one, other in zip(found, wanted, strict=True):
+        assert one is not None
+        assert other is not None
+        assert distance(one, other) <= 1e-5
+
+
+def test_the_bias_is_that_of_the_table() -> None:
+    block = block_of()
+    fused = FrozenWindowBlock(block)
+    before = fused.bias()
+    assert torch.equal(before, block.attention.relative_position_bias()[0])
+    assert fused.bias() is before
+    block.attention.relative_position_bias.relative_position_bias_table.add_(1.0)
+    assert torch.equal(fused.bias(), before + 1.0)
+
+
+def test_a_block_that_computes_something_else_is_found() -> None:
+    block = block_of()
+    assert differs(block, FrozenWindowBlock(block)) < 1e-5
+    other = copy.deepcopy(block)
+    other.attention.scaling *= 2
+    assert differs(other, FrozenWindowBlock(block)) > 0.01
+
+
+def models(config: Any, **engine: Any) -> list[Any]:
+    made = []
+    for each in (None, EngineConfig(blocks="fused", **engine)):
+        torch.manual_seed(0)
+        backbone = (lively(tiny_swin(depths=(2, 3))), tiny_bert())
+        made.append(perturb(wrap(backbone, config, 3, engine=each)).train())
+    return made
+
+
+@pytest.mark.parametrize("save", ["full", "recompute"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        MopeConfig(num_experts=3, prompt_length=2, prompt_dropout=0.0, router_noise_std=0.0),
+        EpicConfig(prompt_length=2, num_layer_pairs=2, head_dropout=0.0),
+    ],
+    ids=["mope", "epic"],
+)
+def test_a_model_with_fused_blocks_is_the_plain_one(config: Any, save: str) -> None:
+    batch = make_batch([3, 9, 5], width=12)
+    results = []
+    for model in models(config, save=save):
+        output = model(**batch, labels=torch.tensor([0, 2, 1]))
+        output.loss.backward()
+        grads = {name: each.grad for name, each in model.named_parameters() if each.requires_grad}
+        results.append((output.logits.detach(), grads))
+    (wanted, wanted_grads), (found, grads) = results
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    for name, grad in wanted_grads.items():
+        if grad is None:
+            assert grads[name] is None
+        else:
+            torch.testing.assert_close(
+                grads[name], grad, rtol=1e-4, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def test_the_fused_blocks_run_and_a_changed_layer_does_not(caplog: pytest.LogCaptureFixture) -> None:
+    config = MopeConfig(num_experts=2, prompt_length=2)
+    _, model = models(config)
+    ran: list[str] = []
+    for kind in {type(layer) for layer in model.backbone.vision.layers}:
+        assert kind.__name__ == "SwinLayer"
+    layer = model.backbone.vision.layers[0]
+    blocks = model.backbone.vision.window_blocks(model.engine)
+    assert len(blocks) == 5
+    assert model.backbone.vision.window_blocks(model.engine) is blocks
+    say_plain.cache_clear()
+    handle = layer.register_forward_hook(lambda *_: ran.append("hook"))
+    with caplog.at_level("INFO", logger="epic_fast"):
+        assert model.backbone.vision.window_blocks(model.engine) is None
+    assert "has hooks" in caplog.text
+    handle.remove()
+    assert model.backbone.vision.window_blocks(model.engine) is not None
+    assert model.backbone.vision.window_blocks(None) is None
