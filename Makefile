@@ -26,7 +26,7 @@ demo: $(VENV)/.installed-demo  ## train EPIC on the pictures that come with the 
 	$(BIN)/epic-fast demo --output runs/demo
 
 test: lint  ## format, lint and type checks, then every test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.installed-test  ## format, lint and type checks
 	$(BIN)/ruff format --check .
