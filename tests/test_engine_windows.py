@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from epic_fast import EngineConfig, EpicConfig, MopeConfig, wrap
+from epic_fast.backbones import swin
 from epic_fast.engine.blocks import why_not
 from epic_fast.engine.packed import say_plain
 from epic_fast.engine.window_blocks import FrozenWindowBlock, Windows, differs
@@ -76,7 +77,8 @@ def test_the_block_and_its_gradients(grid: str, shift: int, save: str, wants: tu
 
 @pytest.mark.skipif(not library.TRITON_INSTALLED, reason="triton is not installed")
 @pytest.mark.parametrize("shift", [0, 2])
-def test_by_the_kernels(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "by operators"])
+def test_by_the_kernels(direct: bool, shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if not library.interpreting():
         pytest.skip("Triton's interpreter is off: a GPU is there")
     block, windows = block_of(), Windows((8, 8), WINDOW, shift)
@@ -88,6 +90,8 @@ def test_by_the_kernels(shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return self.triton
 
     monkeypatch.setattr(type(operation), "choose", choose)
+    if not direct:
+        monkeypatch.setattr(library, "unwatched", lambda: False)
     found = run(block, FrozenWindowBlock(block), windows, "full", (True, True))
     assert "window_prompt_attention" in taken
     for one, other in zip(found, wanted, strict=True):
@@ -169,3 +173,16 @@ def test_the_fused_blocks_run_and_a_changed_layer_does_not(caplog: pytest.LogCap
     handle.remove()
     assert model.backbone.vision.window_blocks(model.engine) is not None
     assert model.backbone.vision.window_blocks(None) is None
+
+
+def test_windows_in_eight_bits_are_said_not_to_be(caplog: pytest.LogCaptureFixture) -> None:
+    _, exact = models(MopeConfig(num_experts=2, prompt_length=2))
+    _, model = models(MopeConfig(num_experts=2, prompt_length=2), weights="fp8")
+    swin.say_exact.cache_clear()
+    with caplog.at_level("INFO", logger="epic_fast"):
+        assert model.backbone.vision.window_blocks(model.engine) is not None
+    assert "windows have no 8 bits" in caplog.text
+    swin.say_exact.cache_clear()
+    caplog.clear()
+    exact.backbone.vision.window_blocks(exact.engine)
+    assert not caplog.text

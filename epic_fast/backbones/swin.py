@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +18,8 @@ from epic_fast.engine.packed import SAME, say_plain
 from epic_fast.engine.window_blocks import FrozenWindowBlock, Windows, differs
 from epic_fast.engine.windows import call_swin_block, call_swin_block_with_prompts, merge_prompts
 from epic_fast.errors import ConfigError
+
+logger = logging.getLogger("epic_fast")
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,8 @@ class SwinTower(VisionTower):
         """The fused blocks of all layers, read anew where one was changed; None where the model's own ones run."""
         if not self.runs_fused(engine):
             return None
+        if engine is not None and engine.weights != "frozen":
+            say_exact(self.modality)
         if self._blocks is None or not all(block.parts.unchanged() for block in self._blocks):
             self._blocks = None
             reason = next(filter(None, map(why_not, self.layers)), None)
@@ -190,6 +196,12 @@ class SwinTower(VisionTower):
 
     def mean(self, state: TowerState) -> Tensor:
         return self.normalise(state.hidden).mean(dim=1)
+
+
+@functools.cache
+def say_exact(name: str) -> None:
+    """Log, once, that there are no windows in 8 bits."""
+    logger.info("engine: the blocks of the %s tower multiply with their own weights: windows have no 8 bits", name)
 
 
 def halved(grid: tuple[int, int]) -> tuple[int, int]:

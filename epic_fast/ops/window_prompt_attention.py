@@ -254,10 +254,15 @@ def window_attention_backward(
     grads = [each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (grad_output, grad_prompt_output)]
     inputs = (*_apart(qkv), *_apart(prompt_qkv), bias, mask)
     needs = (tokens,) * 3 + (True,) * 3 + (False,)
+    found: Sequence[Tensor]
+    tensors = (*grads, *inputs)
+    if lse is not None and library.direct(*tensors):
+        packed = torch.empty_like(qkv) if tokens else None, torch.empty_like(prompt_qkv)
+        slots = (*((None,) * 3 if packed[0] is None else _apart(packed[0])), *_apart(packed[1]))
+        _launchers()[1](*tensors, lse, scale=scale, needs=needs, grads=slots)
+        return None if packed[0] is None else packed[0].flatten(2), packed[1].flatten(2)
     if lse is not None:
-        tensors = (*grads, *inputs, lse)
-        backward = _backward if library.direct(*tensors) else BACKWARD
-        found: Sequence[Tensor] = backward(*tensors, scale, list(needs))[:6]
+        found = BACKWARD(*tensors, lse, scale, list(needs))[:6]
     else:
         with torch.enable_grad():
             leaves = [

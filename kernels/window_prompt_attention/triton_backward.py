@@ -928,12 +928,14 @@ def window_prompt_attention_backward(
     *,
     scale: float,
     needs: Needs,
+    grads: tuple[Tensor | None, ...] | None = None,
     tiles: BackwardTiles | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Launch the backward: gradients of query, key, value, prompt_query, prompt_key, prompt_value and the bias.
 
     A gradient of an output that is None counts as zeros.  Only what ``needs`` names is computed and allocated, the
-    rest is None.  The bias's gradient is there for windows that one program holds whole.
+    rest is None.  The bias's gradient is there for windows that one program holds whole.  ``grads`` may give tensors to
+    write the first six into.
     """
     return plan.run(
         backward,
@@ -949,6 +951,7 @@ def window_prompt_attention_backward(
             relative_position_bias,
             window_mask,
             lse,
+            *(() if grads is None else grads),
         ),
         (float(scale), needs, precision(query.dtype), tiles),
     )
@@ -967,18 +970,17 @@ def backward(
     bias: Tensor | None,
     mask: Tensor | None,
     lse: Tensor,
-    scale: float,
-    needs: Needs,
-    precision: str,
-    tiles: BackwardTiles | None,
+    *grads_and_options: Any,
 ) -> tuple[Tensor | None, ...]:
-    """:func:`window_prompt_attention_backward` on a tape."""
+    """:func:`window_prompt_attention_backward` on a tape: six ``grads`` or none, then the options in their order."""
+    *given, scale, needs, precision, tiles = grads_and_options
     inputs = (query, key, value, prompt_query, prompt_key, prompt_value)
     rows, heads, tokens, head_dim = query.shape
     batch, _, prompts, _ = prompt_query.shape
     count = prompts + tokens
     results: list[Tensor | None] = [
-        empty_rows(tape, each) if needed else None for each, needed in zip(inputs, needs[:6], strict=True)
+        None if not needed else empty_rows(tape, each) if own is None else own
+        for each, needed, own in zip(inputs, needs[:6], given or (None,) * 6, strict=True)
     ]
     needs_bias = bias is not None and needs[6]
     d_bias = tape.empty(bias.shape, bias.dtype) if bias is not None and needs_bias else None
