@@ -66,7 +66,11 @@ def prompt_attention(
     tensors = (query, key, value, prompt_query, prompt_key, prompt_value)
     known = None
     # Lengths on the CPU are looked at in each call.
-    if out is None and prompt_mask in PROMPT_MASKS and (lengths is None or lengths.is_cuda):
+    if (
+        out is None
+        and prompt_mask in PROMPT_MASKS
+        and (lengths is None or (isinstance(lengths, Tensor) and lengths.is_cuda))
+    ):
         known = ops.prompt_attention.known(impl, *tensors, lengths)
     if known is not None:
         return ops.prompt_attention(

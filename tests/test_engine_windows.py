@@ -11,7 +11,9 @@ from torch import Tensor
 
 from epic_fast import EngineConfig, EpicConfig, MopeConfig, wrap
 from epic_fast.backbones import swin
+from epic_fast.engine import window_blocks
 from epic_fast.engine.blocks import why_not
+from epic_fast.engine.graphs import made_of_weights
 from epic_fast.engine.packed import say_plain
 from epic_fast.engine.window_blocks import FrozenWindowBlock, Windows, differs
 from epic_fast.engine.windows import call_swin_block_with_prompts
@@ -108,6 +110,52 @@ def test_the_bias_is_that_of_the_table() -> None:
     assert fused.bias() is before
     block.attention.relative_position_bias.relative_position_bias_table.add_(1.0)
     assert torch.equal(fused.bias(), before + 1.0)
+
+
+def test_a_trained_table_is_no_frozen_block() -> None:
+    block = block_of()
+    fused = FrozenWindowBlock(block)
+    assert fused.parts.unchanged()
+    block.attention.relative_position_bias.relative_position_bias_table.requires_grad_(True)
+    assert not fused.parts.unchanged()
+    assert why_not(block) == "its weights are trained"
+
+
+def test_a_model_made_in_inference_mode_runs_its_own_blocks() -> None:
+    with torch.inference_mode():
+        block = tiny_swin().eval().encoder.layers[0].blocks[0].requires_grad_(False)
+    assert "inference mode" in str(why_not(block))
+
+
+def test_without_a_graph_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, windows = block_of(), Windows((8, 8), WINDOW, 2)
+    fused = FrozenWindowBlock(block)
+    kept: list[Any] = []
+    real = window_blocks.mlp_forward
+
+    def watched(*args: Any) -> Any:
+        kept.append(args[-1])
+        return real(*args)
+
+    monkeypatch.setattr(window_blocks, "mlp_forward", watched)
+    run(block, fused, windows, "eight_bit", (False, False))
+    assert kept == ["none", "none"]
+    with torch.no_grad():
+        run_inputs = [torch.randn(2, rows, 16, requires_grad=True) for rows in (64, 5)]
+        assert not any(each.requires_grad for each in fused(*run_inputs, windows, save="eight_bit"))
+    assert kept == ["none"] * 4
+    run(block, fused, windows, "eight_bit", (False, True))
+    assert kept[4:] == ["eight_bit", "full"]
+
+
+def test_a_graph_holds_what_the_blocks_made() -> None:
+    _, model = models(MopeConfig(num_experts=2, prompt_length=2))
+    assert made_of_weights(model)[1] == []
+    model(**make_batch([3, 9], width=12))
+    held = made_of_weights(model)[1]
+    biases = [block._bias for block in model.backbone.vision.window_blocks(model.engine)]
+    assert len(biases) == 5
+    assert all(any(each is bias for each in held) for bias in biases)
 
 
 def test_a_block_that_computes_something_else_is_found() -> None:

@@ -22,6 +22,8 @@ from epic_fast.testing.numerics import assert_bits_equal
 if not library.TRITON_INSTALLED:
     pytest.skip("triton is not installed", allow_module_level=True)
 
+from epic_fast.kernels.common import plan  # pyright: ignore[reportMissingImports]
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ATTENTION = AttentionCase(2, 2, 9, 3, 16)
 INTERACTION = InteractionCase(2, 4, 4, 16, 32)
@@ -72,9 +74,62 @@ def test_the_second_call_is_recognised_and_gives_what_the_operators_give(
     # No check is made a second time.
     monkeypatch.setattr(functional, "_plainly_attention", None)
     monkeypatch.setattr(functional, "_plainly_interaction", None)
+    seen: list[Any] = []
+    run = plan.run
+
+    def watched(launcher: Any, tensors: Any, options: Any, alike: Any = None) -> Any:
+        seen.append(alike)
+        return run(launcher, tensors, options, alike)
+
+    monkeypatch.setattr(plan, "run", watched)
     for _ in range(2):
         for one, other in zip(gradients(function, inputs, impl="triton"), wanted, strict=True):
             assert_bits_equal(one, other)
+    # Forward and backward passes both.
+    assert len(seen) == 4
+    assert None not in seen
+
+
+def turned(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same numbers in another order in memory, where the last stride stays 1."""
+    found = {}
+    for name, each in inputs.items():
+        other = each.detach()
+        if each.dim() > 2:
+            other = other.transpose(0, 1).contiguous().transpose(0, 1)
+        found[name] = other.requires_grad_()
+    return found
+
+
+@CALLS
+@pytest.mark.parametrize("hooks_first", [False, True])
+def test_hooks_on_saved_tensors_may_make_others_of_them(
+    function: Callable[..., Any], case: Any, hooks_first: bool
+) -> None:
+    """As ``save_on_cpu`` does, whose tensors come back contiguous."""
+    inputs = turned(make(case))
+    wanted = gradients(function, inputs, impl="reference")
+    for hooked in (hooks_first, not hooks_first, hooks_first, not hooks_first):
+        if hooked:
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda each: each, lambda each: each.clone(memory_format=torch.contiguous_format)
+            ):
+                found = gradients(function, inputs, impl="triton")
+        else:
+            found = gradients(function, inputs, impl="triton")
+        torch.testing.assert_close(found, wanted, rtol=2e-4, atol=2e-4)
+
+
+@CALLS
+def test_calls_that_never_ask_push_nobody_out(function: Callable[..., Any], case: Any) -> None:
+    inputs = make(case, grad=False)
+    outputs = function(**inputs, impl="triton")
+    known_as = known(function, inputs)
+    for _ in range(6):
+        function(**inputs, impl="triton", out=tuple(torch.empty_like(each) for each in outputs))
+        if function is prompt_attention:
+            function(**inputs, impl="triton", lengths=torch.tensor([9, 4]))
+    assert known(function, inputs) is known_as
 
 
 @CALLS

@@ -148,6 +148,8 @@ class LayerParts:
         self._layer = layer
         holders = [self.parts[name] for name in (*LINEARS, *NORMS)]
         self._tensors = [(each._parameters, name) for each in holders for name in ("weight", "bias")]
+        if "position" in self.parts:
+            self._tensors.append((self.parts["position"]._parameters, "relative_position_bias_table"))
         self._cache: dict[tuple[torch.dtype, str | None], tuple[Any, Weights]] = {}
 
     def unchanged(self) -> bool:
@@ -289,6 +291,8 @@ def why_not(layer: nn.Module) -> str | None:
         return f"{type(attention).__name__} does not say its heads and its scale as it used to"
     if any(parts[part].weight is None or parts[part].bias is None for part in NORMS):
         return "a norm has no weight or bias"
+    if any(tensor.is_inference() for tensor in layer.parameters()):
+        return "its weights were made in inference mode, which does not tell of changes"
     if any(tensor.requires_grad for tensor in layer.parameters()):
         return "its weights are trained"
     kinds = {(tensor.dtype, tensor.device) for tensor in (parts[part].weight for part in LINEARS)}

@@ -80,6 +80,10 @@ class FrozenWindowBlock:
                 self._bias = key, self.position()[0].contiguous()
         return self._bias[1]
 
+    def made(self) -> list[Any]:
+        """What it has made of its weights, for a captured graph to hold."""
+        return [dict(self.parts._cache), self._bias]
+
     def __call__(
         self, hidden: Tensor, prompts: Tensor, windows: Windows, *, save: str = "full"
     ) -> tuple[Tensor, Tensor]:
@@ -88,43 +92,59 @@ class FrozenWindowBlock:
         Args:
             save: what is kept for backward: ``"full"``, ``"eight_bit"`` or ``"recompute"``.
         """
-        return _WindowBlock.apply(hidden, prompts, self, windows, save)  # pyright: ignore[reportReturnType]
+        if torch.is_grad_enabled() and (hidden.requires_grad or prompts.requires_grad):
+            return _WindowBlock.apply(hidden, prompts, self, windows, save)  # pyright: ignore[reportReturnType]
+        with torch.no_grad():
+            return _forward(self, hidden, prompts, windows, ("none", "none"), graph=False)[0]
+
+
+def _forward(
+    block: FrozenWindowBlock,
+    hidden: Tensor,
+    prompts: Tensor,
+    windows: Windows,
+    keeps: tuple[str, str],
+    *,
+    graph: bool,
+) -> tuple[tuple[Tensor, Tensor], Weights, tuple[Tensor | None, ...]]:
+    """Tokens and prompts behind the block, the weights, and what backward wants: of tokens and of prompts three tensors
+    for the first norm, then four for the rest; then the two projections and the log-sum-exp."""
+    parts, batch = block.parts, len(hidden)
+    streams = hidden.contiguous(), prompts.contiguous()
+    with no_autocast(hidden) as dtype:
+        weights = parts.weights(dtype, backward=graph)
+        firsts, normed = [], []
+        for stream, keep in zip(streams, keeps, strict=True):
+            found, *first = _first_norm(stream, weights, keep == "eight_bit")
+            normed.append(found)
+            firsts += first
+        normed[0] = windows.cut(normed[0])
+        qkv, prompt_qkv = (_heads(product(rows, weights.qkv, weights.qkv_bias)[0], parts.heads) for rows in normed)
+        del normed
+        options = (block.bias(), windows.mask(hidden.device), parts.scale)
+        *attended, lse = window_attention_forward(qkv, prompt_qkv, *options, save_lse=graph)
+        results, seconds = [], []
+        for index, (stream, rows, keep) in enumerate(zip(streams, attended, keeps, strict=True)):
+            branch = product(rows, weights.output, weights.output_bias)[0]
+            branch = windows.join(branch, batch) if index == 0 else branch
+            result, *second = mlp_forward(parts, weights, stream, branch, keep)
+            results.append(result)
+            seconds += second
+    return (results[0], results[1]), weights, (*firsts, *seconds, qkv, prompt_qkv, lse)
 
 
 class _WindowBlock(torch.autograd.Function):
+    """Saves, of tokens and of prompts, what their norms and MLPs want, then the projections."""
+
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, prompts: Tensor, block: FrozenWindowBlock, windows: Windows, save: str
     ) -> tuple[Tensor, Tensor]:
-        parts, batch = block.parts, len(hidden)
-        needs = ctx.needs_input_grad[:2]
-        keep = KEEP[save]
         # Prompts are few: their rows are kept as they are.
-        keeps = (keep, "full")
-        streams = hidden.contiguous(), prompts.contiguous()
-        with no_autocast(hidden) as dtype:
-            weights = parts.weights(dtype, backward=True)
-            firsts, normed = [], []
-            for stream, kept in zip(streams, keeps, strict=True):
-                found, *first = _first_norm(stream, weights, kept == "eight_bit")
-                normed.append(found)
-                firsts.append(first)
-            normed[0] = windows.cut(normed[0])
-            packed = [_heads(product(rows, weights.qkv, weights.qkv_bias)[0], parts.heads) for rows in normed]
-            del normed
-            options = (block.bias(), windows.mask(hidden.device), parts.scale)
-            *attended, lse = window_attention_forward(packed[0], packed[1], *options, save_lse=any(needs))
-            results, saved = [], []
-            for index, (stream, rows, kept) in enumerate(zip(streams, attended, keeps, strict=True)):
-                branch = product(rows, weights.output, weights.output_bias)[0]
-                if index == 0:
-                    branch = windows.join(branch, batch)
-                result, *second = mlp_forward(parts, weights, stream, branch, kept)
-                results.append(result)
-                saved += second  # four tensors
-        ctx.block, ctx.weights, ctx.windows, ctx.keeps = block, weights, windows, keeps
-        ctx.save_for_backward(*firsts[0], *firsts[1], *saved, *packed, lse)
-        return tuple(results)  # pyright: ignore[reportReturnType]
+        ctx.block, ctx.windows, ctx.keeps = block, windows, (KEEP[save], "full")
+        results, ctx.weights, saved = _forward(block, hidden, prompts, windows, ctx.keeps, graph=True)
+        ctx.save_for_backward(*saved)
+        return results
 
     @staticmethod
     @once_differentiable
@@ -176,7 +196,7 @@ def _heads(rows: Tensor, heads: int) -> Tensor:
 
 @torch.no_grad()
 def differs(layer: Any, block: FrozenWindowBlock) -> float:
-    """How far apart a block of the model's own and its fused form are on a few windows, relative."""
+    """How far apart a block run by its own modules with a prompt and its fused form are on a few windows, relative."""
     weight, side = block.parts.parts["query"].weight, layer.window_size
     windows = Windows((2 * side, 2 * side), side, side // 2)
     count = 4 * side * side

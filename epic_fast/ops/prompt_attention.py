@@ -262,9 +262,10 @@ def _gradients(ctx: Any, grad_output: Tensor | None, grad_prompt_output: Tensor 
     if grad_output is None and grad_prompt_output is None:
         return (None,) * 12
     needs = ctx.needs_input_grad[:6]
-    tensors = (grad_output, grad_prompt_output, *ctx.saved_tensors)
+    saved = ctx.saved_tensors
+    tensors = (grad_output, grad_prompt_output, *saved)
     prefix, causal, scale = ctx.flags
-    alike = with_gradients(ctx.known, grad_output, grad_prompt_output)
+    alike = with_gradients(ctx.known, saved[:7], grad_output, grad_prompt_output, *saved[7:])
     if alike is not None or library.direct(*tensors):
         kept = _launchers()[1](*tensors, prefix=prefix, causal=causal, scale=scale, needs=needs, alike=alike)
     else:

@@ -140,7 +140,7 @@ def _gradients(ctx: Any, grad_next_text: Tensor | None, grad_next_vision: Tensor
     needs = ctx.needs_input_grad[:INPUTS]
     inputs = ctx.saved_tensors
     tensors = (grad_next_text, grad_next_vision, *inputs)
-    alike = with_gradients(ctx.known, grad_next_text, grad_next_vision)
+    alike = with_gradients(ctx.known, inputs, grad_next_text, grad_next_vision)
     if (alike is not None or library.direct(*tensors)) and not _nothing_to_mix(inputs[0], inputs[1]):
         return (*_launchers()[1](*tensors, eps=ctx.eps, needs=needs, alike=alike), None, None, None)
     gradients = BACKWARD(*tensors, ctx.eps, list(needs))

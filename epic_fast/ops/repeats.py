@@ -57,23 +57,35 @@ class Repeats:
     def keep(self, impl: str, tensors: Sequence[Tensor | None]) -> None:
         """Remember a call that the kernel takes, made without autocast and for which :func:`library.direct` holds."""
         given = [each for each in tensors if each is not None]
+        absent = _absent(given, tensors)
+        kin = self._known.get((impl, len(given), given[0].shape), ())
+        if any(known.covers(given, absent) for known in kin):
+            return
         guards = _guards_of(given)
         if guards is None:
             return
         if len(self._known) >= MOST_SHAPES:
             self._known.clear()
         kin = self._known.setdefault((impl, len(given), given[0].shape), [])
-        kin[:] = [Known(guards, _absent(given, tensors)), *kin[: MOST_ALIKE - 1]]
+        kin[:] = [Known(guards, absent), *kin[: MOST_ALIKE - 1]]
 
 
-def with_gradients(known: Known | None, *gradients: Tensor | None) -> Hashable:
+def with_gradients(
+    known: Known | None, inputs: Sequence[Tensor | None], *others: Tensor | None
+) -> Hashable:  # fmt: skip
     """What the backward pass of a known call is known as; None if it is not, or may not pass the operators by.
 
-    Shapes, types and device of gradients are those of the outputs: autograd sees to it.
+    Args:
+        known: the forward pass.
+        inputs: of the forward pass, as they were saved: a hook on saved tensors may have made others of them.
+        others: gradients of the outputs and whatever else was saved; their shapes follow from the inputs.
     """
-    if known is None or not library.unwatched() or not library.plain(*gradients):
+    if known is None or not library.unwatched() or not library.plain(*others):
         return None
-    return (known, *[None if each is None else (each.stride(), each.dtype) for each in gradients])
+    given = [each for each in inputs if each is not None]
+    if not known.covers(given, _absent(given, inputs)):
+        return None
+    return (known, *[None if each is None else (each.stride(), each.dtype) for each in others])
 
 
 def _absent(given: list[Tensor], tensors: Sequence[Tensor | None]) -> tuple[bool, ...]:

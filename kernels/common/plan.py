@@ -130,12 +130,14 @@ def precision(*dtypes: torch.dtype) -> str:
 @functools.cache
 def _split() -> str:
     """Three bfloat16 pieces a number and the six largest of their products; before Triton 3.6, and in its interpreter
-    (which multiplies in float32 whatever the name), two TF32 pieces and three products."""
+    (which multiplies in float32 whatever the name), two TF32 pieces and three products, which AMD's cards lack."""
+    from triton.backends.amd.compiler import HIPOptions
     from triton.backends.nvidia.compiler import CUDAOptions
 
-    return (
-        "bf16x6" if "bf16x6" in CUDAOptions.allowed_dot_input_precisions and not knobs.runtime.interpret else "tf32x3"
-    )
+    known = "bf16x6" in (HIPOptions if torch.version.hip else CUDAOptions).allowed_dot_input_precisions
+    if known and not knobs.runtime.interpret:
+        return "bf16x6"
+    return "ieee" if torch.version.hip else "tf32x3"
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
