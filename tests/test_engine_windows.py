@@ -15,8 +15,8 @@ from epic_fast.engine import window_blocks
 from epic_fast.engine.blocks import why_not
 from epic_fast.engine.graphs import made_of_weights
 from epic_fast.engine.packed import say_plain
-from epic_fast.engine.window_blocks import FrozenWindowBlock, Windows, differs
-from epic_fast.engine.windows import call_swin_block_with_prompts
+from epic_fast.engine.window_blocks import FrozenWindowBlock, differs
+from epic_fast.engine.windows import Windows, call_swin_block_with_prompts
 from epic_fast.ops import library
 from epic_fast.ops import window_prompt_attention as operation
 from epic_fast.testing import tiny_bert, tiny_swin

@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 from epic_fast.backbones.towers import TOWERS, Tower, VisionTower
 from epic_fast.engine import EngineConfig, TowerState
-from epic_fast.engine.blocks import why_not
-from epic_fast.engine.packed import SAME, say_plain
-from epic_fast.engine.window_blocks import FrozenWindowBlock, Windows, differs
-from epic_fast.engine.windows import call_swin_block, call_swin_block_with_prompts, merge_prompts
+from epic_fast.engine.packed import FrozenTower
+from epic_fast.engine.window_blocks import FrozenWindowBlock, differs
+from epic_fast.engine.windows import Windows, call_swin_block, call_swin_block_with_prompts, merge_prompts
 from epic_fast.errors import ConfigError
 
 logger = logging.getLogger("epic_fast")
@@ -46,8 +45,7 @@ class SwinTower(VisionTower):
 
     def __init__(self, model: nn.Module, projection: nn.Linear | None = None):
         super().__init__(model, projection)
-        self._blocks: list[FrozenWindowBlock] | None = None
-        self._error = 0.0
+        self.frozen = FrozenTower(self.layers, self.modality, make=FrozenWindowBlock, compare=differs)
         self.stages: list[Stage] = []
         for stage in self.model.encoder.layers:
             start = self.stages[-1].stop if self.stages else 0
@@ -134,15 +132,12 @@ class SwinTower(VisionTower):
             )
         else:
             assert engine is not None
-            windows = Windows(grid, self.window, 0 if min(grid) <= self.window else shift)
+            windows = Windows.of(grid, self.window, shift)
             hidden, prompts = blocks[index](state.hidden, prompts.to(state.hidden.dtype), windows, save=engine.save)
         return self._leave(index, state, hidden, grid), prompts if merge is None else merge_prompts(merge, prompts)
 
     def fused_blocks(self, state: TowerState, engine: EngineConfig | None) -> None:
         """None: rows of windows do not stay in one buffer with the prompts; :meth:`window_blocks` has other ones."""
-
-    def made(self) -> list[Any]:
-        return [each for block in self._blocks or () for each in block.made()]
 
     def window_blocks(self, engine: EngineConfig | None) -> list[FrozenWindowBlock] | None:
         """The fused blocks of all layers, read anew where one was changed; None where the model's own ones run."""
@@ -150,18 +145,7 @@ class SwinTower(VisionTower):
             return None
         if engine is not None and engine.weights != "frozen":
             say_exact(self.modality)
-        if self._blocks is None or not all(block.parts.unchanged() for block in self._blocks):
-            self._blocks = None
-            reason = next(filter(None, map(why_not, self.layers)), None)
-            if reason is not None:
-                say_plain(self.modality, reason)
-                return None
-            self._blocks = [FrozenWindowBlock(layer) for layer in self.layers]
-            self._error = differs(self.layers[0], self._blocks[0])
-        if self._error > SAME:
-            say_plain(self.modality, f"a block of this Swin differs from its fused form by {self._error:.1e}")
-            return None
-        return self._blocks
+        return self.frozen.blocks()
 
     def _shift(self, index: int) -> int:
         """Every second block of a stage is built with a shift of half a window."""

@@ -108,10 +108,6 @@ class Tower(ABC):
 
     # -- the engine -------------------------------------------------------------------------------------------
 
-    def made(self) -> list[Any]:
-        """What fused blocks have made of this tower's weights; a captured graph knows only where it lies."""
-        return self.frozen.made()
-
     def advance(
         self, state: TowerState, stop: int, engine: EngineConfig | None, reads: str | None = None
     ) -> TowerState:

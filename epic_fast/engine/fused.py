@@ -80,6 +80,10 @@ class FrozenBlock:
         """The weights that this block multiplies with, for results in ``dtype``."""
         return self.parts.weights(dtype, self.eight_bit, backward=backward)
 
+    def made(self) -> list[Any]:
+        """What it has made of its weights."""
+        return [dict(self.parts._cache)]
+
     def __call__(
         self,
         hidden: Tensor,
@@ -210,7 +214,7 @@ def _norm(
     in_place: bool = False,
 ) -> tuple[Tensor, Rows]:
     """``stream + branch``, and its norm as the products with ``weights`` read it."""
-    return _kept_norm(stream, branch, norm, weights, False, in_place=in_place)[:2]
+    return kept_norm(stream, branch, norm, weights, False, in_place=in_place)[:2]
 
 
 def _kind(parts: LayerParts) -> str:
@@ -235,20 +239,15 @@ def mlp_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """The second half of a pre-norm layer from ``stream + branch`` on: its result, and the four tensors by which
     :func:`mlp_backward` knows it."""
-    total, normed, *second = _kept_norm(stream, branch, weights.second_norm, weights, keep == "eight_bit")
+    total, normed, *second = kept_norm(stream, branch, weights.second_norm, weights, keep == "eight_bit")
     hidden, kept = activated_product(normed, weights.up, weights.up_bias, _kind(parts), keep)
     del normed
     return total + product(hidden, weights.down, weights.down_bias)[0], *second, kept
 
 
-def mlp_backward(
-    parts: LayerParts, weights: Weights, grad: Tensor, second: Sequence[Tensor | None], keep: str
-) -> Tensor:
+def mlp_backward(parts: LayerParts, weights: Weights, grad: Tensor, second: Sequence[Any], keep: str) -> Tensor:
     """The gradient of the sum that the second half of a pre-norm layer starts from."""
     total, mean, rstd, kept = second
-    assert total is not None
-    assert mean is not None
-    assert rstd is not None
     normed = _norm(total, None, weights.second_norm, weights)[1] if kept is None else None
     branch = _mlp_gradient(parts, weights, grad.to(weights.dtype), kept, keep, normed)
     return residual_norm_backward(branch, grad, total, weights.second_norm[0], mean, rstd, grad_dtype=grad.dtype)
@@ -395,7 +394,7 @@ def _pre_norm_forward(
     eight_bit = keep == "eight_bit"
     waited, stream = stream[:, :waiting], stream[:, waiting:]
     # Of the rows of tokens that need no gradient the first norm's backward reads none.
-    _, normed, *first = _kept_norm(stream, None, weights.first_norm, weights, eight_bit and not prompt_rows_only)
+    _, normed, *first = kept_norm(stream, None, weights.first_norm, weights, eight_bit and not prompt_rows_only)
     if prompt_rows_only:
         first = [stream[:, :prompts].clone(), *(_first_rows(each, stream, prompts) for each in first[1:])]
     attended, attention = _attend(parts, weights, normed, geometry, save=True)
@@ -406,7 +405,7 @@ def _pre_norm_forward(
         stream, owned = geometry.rows.take(stream, prompts), True
     # Nobody else reads a buffer that is owned, nor saves it where its rows are kept in 8 bits.
     in_place = geometry.rows is not None or prompt_rows_only or (owned and eight_bit)
-    total, normed, *second = _kept_norm(
+    total, normed, *second = kept_norm(
         stream, branch, weights.second_norm, weights, eight_bit, in_place=in_place
     )  # fmt: skip
     # What lives here lives at the peak of a step.
@@ -462,7 +461,7 @@ def _post_norm_forward(
     del attended
     if geometry.rows is not None:
         stream, owned = geometry.rows.take(stream, geometry.prompts), True
-    _, normed, *first = _kept_norm(
+    _, normed, *first = kept_norm(
         stream, branch, weights.first_norm, weights, eight_bit, normed_dtype=stream_dtype,
         in_place=prompt_rows_only or geometry.rows is not None or (owned and eight_bit),
     )  # fmt: skip
@@ -470,7 +469,7 @@ def _post_norm_forward(
     hidden, kept = activated_product(normed.to(dtype), weights.up, weights.up_bias, _kind(parts), keep)
     branch = product(hidden, weights.down, weights.down_bias)[0]
     del hidden
-    _, result, *second = _kept_norm(
+    _, result, *second = kept_norm(
         normed, branch, weights.second_norm, weights, eight_bit, normed_dtype=stream_dtype,
         in_place=eight_bit or normed.dtype != dtype or kept is None,
     )  # fmt: skip
@@ -505,7 +504,7 @@ def _post_norm_backward(
     return branch + (grad[:, :prompts] if prompt_rows_only else grad)
 
 
-def _kept_norm(
+def kept_norm(
     stream: Tensor,
     branch: Tensor | None,
     norm: tuple[Tensor, Tensor, float],

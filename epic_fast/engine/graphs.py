@@ -296,8 +296,8 @@ class Watch:
 def made_of_weights(module: nn.Module) -> list[Any]:
     """What a model's towers made of their weights, to be held by the graphs that read it."""
     backbone = getattr(module, "backbone", None)
-    towers = [getattr(backbone, name, None) for name in ("text", "vision")]
-    return [tower.made() for tower in towers if tower is not None and hasattr(tower, "made")]
+    towers = [getattr(getattr(backbone, name, None), "frozen", None) for name in ("text", "vision")]
+    return [tower.made() for tower in towers if tower is not None]
 
 
 def hooked(module: nn.Module) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,15 +37,26 @@ class FrozenTower:
     Args:
         layers: in order.
         name: of the tower, for messages.
+        make: the block of a layer.
+        compare: how far a block is from its layer, relative; :func:`differs` if not given.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], name: str):
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        name: str,
+        *,
+        make: Callable[..., Any] = FrozenBlock,
+        compare: Callable[[Any, Any], float] | None = None,
+    ):
         self._layers = list(layers)
         self._name = name
-        self._blocks: list[FrozenBlock] | None = None
-        self._eight_bit: dict[str, list[FrozenBlock]] = {}
+        self._make = make
+        self._compare = compare
+        self._blocks: list[Any] | None = None
+        self._eight_bit: dict[str, list[Any]] = {}
 
-    def blocks(self, eight_bit: str | None = None, exact: int = 0) -> list[FrozenBlock] | None:
+    def blocks(self, eight_bit: str | None = None, exact: int = 0) -> list[Any] | None:
         """The blocks, read anew where a layer was changed; None, saying why once, where a layer cannot have one.
 
         Args:
@@ -59,8 +70,9 @@ class FrozenTower:
                 if reason is not None:
                     say_plain(self._name, reason)
                     return None
-            self._blocks = [FrozenBlock(layer) for layer in self._layers]
-            self._error = differs(self._layers[0], self._blocks[0]) if self._blocks else 0.0
+            self._blocks = [self._make(layer) for layer in self._layers]
+            compare = self._compare or differs
+            self._error = compare(self._layers[0], self._blocks[0]) if self._blocks else 0.0
         if self._error > SAME:
             name = type(self._layers[0]).__name__
             say_plain(self._name, f"this release's {name} differs from its fused block by {self._error:.1e}")
@@ -68,12 +80,12 @@ class FrozenTower:
         if eight_bit is None:
             return self._blocks
         if eight_bit not in self._eight_bit:
-            self._eight_bit[eight_bit] = [FrozenBlock(block.parts, eight_bit) for block in self._blocks]
+            self._eight_bit[eight_bit] = [self._make(block.parts, eight_bit) for block in self._blocks]
         return [*self._blocks[:exact], *self._eight_bit[eight_bit][exact:]]
 
     def made(self) -> list[Any]:
         """What the blocks have made of their weights; a captured graph knows only where it lies, and has to hold it."""
-        return [dict(block.parts._cache) for block in self._blocks or ()]
+        return [each for block in self._blocks or () for each in block.made()]
 
 
 @torch.no_grad()

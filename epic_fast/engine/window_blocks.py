@@ -13,7 +13,6 @@ the gradients of x and p alone, and of x only where it needs one.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,42 +20,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from epic_fast.engine.blocks import LayerParts, Weights
-from epic_fast.engine.fused import KEEP, mlp_backward, mlp_forward, no_autocast
+from epic_fast.engine.fused import KEEP, kept_norm, mlp_backward, mlp_forward, no_autocast
 from epic_fast.engine.products import product, product_backward
-from epic_fast.engine.windows import call_swin_block_with_prompts, from_windows, shift_mask, to_windows
-from epic_fast.ops.residual_norm import residual_norm_backward, residual_norm_forward, residual_norm_forward_kept
+from epic_fast.engine.windows import Windows, call_swin_block_with_prompts
+from epic_fast.ops.residual_norm import residual_norm_backward
 from epic_fast.ops.window_prompt_attention import window_attention_backward, window_attention_forward
-
-
-@dataclass(frozen=True)
-class Windows:
-    """How a block cuts its tokens.
-
-    Attributes:
-        grid: (rows, columns) that the tokens fill.
-        window: tokens along a side of a window.
-        shift: by how much the grid is moved first; 0: not.
-    """
-
-    grid: tuple[int, int]
-    window: int
-    shift: int
-
-    def cut(self, tokens: Tensor) -> Tensor:
-        """``(B, N, C)`` to ``(B * nW, window ** 2, C)``."""
-        return to_windows(tokens.unflatten(1, self.grid), self.window, self.shift)
-
-    def join(self, windows: Tensor, batch: int) -> Tensor:
-        """The inverse of :meth:`cut`."""
-        tokens = from_windows(windows, batch, self.grid, self.window, self.shift)
-        return tokens.reshape(batch, -1, windows.shape[-1])
-
-    def mask(self, device: torch.device) -> Tensor | None:
-        """Who sees whom, ``(nW, window ** 2, window ** 2)``; None: everybody."""
-        if not self.shift:
-            return None
-        down, across = (-(-side // self.window) for side in self.grid)
-        return shift_mask(down, across, self.window, self.shift, device)
 
 
 class FrozenWindowBlock:
@@ -115,7 +83,7 @@ def _forward(
         weights = parts.weights(dtype, backward=graph)
         firsts, normed = [], []
         for stream, keep in zip(streams, keeps, strict=True):
-            found, *first = _first_norm(stream, weights, keep == "eight_bit")
+            _, found, *first = kept_norm(stream, None, weights.first_norm, weights, keep == "eight_bit")
             normed.append(found)
             firsts += first
         normed[0] = windows.cut(normed[0])
@@ -180,13 +148,6 @@ class _WindowBlock(torch.autograd.Function):
                     )
                 )
         return (*results, None, None, None)
-
-
-def _first_norm(stream: Tensor, weights: Weights, eight_bit: bool) -> list[Tensor]:
-    """The norm of rows, and the three tensors by which backward knows it."""
-    operation = residual_norm_forward_kept if eight_bit else residual_norm_forward
-    total, normed, *saved, _ = operation(stream, None, *weights.first_norm, normed_dtype=weights.dtype)
-    return [normed, *(saved if eight_bit else (total, *saved))]
 
 
 def _heads(rows: Tensor, heads: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +23,42 @@ def call_swin_block(block: Any, hidden: Tensor, grid: tuple[int, int], *, window
         block.window_size, block.shift_size = window, shift
     output = block(hidden, grid)
     return output[0] if isinstance(output, tuple) else output
+
+
+@dataclass(frozen=True)
+class Windows:
+    """How a block cuts its tokens.
+
+    Attributes:
+        grid: (rows, columns) that the tokens fill.
+        window: tokens along a side of a window.
+        shift: by how much the grid is moved first; 0: not.
+    """
+
+    grid: tuple[int, int]
+    window: int
+    shift: int
+
+    @classmethod
+    def of(cls, grid: tuple[int, int], window: int, shift: int) -> Windows:
+        """Where one window covers a side of the grid, nothing is shifted."""
+        return cls(grid, window, 0 if min(grid) <= window else shift)
+
+    def cut(self, tokens: Tensor) -> Tensor:
+        """``(B, N, C)`` to ``(B * nW, window ** 2, C)``."""
+        return to_windows(tokens.unflatten(1, self.grid), self.window, self.shift)
+
+    def join(self, windows: Tensor, batch: int) -> Tensor:
+        """The inverse of :meth:`cut`."""
+        tokens = from_windows(windows, batch, self.grid, self.window, self.shift)
+        return tokens.reshape(batch, -1, windows.shape[-1])
+
+    def mask(self, device: torch.device) -> Tensor | None:
+        """Who sees whom, ``(nW, window ** 2, window ** 2)``; None: everybody."""
+        if not self.shift:
+            return None
+        down, across = (-(-side // self.window) for side in self.grid)
+        return shift_mask(down, across, self.window, self.shift, device)
 
 
 def call_swin_block_with_prompts(
@@ -44,22 +81,18 @@ def call_swin_block_with_prompts(
     Returns:
         tokens ``(B, N, C)`` and prompts ``(B, P, C)`` after the block.
     """
-    (batch, tokens, width), (rows, columns) = hidden.shape, grid
-    shift = 0 if min(grid) <= window else shift
+    windows = Windows.of(grid, window, shift)
     prompts = prompts.to(hidden.dtype)
-    windows = to_windows(block.layernorm_before(hidden).view(batch, rows, columns, width), window, shift)
     attention = block.attention
-    down, across = -(-rows // window), -(-columns // window)
-    mask = shift_mask(down, across, window, shift, hidden.device) if shift else None
     output, prompt_output = functional.window_prompt_attention(
-        *_projected(attention, windows),
+        *_projected(attention, windows.cut(block.layernorm_before(hidden))),
         *_projected(attention, block.layernorm_before(prompts)),
         relative_position_bias=attention.relative_position_bias()[0],
-        window_mask=mask,
+        window_mask=windows.mask(hidden.device),
         scale=attention.scaling,
     )
     output, prompt_output = (attention.o_proj(each.transpose(1, 2).flatten(2)) for each in (output, prompt_output))
-    hidden = hidden + from_windows(output, batch, grid, window, shift).reshape(batch, tokens, width)
+    hidden = hidden + windows.join(output, len(hidden))
     prompts = prompts + prompt_output
     return tuple(each + block.mlp(block.layernorm_after(each)) for each in (hidden, prompts))  # pyright: ignore[reportReturnType]
 

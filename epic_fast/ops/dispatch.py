@@ -54,11 +54,10 @@ class Operation:
         if self.autocast is not None and _autocasts(args[0]):
             args = tuple(self.autocast(*args))
         chosen = self.choose(impl, *args)
-        remembers = self.repeats is not None and kwargs.get("out") is None
-        if remembers and chosen is self.triton and not torch.compiler.is_compiling():
+        if self.repeats is not None and chosen is self.triton and not torch.compiler.is_compiling():
             tensors = (*args, *map(kwargs.get, self.tensors))
-            if not _autocasts(args[0]) and library.direct(*tensors):
-                self.repeats.keep(impl, tensors)  # pyright: ignore[reportOptionalMemberAccess]
+            if kwargs.get("out") is None and not _autocasts(args[0]) and library.direct(*tensors):
+                self.repeats.keep(impl, tensors)
         return chosen(*args, **kwargs)
 
     def known(self, impl: str, *tensors: Tensor | None) -> Known | None:
