@@ -130,6 +130,9 @@ def test_calls_that_never_ask_push_nobody_out(function: Callable[..., Any], case
         if function is prompt_attention:
             function(**inputs, impl="triton", lengths=torch.tensor([9, 4]))
     assert known(function, inputs) is known_as
+    operation = attention_operation if function is prompt_attention else interaction_operation
+    assert operation.repeats is not None
+    assert {len(kin) for kin in operation.repeats._known.values()} == {1}
 
 
 @CALLS
