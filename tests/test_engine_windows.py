@@ -80,11 +80,12 @@ def test_the_block_and_its_gradients(grid: str, shift: int, save: str, wants: tu
 @pytest.mark.skipif(not library.TRITON_INSTALLED, reason="triton is not installed")
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "by operators"])
-def test_by_the_kernels(direct: bool, shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("tokens", [True, False], ids=["all gradients", "prompts alone"])
+def test_by_the_kernels(tokens: bool, direct: bool, shift: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if not library.interpreting():
         pytest.skip("Triton's interpreter is off: a GPU is there")
     block, windows = block_of(), Windows((8, 8), WINDOW, shift)
-    wanted = run(block, None, windows, "full", (True, True))
+    wanted = run(block, None, windows, "full", (tokens, True))
     taken = []
 
     def choose(self: Any, impl: str, *args: Any) -> Any:
@@ -94,12 +95,14 @@ def test_by_the_kernels(direct: bool, shift: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(type(operation), "choose", choose)
     if not direct:
         monkeypatch.setattr(library, "unwatched", lambda: False)
-    found = run(block, FrozenWindowBlock(block), windows, "full", (True, True))
+    found = run(block, FrozenWindowBlock(block), windows, "full", (tokens, True))
     assert "window_prompt_attention" in taken
+    assert [each is None for each in found] == [False, False, not tokens, False]
     for one, other in zip(found, wanted, strict=True):
-        assert one is not None
-        assert other is not None
-        assert distance(one, other) <= 1e-5
+        if one is None or other is None:
+            assert one is other
+        else:
+            assert distance(one, other) <= 1e-5
 
 
 def test_the_bias_is_that_of_the_table() -> None:

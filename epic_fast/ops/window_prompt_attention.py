@@ -273,10 +273,11 @@ def window_attention_backward(
         wanted = [each for each in leaves if each.requires_grad]
         kept = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True, materialize_grads=True))
         found = [next(kept) if each.requires_grad else each for each in leaves]
-    own, of_prompts = (
-        torch.stack([each.transpose(1, 2) for each in part], dim=2).flatten(2) for part in (found[:3], found[3:])
-    )
-    return own if tokens else None, of_prompts
+    return _packed(found[:3]) if tokens else None, _packed(found[3:])
+
+
+def _packed(parts: Sequence[Tensor]) -> Tensor:
+    return torch.stack([each.transpose(1, 2) for each in parts], dim=2).flatten(2)
 
 
 def _apart(packed: Tensor) -> tuple[Tensor, ...]:
