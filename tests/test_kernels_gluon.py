@@ -19,6 +19,7 @@ pytest.importorskip("triton.experimental.gluon")
 from epic_fast.kernels.prompt_attention import (  # pyright: ignore[reportMissingImports]
     gluon_backward,
     gluon_forward,
+    launchers,
 )
 from epic_fast.kernels.prompt_attention.reference import prompt_attention as reference  # pyright: ignore
 from epic_fast.testing.cases import AttentionCase, with_batch
@@ -61,7 +62,8 @@ def attention(**given: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def has_backward(case: AttentionCase) -> bool:
-    return case.head_dim == 64 and case.prompts + case.tokens <= gluon_backward.MOST_KEYS
+    varied = case.causal or case.prompt_mask == "prefix" or case.lengths is not None
+    return case.head_dim == 64 and case.prompts + case.tokens <= (288 if varied else gluon_backward.MOST_KEYS)
 
 
 def check(case: AttentionCase, dtype: torch.dtype, needs: tuple[str, ...] = NAMES, **settings: Any) -> None:
@@ -97,7 +99,7 @@ def run(
     return output, prompt_output, lse, *found
 
 
-ROWS = (1, 63, 64, 65, 93, 128, 129, 257, 273, 288, 289, 320, 593, 600)
+ROWS = (1, 63, 64, 65, 93, 128, 129, 256, 257, 273, 288, 289, 336, 416, 593, 600)
 
 
 def variants(rows: int, head_dim: int = 64) -> dict[str, AttentionCase]:
@@ -267,8 +269,8 @@ def test_what_they_refuse() -> None:
     assert "the dtype is torch.float32" in forward(inputs_of(dtype=torch.float32))
     assert "scale is -1.0; wanted a positive one" in forward(inputs_of(), scale=-1.0)
     assert "scale is nan" in forward(inputs_of(), scale=math.nan)
-    assert backward(inputs_of(tokens=284)) == ""
-    assert "there are 289 prompts and tokens; wanted 288 at most" in backward(inputs_of(tokens=285))
+    assert backward(inputs_of(tokens=604)) == ""
+    assert "there are 609 prompts and tokens; wanted 608 at most" in backward(inputs_of(tokens=605))
     shifted = {**inputs_of(), "key": torch.empty(2, 2, 20, 65, dtype=torch.bfloat16)[..., 1:]}
     assert "does not start at a multiple of 16 bytes" in forward(shifted)
     assert "does not start at a multiple of 16 bytes" in backward(shifted)
@@ -289,9 +291,23 @@ def test_tiles_hold_every_number_of_keys(head_dim: int, causal: bool) -> None:
         if tile.full:
             assert tile.held - (tile.tail or tile.keys) < keys <= tile.held
         if keys <= gluon_backward.MOST_KEYS:
-            for each in (gluon_backward.backward_tiles(keys, keys, causal).query, gluon_backward._resident(keys)):
-                full, tail = (each.full, each.tail) if isinstance(each, gluon_backward.HopperTile) else each
-                assert 64 * full + tail - (tail or 64) < keys <= 64 * full + tail
+            tiles = gluon_backward.backward_tiles(keys, keys, causal)
+            resident = [each for each in (tiles.query, tiles.key) if isinstance(each, gluon_backward.HopperTile)]
+            assert len(resident) == 1 + (keys <= 288)
+            for each in resident:
+                assert each.other == 64
+                assert each.held - (each.tail or 64) < keys <= each.held
+
+
+def test_which_backwards_they_take() -> None:
+    takes = launchers._resident_backward
+    for count in (129, 288, 289, 416, 577, 608):
+        assert takes(count, count, False)
+        assert takes(count, count, True) == (count <= 288)
+    for rows, keys in ((128, 128), (417, 417), (576, 576), (609, 609), (288, 290), (416, 577)):
+        assert not takes(rows, keys, False)
+    # In prefix tuning there are as many keys and fewer rows.
+    assert takes(577, 593, False)
 
 
 COMPILE = """

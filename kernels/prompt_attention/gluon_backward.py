@@ -3,7 +3,8 @@
 Two kernels of the shape of the resident one in ``gluon_forward.py``: dq over tiles of rows (three products: scores, dP,
 dq), dk and dv over tiles of keys (four).  What the tiles meet lies in shared memory for the whole head: keys and values
 for dq, queries and gradients for dk and dv.  Seven products instead of the five that one pass takes, and in return no
-sum over programs and several programs on a multiprocessor.
+sum over programs and several programs on a multiprocessor.  Of heads too long for that, one program of twice as many
+warps has a multiprocessor for dk and dv, and the portable kernel takes dq.
 
 With lse to base 2, P = exp2(scale S - lse), dS = P (dP - delta), delta = sum over a row of gradient times output.
 """
@@ -25,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
 
 from epic_fast.kernels.common import plan
-from epic_fast.kernels.common.plan import Tape, unit_last_stride
+from epic_fast.kernels.common.plan import Tape, precision, unit_last_stride
 from epic_fast.kernels.prompt_attention.gluon_forward import (
     _ITEMSIZE,
     UNIT,
@@ -43,6 +44,9 @@ from epic_fast.kernels.prompt_attention.gluon_forward import (
     tile_limits,
     valid_tokens,
 )
+from epic_fast.kernels.prompt_attention.tiles import Tile, size_class
+from epic_fast.kernels.prompt_attention.tiles import backward_tiles as portable_tiles
+from epic_fast.kernels.prompt_attention.triton_backward import launch_query_kernel
 from epic_fast.kernels.prompt_attention.triton_rows import (
     base_2,
     begin_gradients,
@@ -52,7 +56,7 @@ from epic_fast.kernels.prompt_attention.triton_rows import (
     no_gradients,
 )
 
-MOST_KEYS = 288  # prompts and tokens of a head whose queries and gradients, or keys and values, fit shared memory
+MOST_KEYS = 608  # prompts and tokens of a head whose queries and gradients, or keys and values, fit shared memory
 
 
 @gluon.jit
@@ -889,8 +893,17 @@ class HopperTile:
 
 @dataclass(frozen=True)
 class HopperBackwardTiles:
-    query: HopperTile
+    """``query`` for dq and ``key`` for dk and dv; a portable tile for dq takes the portable kernel."""
+
+    query: HopperTile | Tile
     key: HopperTile
+
+
+# Up to here dq is faster with its keys in shared memory; above, the portable kernel runs more programs at once.
+_RESIDENT_QUERIES = 288
+# Up to here two programs of the dk, dv kernel share a multiprocessor; above, one of twice as many warps has it.
+_TWO_PROGRAMS = 416
+_SHARED = 232_448  # bytes that a program may have on Hopper
 
 
 def _resident(count: int) -> tuple[int, int]:
@@ -902,10 +915,13 @@ def _resident(count: int) -> tuple[int, int]:
 @functools.cache
 def backward_tiles(rows: int, keys: int, varied: bool) -> HopperBackwardTiles:
     """By the numbers of rows and virtual keys, and whether all rows see the same; never by the batch."""
-    full, tail = _resident(keys)
-    query = HopperTile(other=64, full=full, tail=tail, registers=168 if varied else None)
     full, tail = _resident(rows)
-    return HopperBackwardTiles(query=query, key=HopperTile(other=64, full=full, tail=tail, overlap=not varied))
+    key = HopperTile(other=64, full=full, tail=tail, warps=4 if rows <= _TWO_PROGRAMS else 8, overlap=not varied)
+    if max(rows, keys) > _RESIDENT_QUERIES:
+        classes = size_class(rows), size_class(keys)
+        return HopperBackwardTiles(portable_tiles(64, _ITEMSIZE, *classes, varied, _SHARED).query, key)
+    full, tail = _resident(keys)
+    return HopperBackwardTiles(HopperTile(other=64, full=full, tail=tail, registers=168 if varied else None), key)
 
 
 def limits(
@@ -1016,11 +1032,14 @@ def backward(
         return gradients.results
     targets, first_grad, stop_grad = gradients.targets, gradients.first, gradients.stop
     if tiles is None:
-        if keys > MOST_KEYS:
-            raise ValueError(f"there are {keys} prompts and tokens; these kernels hold {MOST_KEYS} at most")
-        tiles = backward_tiles(rows, keys, causal or prefix or lengths is not None)
+        varied = causal or prefix or lengths is not None
+        most = _RESIDENT_QUERIES if varied else MOST_KEYS
+        if keys > most:
+            what = " of which not every row sees all" if varied else ""
+            raise ValueError(f"there are {keys} prompts and tokens{what}; these kernels hold {most} at most")
+        tiles = backward_tiles(rows, keys, varied)
     for tile, count in ((tiles.query, keys), (tiles.key, rows)):
-        if not tile.held - (tile.tail or tile.other) < count <= tile.held:
+        if isinstance(tile, HopperTile) and not tile.held - (tile.tail or tile.other) < count <= tile.held:
             raise ValueError(f"{tile} holds {tile.held} rows and masks its last tile only; it was given {count}")
 
     read = (*inputs, unit_last_stride(tape, grad_output), unit_last_stride(tape, grad_prompt_output))
@@ -1054,14 +1073,29 @@ def backward(
         first = 0 if wants_prompt_query else prompt_rows
         stop = rows if wanted[0] else prompt_rows
         covered = first <= first_grad and stop >= stop_grad
-        run(
-            _query_kernel,
-            batch * heads,
-            (*read, *outputs, lse, delta, targets[0], targets[3], lengths),
-            (*read_strides, *output_strides, *strides[0], *strides[3], *counts, first, stop, *factors),
-            (head_dim, *tiles.query.shape, *flags, wanted[0], wants_prompt_query, covered),
-            tiles.query.options,
-        )
+        if isinstance(tiles.query, Tile):
+            launch_query_kernel(
+                tape,
+                layout,
+                (*read, *outputs),
+                (lse, delta if covered else None),
+                (targets[0], targets[3]),
+                lengths,
+                (*read_strides, *output_strides, *strides[0], *strides[3]),
+                (batch, *counts, first, stop),
+                factors[2:],
+                tiles.query,
+                (head_dim, head_dim, causal, prefix, False, layout.align, layout.wide, precision(query.dtype)),
+            )
+        else:
+            run(
+                _query_kernel,
+                batch * heads,
+                (*read, *outputs, lse, delta, targets[0], targets[3], lengths),
+                (*read_strides, *output_strides, *strides[0], *strides[3], *counts, first, stop, *factors),
+                (head_dim, *tiles.query.shape, *flags, wanted[0], wants_prompt_query, covered),
+                tiles.query.options,
+            )
     if wants_keys or wants_prompt_keys:
         if not covered:
             run(

@@ -22,8 +22,10 @@ from epic_fast.kernels.prompt_attention import triton_backward, triton_forward
 
 # Gluon is experimental, and each release compiles it differently: these are the ones it was measured with.
 MEASURED_TRITON = ((3, 6),)
-# Resident kernels hold a head's keys in shared memory; above, the portable backward is faster.
+# Resident kernels hold a head's keys in shared memory; elsewhere the portable backward is faster.
 BACKWARD_ROWS = range(129, 289)
+# Where all rows see the same, these too; the gap is where tiles of 128 keys are too wide for what is left.
+BACKWARD_MORE_ROWS = (range(289, 417), range(577, 609))
 # Up to here one program takes a whole head.
 SHORT_ROWS = 128
 
@@ -133,10 +135,14 @@ def _backward(tape: Tape, *arguments: Any) -> tuple[Tensor | None, ...]:
         if tokens + prompts <= SHORT_ROWS:
             if not short.limits(*tensors[:8], scale=scale, grads=tensors[12:]):
                 return short.backward(tape, *tensors, prefix, causal, scale, needs, None)
-        elif (
-            rows in BACKWARD_ROWS
-            and tokens + prompts in BACKWARD_ROWS
-            and not resident.limits(*tensors[:8], *tensors[9:11], scale=scale, grads=tensors[12:])
-        ):
+        elif _resident_backward(
+            rows, tokens + prompts, causal or prefix or tensors[8] is not None
+        ) and not resident.limits(*tensors[:8], *tensors[9:11], scale=scale, grads=tensors[12:]):
             return resident.backward(tape, *tensors, prefix, causal, scale, needs, None)
     return triton_backward.backward(tape, *tensors, prefix, causal, scale, needs, precision, None)
+
+
+def _resident_backward(rows: int, keys: int, varied: bool) -> bool:
+    if varied:
+        return rows in BACKWARD_ROWS and keys in BACKWARD_ROWS
+    return any(rows in each and keys in each for each in (BACKWARD_ROWS, *BACKWARD_MORE_ROWS))

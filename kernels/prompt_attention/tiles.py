@@ -53,6 +53,7 @@ _MUCH_SHARED = 200_000
 _LITTLE_SHARED = 70_000
 _SHORT = 128
 _MEDIUM = 384
+_LONG = 560
 
 
 Split = Literal["hopper", "portable"]
@@ -67,8 +68,8 @@ def split_of(precision: str, hopper: bool) -> Split | None:
 
 
 def size_class(count: int) -> int:
-    """Short, medium or long: all that the tables look at, so that few kernels serve all lengths."""
-    return _SHORT if count <= _SHORT else _MEDIUM if count <= _MEDIUM else 1 << 30
+    """Short, medium, long or longer: all that the tables look at, so that few kernels serve all lengths."""
+    return next((bound for bound in (_SHORT, _MEDIUM, _LONG) if count <= bound), 1 << 30)
 
 
 @functools.cache
@@ -121,6 +122,9 @@ def backward_tiles(
         )
     hopper = shared >= _MUCH_SHARED
     query = Tile(rows=64, keys=32, warps=4, stages=3 if hopper else 2, split=not hopper)
+    if hopper and not masked and rows > _LONG:
+        # Twice the rows read keys and values half as often; below, more of them would be none.
+        query = Tile(rows=128, keys=64, tail=32, warps=8, stages=3, registers=128)
     key = Tile(rows=32, keys=64, warps=4, stages=2 if shared > _LITTLE_SHARED else 1)
     if hopper:
         key = Tile(rows=32 if masked else 64, keys=64, warps=4, stages=3)

@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,8 +21,9 @@ from torch import Tensor
 from epic_fast.kernels.common import plan
 from epic_fast.kernels.common.cards import is_hopper, shared_memory
 from epic_fast.kernels.common.plan import Tape, precision, unit_last_stride
-from epic_fast.kernels.prompt_attention.tiles import BackwardTiles, backward_tiles, size_class, split_of
+from epic_fast.kernels.prompt_attention.tiles import BackwardTiles, Tile, backward_tiles, size_class, split_of
 from epic_fast.kernels.prompt_attention.triton_rows import (
+    Layout,
     base_2,
     begin_gradients,
     end_gradients,
@@ -251,6 +253,10 @@ def _query_kernel(
             prompts, stop, prompt_key_row, prompt_value_row, key_row, value_row, scale, BLOCK_TAIL, True, HEAD_DIM,
             BLOCK_D, NEGATE, ALIGN, WIDE, PRECISION,
         )  # fmt: skip
+    # The first row still, but not for the compiler, which else keeps what it knows of the rows in registers until here.
+    first += first >> 30
+    rows = first + tl.arange(0, BLOCK_M)
+    limit = row_limits(rows, prompt_rows, prompts, length, CAUSAL, PREFIX)
     store_rows(
         d_prompt_query,
         d_query,
@@ -899,29 +905,18 @@ def backward(
             tile = tiles.query
             if (wants_tokens or wants_prompts) and first_row <= first_grad and stop_row >= stop_grad:
                 delta = tape.scratch(lse.shape, torch.float32)
-            constants = (tile.rows, tile.keys, tile.tail_keys, tile.split, tile.stages, *flags)
-            tape.launch(
-                _query_kernel,
-                -(-(stop_row - first_row) // tile.rows) * batch * heads,
-                (
-                    *read,
-                    lse,
-                    delta,
-                    *written[:2],
-                    lengths,
-                    *read_strides,
-                    *query_strides,
-                    heads,
-                    tokens,
-                    prompts,
-                    prompt_rows,
-                    first_row,
-                    stop_row,
-                    *factors,
-                    *constants,
-                ),
-                tile.options,
-                facts_of(layout, (lse, delta, lengths), (constants, tile.warps, tile.registers)),
+            launch_query_kernel(
+                tape,
+                layout,
+                read,
+                (lse, delta),
+                written[:2],
+                lengths,
+                (*read_strides, *query_strides),
+                (batch, heads, tokens, prompts, prompt_rows, first_row, stop_row),
+                factors,
+                tile,
+                flags,
             )
         if wants_tokens or wants_prompts:
             first_key = 0 if wants_prompts else prompts
@@ -955,3 +950,38 @@ def backward(
             )
     end_gradients(tape, gradients)
     return gradients.results
+
+
+def launch_query_kernel(
+    tape: Tape,
+    layout: Layout,
+    read: Sequence[Tensor | None],
+    statistics: tuple[Tensor, Tensor | None],
+    written: Sequence[Tensor | None],
+    lengths: Tensor | None,
+    strides: Sequence[int],
+    counts: tuple[int, ...],
+    factors: tuple[float, float],
+    tile: Tile,
+    flags: tuple[Any, ...],
+) -> None:
+    """Launch dq over rows ``first <= row < stop``.
+
+    Args:
+        read: the six inputs, the gradients of both outputs, and these.
+        statistics: lse, and delta to be written, or None.
+        written: dq of the tokens and of the prompts, or None.
+        strides: of ``read`` and ``written``.
+        counts: batch, heads, tokens, prompts, prompt rows, first, stop.
+        factors: the scale to base 2, and as it is.
+        flags: the constants that do not belong to the tile.
+    """
+    batch, heads, *_, first, stop = counts
+    constants = (tile.rows, tile.keys, tile.tail_keys, tile.split, tile.stages, *flags)
+    tape.launch(
+        _query_kernel,
+        -(-(stop - first) // tile.rows) * batch * heads,
+        (*read, *statistics, *written, lengths, *strides, *counts[1:], *factors, *constants),
+        tile.options,
+        facts_of(layout, (*statistics, lengths), (constants, tile.warps, tile.registers)),
+    )
