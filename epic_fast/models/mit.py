@@ -360,6 +360,11 @@ class MitModel(PromptedModel):
         """Names of the sources to their features ``(B, S)``."""
         found = {PICTURE: self.picture(prefix)} if self.uses_picture else {}
         for name, encoder in self.encoders.items():
+            if name not in prefix.sequences:
+                raise ConfigError(
+                    f"this prefix comes without the sequence {name}, which a prefix cache does not keep; wanted one "
+                    "from model.extract(), or engine.prefix_cache=None"
+                )
             found[name] = encoder(prefix.sequences[name], prefix.sequences.get(f"{name}_lengths"))
         return found
 
