@@ -335,4 +335,4 @@ def test_the_real_language_model() -> None:
     wanted = backbone.text.model(**texts).last_hidden_state
     assert torch.equal(found, last_of(wanted, texts["attention_mask"]))
     words = (found @ backbone.text.model.embed_tokens.weight.T).argmax(dim=1)
-    assert backbone.tokenizer.batch_decode(words) == [" Paris", " Celsius"]
+    assert [backbone.tokenizer.decode(word) for word in words] == [" Paris", " Celsius"]
