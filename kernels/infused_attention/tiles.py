@@ -8,14 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Tile:
-    """One kernel's tile: the sides of the score tile, warps, stages of the loop; ``single``: all keys lie in one tile,
-    which is loaded once."""
+    """One kernel's tile: the sides of the score tile, warps, stages of the loop."""
 
     rows: int
     keys: int
     warps: int
     stages: int
-    single: bool = False
 
 
 @dataclass(frozen=True)
@@ -28,13 +26,11 @@ class BackwardTiles:
 
 # From here on (H100, B200) registers are what is scarce, not shared memory.
 _MUCH_SHARED = 160_000
-SHORT = 64
-"""Texts up to here are one tile: the lengths that the method is used at."""
 
 
 def size_class(count: int) -> int:
     """All that the tables look at of a number of rows, so that few kernels serve all lengths."""
-    return 16 if count <= 16 else 32 if count <= 32 else SHORT if count <= SHORT else 1 << 30
+    return 16 if count <= 16 else 32 if count <= 32 else 64
 
 
 @functools.cache
@@ -57,10 +53,11 @@ def backward_tiles(width: int, itemsize: int, rows: int, keys: int, shared: int)
         most = 16 if width > 64 else 32
         small = Tile(rows=min(rows, most), keys=most, warps=8, stages=1)
         return BackwardTiles(row=small, key=small)
+    # What lives longest are two tiles of rows in float32 and vectors, which threads of different rows hold alike:
+    # four warps would not hold them.
     if width > 128:
-        small = Tile(rows=min(rows, 32), keys=32, warps=4, stages=1)
+        small = Tile(rows=min(rows, 32), keys=32, warps=8, stages=1)
         return BackwardTiles(row=small, key=small)
-    row = Tile(rows=min(rows, 64), keys=32, warps=4, stages=1)
-    if keys <= SHORT and shared > _MUCH_SHARED:
-        row = Tile(rows=min(rows, 64), keys=max(keys, 16), warps=4, stages=1, single=True)
-    return BackwardTiles(row=row, key=Tile(rows=min(rows, 32), keys=min(keys, 64), warps=4, stages=1))
+    row = Tile(rows=min(rows, 64), keys=32, warps=8 if rows > 32 else 4, stages=1)
+    key = Tile(rows=min(rows, 32), keys=min(keys, 64), warps=8 if width > 64 and keys > 32 else 4, stages=1)
+    return BackwardTiles(row=row, key=key)

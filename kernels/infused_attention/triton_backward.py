@@ -45,36 +45,16 @@ from epic_fast.kernels.prompt_attention.triton_rows import (
 
 
 @triton.jit
-def _store_vectors(
-    d_key_multiplier,  # (B, Hk, D), contiguous, or None, as are d_value_multiplier, d_value_shift
-    d_value_multiplier,
-    d_value_shift,
-    d_gate,  # (B, Hk), contiguous, or None
-    key_multiplier,  # [BLOCK_D], as are value_multiplier, value_shift
-    value_multiplier,
-    value_shift,
-    gate,
-    key_sum,  # [BLOCK_D], gradients of the key's and the value's factor, and the sum of the output's gradient
-    value_sum,
-    shift_sum,
+def _store_vector(
+    target,  # (B, Hk, D), contiguous, or None
+    vector,  # [BLOCK_D]
     slot,  # b * Hk + head
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    columns = tl.arange(0, BLOCK_D)
-    mask = columns < HEAD_DIM
-    if d_key_multiplier is not None:
-        target = d_key_multiplier + slot * HEAD_DIM + columns
-        tl.store(target, (gate * key_sum).to(d_key_multiplier.dtype.element_ty), mask=mask)
-    if d_value_multiplier is not None:
-        target = d_value_multiplier + slot * HEAD_DIM + columns
-        tl.store(target, (gate * value_sum).to(d_value_multiplier.dtype.element_ty), mask=mask)
-    if d_value_shift is not None:
-        target = d_value_shift + slot * HEAD_DIM + columns
-        tl.store(target, (gate * shift_sum).to(d_value_shift.dtype.element_ty), mask=mask)
-    if d_gate is not None:
-        terms = key_multiplier * key_sum + value_multiplier * value_sum + value_shift * shift_sum
-        tl.store(d_gate + slot, tl.sum(terms, 0).to(d_gate.dtype.element_ty))
+    if target is not None:
+        columns = tl.arange(0, BLOCK_D)
+        tl.store(target + slot * HEAD_DIM + columns, vector.to(target.dtype.element_ty), mask=columns < HEAD_DIM)
 
 
 @triton.jit
@@ -176,7 +156,6 @@ def _row_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
-    SINGLE: tl.constexpr,
     SCORES: tl.constexpr,  # whether anything goes back through the softmax to the queries
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -205,13 +184,9 @@ def _row_kernel(
     of_key = load_vector(
         key_multiplier, batch, key_side, key_multiplier_batch, key_multiplier_head, HEAD_DIM, BLOCK_D
     )  # [BLOCK_D]
-    of_value = load_vector(
-        value_multiplier, batch, key_side, value_multiplier_batch, value_multiplier_head, HEAD_DIM, BLOCK_D
-    )
     key_factor = channel_factor(of_key, amount, REPLACE)
     if NEGATE:
         key_factor = -key_factor
-    value_factor = channel_factor(of_value, amount, REPLACE)
 
     own = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     row_stop = tl.minimum(length, rows)
@@ -224,67 +199,72 @@ def _row_kernel(
 
     # The output before its affine map.
     plain = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if SINGLE:
-        columns = tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        keys = load_token_rows(key, columns, length, key_row, HEAD_DIM, BLOCK_D, ALIGN, WIDE)  # [BLOCK_N, BLOCK_D]
+    for first_key in tl.range(0, stop, BLOCK_N, num_stages=STAGES):
+        columns = first_key + tl.arange(0, BLOCK_N)
+        keys = load_token_rows(key, columns, length, key_row, HEAD_DIM, BLOCK_D, ALIGN, WIDE)
+        weights = _weights(queries, keys, columns, limit, statistic, scale, PRECISION)
         values = load_token_rows(value, columns, length, value_row, HEAD_DIM, BLOCK_D, ALIGN, WIDE)
-        weights = _weights(queries, keys, columns, limit, statistic, scale, PRECISION)  # [BLOCK_M, BLOCK_N]
         plain = tl.dot(weights.to(values.dtype), values, plain, input_precision=PRECISION)
-    else:
-        for first_key in tl.range(0, stop, BLOCK_N, num_stages=STAGES):
-            columns = first_key + tl.arange(0, BLOCK_N)
-            keys = load_token_rows(key, columns, length, key_row, HEAD_DIM, BLOCK_D, ALIGN, WIDE)
-            weights = _weights(queries, keys, columns, limit, statistic, scale, PRECISION)
-            values = load_token_rows(value, columns, length, value_row, HEAD_DIM, BLOCK_D, ALIGN, WIDE)
-            plain = tl.dot(weights.to(values.dtype), values, plain, input_precision=PRECISION)
 
     grads = load_token_rows(grad, own, row_stop, grad_row, HEAD_DIM, BLOCK_D, ALIGN, WIDE).to(tl.float32)
-    shift_sum = tl.sum(grads, 0)  # [BLOCK_D]
-    value_sum = tl.sum(grads * plain, 0)
+    slot = batch_head.to(tl.int64)
+    # Gradients of vectors are stored as soon as they are known: a vector takes a quarter of its channels of registers.
+    if d_value_shift is not None or d_gate is not None or parts is not None:
+        vector = tl.sum(grads, 0)  # [BLOCK_D]
+        if parts is not None:
+            _store_vector(parts, vector, 3 * program.to(tl.int64) + 2, HEAD_DIM, BLOCK_D)
+        else:
+            _store_vector(d_value_shift, amount * vector, slot, HEAD_DIM, BLOCK_D)
+            if d_gate is not None:
+                shift = load_vector(
+                    value_shift, batch, key_side, value_shift_batch, value_shift_head, HEAD_DIM, BLOCK_D
+                )
+                of_gate = tl.sum(shift * vector, 0)
+    of_value = load_vector(
+        value_multiplier, batch, key_side, value_multiplier_batch, value_multiplier_head, HEAD_DIM, BLOCK_D
+    )  # [BLOCK_D]
+    if d_value_multiplier is not None or d_gate is not None or parts is not None:
+        vector = tl.sum(grads * plain, 0)
+        if parts is not None:
+            _store_vector(parts, vector, 3 * program.to(tl.int64) + 1, HEAD_DIM, BLOCK_D)
+        else:
+            _store_vector(d_value_multiplier, amount * vector, slot, HEAD_DIM, BLOCK_D)
+            if d_gate is not None:
+                of_gate += tl.sum(of_value * vector, 0)
+    value_factor = channel_factor(of_value, amount, REPLACE)
     # The gradient of that plain output, in the type of a product's operand.
     grads = (grads * value_factor[None, :]).to(value.dtype.element_ty)
     delta = tl.sum(grads.to(tl.float32) * plain, 1)  # [BLOCK_M]
     if deltas is not None:
         tl.store(deltas + batch_head.to(tl.int64) * rows + own, delta, mask=own < rows)
 
-    key_sum = tl.zeros([BLOCK_D], tl.float32)
     if SCORES:
         found = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        if SINGLE:
-            slopes = tl.dot(grads, tl.trans(values), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
+        for first_key in tl.range(0, stop, BLOCK_N, num_stages=STAGES):
+            columns = first_key + tl.arange(0, BLOCK_N)
+            keys = load_token_rows(key, columns, length, key_row, HEAD_DIM, BLOCK_D, ALIGN, WIDE)
+            weights = _weights(queries, keys, columns, limit, statistic, scale, PRECISION)
+            values = load_token_rows(value, columns, length, value_row, HEAD_DIM, BLOCK_D, ALIGN, WIDE)
+            slopes = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
             slopes = weights * (slopes - delta[:, None])
             found = tl.dot(slopes.to(keys.dtype), keys, found, input_precision=PRECISION)
-        else:
-            for first_key in tl.range(0, stop, BLOCK_N, num_stages=STAGES):
-                columns = first_key + tl.arange(0, BLOCK_N)
-                keys = load_token_rows(key, columns, length, key_row, HEAD_DIM, BLOCK_D, ALIGN, WIDE)
-                weights = _weights(queries, keys, columns, limit, statistic, scale, PRECISION)
-                values = load_token_rows(value, columns, length, value_row, HEAD_DIM, BLOCK_D, ALIGN, WIDE)
-                slopes = tl.dot(grads, tl.trans(values), input_precision=PRECISION)
-                slopes = weights * (slopes - delta[:, None])
-                found = tl.dot(slopes.to(keys.dtype), keys, found, input_precision=PRECISION)
         found *= slope
         if d_query is not None:
             d_query = head_base(d_query, batch, head, d_query_batch, d_query_head, ALIGN)
             result = found * key_factor[None, :]
             store_rows(None, d_query, result, own, 0, rows, 0, d_query_row, HEAD_DIM, BLOCK_D, ALIGN, WIDE)
-        raw = load_token_rows(query, own, row_stop, query_row, HEAD_DIM, BLOCK_D, ALIGN, WIDE).to(tl.float32)
-        key_sum = tl.sum(found * raw, 0)
-        if NEGATE:
-            key_sum = -key_sum
-
-    if parts is not None:
-        channels = tl.arange(0, BLOCK_D)
-        target = parts + program.to(tl.int64) * (3 * HEAD_DIM) + channels
-        tl.store(target, key_sum, mask=channels < HEAD_DIM)
-        tl.store(target + HEAD_DIM, value_sum, mask=channels < HEAD_DIM)
-        tl.store(target + 2 * HEAD_DIM, shift_sum, mask=channels < HEAD_DIM)
-    else:
-        shift = load_vector(value_shift, batch, key_side, value_shift_batch, value_shift_head, HEAD_DIM, BLOCK_D)
-        _store_vectors(
-            d_key_multiplier, d_value_multiplier, d_value_shift, d_gate, of_key, of_value, shift, amount, key_sum,
-            value_sum, shift_sum, batch_head.to(tl.int64), HEAD_DIM, BLOCK_D,
-        )  # fmt: skip
+        if d_key_multiplier is not None or d_gate is not None or parts is not None:
+            raw = load_token_rows(query, own, row_stop, query_row, HEAD_DIM, BLOCK_D, ALIGN, WIDE)
+            vector = tl.sum(found * raw.to(tl.float32), 0)
+            if NEGATE:
+                vector = -vector
+            if parts is not None:
+                _store_vector(parts, vector, 3 * program.to(tl.int64), HEAD_DIM, BLOCK_D)
+            else:
+                _store_vector(d_key_multiplier, amount * vector, slot, HEAD_DIM, BLOCK_D)
+                if d_gate is not None:
+                    of_gate += tl.sum(of_key * vector, 0)
+                    tl.store(d_gate + slot, of_gate.to(d_gate.dtype.element_ty))
 
 
 @triton.jit(
@@ -334,19 +314,22 @@ def _vector_kernel(
     shift_sum = tl.zeros([BLOCK_D], tl.float32)
     for part in range(count):
         source = parts + (slot * count + part) * (3 * HEAD_DIM) + channels
-        key_sum += tl.load(source, mask=mask, other=0.0)
+        if d_key_multiplier is not None or d_gate is not None:
+            key_sum += tl.load(source, mask=mask, other=0.0)
         value_sum += tl.load(source + HEAD_DIM, mask=mask, other=0.0)
         shift_sum += tl.load(source + 2 * HEAD_DIM, mask=mask, other=0.0)
     amount = tl.load(gate + batch * gate_batch + head * gate_head).to(tl.float32)
-    of_key = load_vector(key_multiplier, batch, head, key_multiplier_batch, key_multiplier_head, HEAD_DIM, BLOCK_D)
-    of_value = load_vector(
-        value_multiplier, batch, head, value_multiplier_batch, value_multiplier_head, HEAD_DIM, BLOCK_D
-    )
-    shift = load_vector(value_shift, batch, head, value_shift_batch, value_shift_head, HEAD_DIM, BLOCK_D)
-    _store_vectors(
-        d_key_multiplier, d_value_multiplier, d_value_shift, d_gate, of_key, of_value, shift, amount, key_sum,
-        value_sum, shift_sum, slot, HEAD_DIM, BLOCK_D,
-    )  # fmt: skip
+    _store_vector(d_key_multiplier, amount * key_sum, slot, HEAD_DIM, BLOCK_D)
+    _store_vector(d_value_multiplier, amount * value_sum, slot, HEAD_DIM, BLOCK_D)
+    _store_vector(d_value_shift, amount * shift_sum, slot, HEAD_DIM, BLOCK_D)
+    if d_gate is not None:
+        of_key = load_vector(key_multiplier, batch, head, key_multiplier_batch, key_multiplier_head, HEAD_DIM, BLOCK_D)
+        of_value = load_vector(
+            value_multiplier, batch, head, value_multiplier_batch, value_multiplier_head, HEAD_DIM, BLOCK_D
+        )
+        shift = load_vector(value_shift, batch, head, value_shift_batch, value_shift_head, HEAD_DIM, BLOCK_D)
+        terms = of_key * key_sum + of_value * value_sum + shift * shift_sum
+        tl.store(d_gate + slot, tl.sum(terms, 0).to(d_gate.dtype.element_ty))
 
 
 @triton.jit(
@@ -581,7 +564,7 @@ def backward(
     if needs[0] or needs[1] or any(needs[3:]):
         tile = tiles.row
         layout = layout_of((grad, query, key, value, d_query), itemsize)
-        constants = (tile.rows, tile.keys, tile.stages, tile.single, scores, *common, layout.align, layout.wide)
+        constants = (tile.rows, tile.keys, tile.stages, scores, *common, layout.align, layout.wide)
         constants = (*constants, precision)
         direct = of_vectors if parts is None else (None,) * 4
         others = (*vectors, lse, lengths, deltas, parts, *direct)

@@ -177,9 +177,9 @@ def _backward_kernel(
         for first in range(0, tokens, BLOCK_N):
             rows = first + tl.arange(0, BLOCK_N)
             tile = load_rows(None, value, rows, 0, length, 0, value_row, HEAD_DIM, BLOCK_D, True, ALIGN, WIDE)
-            result = slope * ((push[None, :] - pull * tile.to(tl.float32)) / value_side)  # [BLOCK_N, BLOCK_D]
-            result = tl.where((rows < length)[:, None], result, 0.0)
-            store_rows(None, d_value, result, rows, 0, tokens, 0, d_value_row, HEAD_DIM, BLOCK_D, ALIGN, WIDE)
+            slopes = slope * ((push[None, :] - pull * tile.to(tl.float32)) / value_side)  # [BLOCK_N, BLOCK_D]
+            slopes = tl.where((rows < length)[:, None], slopes, 0.0)
+            store_rows(None, d_value, slopes, rows, 0, tokens, 0, d_value_row, HEAD_DIM, BLOCK_D, ALIGN, WIDE)
 
 
 @triton.jit(do_not_specialize=["batch", "heads"])
