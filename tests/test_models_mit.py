@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, silu
 
 import epic_fast
-from epic_fast import EngineConfig, MitConfig
+from epic_fast import EngineConfig, MitConfig, functional
 from epic_fast.backbones import load_backbone
 from epic_fast.cli import main
 from epic_fast.data import Collator, Example, truncation_report
@@ -496,6 +497,48 @@ def test_new_shapes_do_not_compile_again_and_again() -> None:
     for prefix in prefixes:
         torch.testing.assert_close(compiled(prefix=prefix).logits, model(prefix=prefix).logits, rtol=1e-5, atol=1e-5)
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("pooled_rows", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_through_the_kernels(kind: str, pooled_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the towers hand over, strides and all, is what the kernels take; interpreted where there is no GPU."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = {**make_batch(LENGTHS, width=11), "labels": torch.tensor([0, 1, 2])}
+    batch = {name: each.to(device) for name, each in batch.items()}
+    engine = EngineConfig(blocks="fused", pooled_rows=pooled_rows)
+    results = []
+    for impl in ("reference", "triton"):
+        for name in ("infusion_gate", "infused_attention", "infused_swiglu"):
+            monkeypatch.setattr(functional, name, partial(getattr(functional, name), impl=impl))
+        model = perturb(make(kind=kind, engine=engine), 0.1).to(device)
+        found = model(**batch)
+        found.loss.backward()
+        results.append([found.logits.detach(), *(each.grad for _, each in model.trainable_parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("engine", [None, FUSED], ids=["plain", "fused"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_in_bfloat16(kind: str, engine: Any, autocast: bool) -> None:
+    """Frozen towers or autocast in bfloat16, transforms in float32."""
+    batch = {**make_batch(LENGTHS, width=11), "labels": torch.tensor([0, 1, 2])}
+    model = perturb(make(kind=kind, engine=engine), 0.05)
+    exact = model(**batch).logits.detach()
+    if not autocast:
+        model.backbone.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found = model(**batch)
+    found.loss.backward()
+    assert found.logits.dtype == torch.float32
+    assert 0 < float((found.logits - exact).detach().abs().max()) < 0.1 * float(exact.abs().max())
+    for _, each in model.trainable_parameters():
+        assert each.grad is not None
+        assert each.grad.dtype == torch.float32
+        assert bool(each.grad.isfinite().all())
 
 
 # -- texts ------------------------------------------------------------------------------------------------------
