@@ -29,7 +29,9 @@ def train(
         str | None,
         typer.Option("--backbone", metavar="NAME|FOLDER|demo", help='The frozen towers; also "vision=PATH,text=PATH".'),
     ] = None,
-    method: Annotated[str | None, typer.Option("--method", metavar="epic|mope", help="What to train on them.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", metavar="epic|mope|mit", help="What to train on them.")
+    ] = None,
     output: Annotated[str | None, typer.Option("--output", metavar="RUN", help="The run folder to write.")] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training split.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything that is drawn.")] = None,
@@ -155,7 +157,7 @@ def _report_texts(model: Any, folder: Any, speak: Any) -> dict[str, float]:
     shares = {}
     longest = model.backbone.max_text_length
     for name, dataset in folder.splits.items():
-        report = truncation_report(dataset.texts(), model.backbone.tokenizer, longest)
+        report = truncation_report(dataset.texts(), model.backbone.tokenizer, longest, model.text_template)
         shares[name] = report.share
         if report.truncated:
             speak(f"texts: {report.share:.1%} of {name} are cut at {longest} tokens (the longest has {report.longest})")

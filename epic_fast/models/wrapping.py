@@ -7,17 +7,19 @@ from typing import Any
 
 from torch import Tensor
 
-from epic_fast.backbones import load_backbone
+from epic_fast.backbones import LlamaTower, load_backbone
 from epic_fast.engine import EngineConfig
 from epic_fast.errors import ConfigError
 from epic_fast.models.base import PromptedModel
 from epic_fast.models.configuration import MethodConfig
 from epic_fast.models.epic import EpicConfig, EpicModel
+from epic_fast.models.mit import MitConfig, MitModel
 from epic_fast.models.mope import MopeConfig, MopeModel
 
 METHODS: dict[str, tuple[type[MethodConfig], type[PromptedModel]]] = {
     "epic": (EpicConfig, EpicModel),
     "mope": (MopeConfig, MopeModel),
+    "mit": (MitConfig, MitModel),
 }
 
 
@@ -40,9 +42,9 @@ def wrap(
     ``model.unwrap()`` gives them back as they were.
 
     Args:
-        backbone: a transformers dual encoder, a pair ``(vision, text)`` of models, or whatever string
+        backbone: a transformers dual encoder, a pair ``(vision, text)`` of models, a language model, or whatever string
             :func:`epic_fast.load_backbone` takes: a name, a folder, ``"vision=PATH,text=PATH"``, ``"demo"``.
-        config: the method's configuration, ``EpicConfig`` or ``MopeConfig``; default ``EpicConfig()``.
+        config: the method's configuration, ``EpicConfig``, ``MopeConfig`` or ``MitConfig``; default ``EpicConfig()``.
         num_labels: K, outputs of the head.
         problem_type: ``"single_label_classification"``, ``"multi_label_classification"`` or ``"regression"``.
         labels: K names, saved with the adapter.
@@ -63,6 +65,12 @@ def wrap(
         kinds = ", ".join(kind.__name__ for kind, _ in METHODS.values())
         raise ConfigError(f"config is a {type(config).__name__}; wanted one of {kinds}")
     encoder = load_backbone(backbone, image_processor=image_processor, tokenizer=tokenizer)
+    if isinstance(encoder.text, LlamaTower) and not isinstance(config, MitConfig):
+        encoder.release()
+        raise ConfigError(
+            f"the text tower is a language model (model type {encoder.text.config.model_type!r}), which takes no "
+            f"prompt rows; wanted MitConfig in the place of {type(config).__name__}, or a BertModel as text tower"
+        )
     encoder.freeze()
     try:
         if self_check:
