@@ -137,7 +137,7 @@ def _triton(value: Tensor, value_shift: Tensor, head_bias: Tensor, *, lengths: T
     if torch.is_grad_enabled() and (value.requires_grad or value_shift.requires_grad or head_bias.requires_grad):
         apply = _apply_directly if direct else _InfusionGate.apply
         return apply(*tensors, value.requires_grad, direct)  # pyright: ignore[reportReturnType]
-    return (_forward if direct else FORWARD)(*tensors, False)[0]
+    return _launchers()[0](*tensors, save=False)[0] if direct else FORWARD(*tensors, False)[0]
 
 
 def _limits(value: Tensor, value_shift: Tensor, head_bias: Tensor) -> Sequence[str]:
