@@ -29,16 +29,10 @@ from epic_fast.files import atomic_file
 from epic_fast.testing.cases import (
     ATTENTION_PRODUCTION,
     ATTENTION_SMOKE,
-    GATE_PRODUCTION,
-    GATE_SMOKE,
-    INFUSED_PRODUCTION,
-    INFUSED_SMOKE,
     INTERACTION_PRODUCTION,
     INTERACTION_SMOKE,
     MIX_PRODUCTION,
     MIX_SMOKE,
-    SWIGLU_PRODUCTION,
-    SWIGLU_SMOKE,
     WINDOW_PRODUCTION,
     WINDOW_SMOKE,
     AttentionCase,
@@ -86,9 +80,6 @@ CASES: dict[str, tuple[Case, ...]] = {
         WindowCase(2, 4, 2, 49, 0, mask=True, name="no prompts"),
     ),
     "experts": MIX_PRODUCTION,
-    "infused": INFUSED_PRODUCTION,
-    "gate": GATE_PRODUCTION,
-    "swiglu": SWIGLU_PRODUCTION,
 }
 HEAD = """# Numerics
 
@@ -107,9 +98,6 @@ SMOKE: dict[str, tuple[Case, ...]] = {
     "interaction": INTERACTION_SMOKE,
     "windows": WINDOW_SMOKE,
     "experts": MIX_SMOKE,
-    "infused": INFUSED_SMOKE,
-    "gate": GATE_SMOKE,
-    "swiglu": SWIGLU_SMOKE,
 }
 
 
@@ -213,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, required=True, help="the page")
     parser.add_argument("--rows", type=Path, help="the numbers; default: benchmarks/results/numerics.json")
-    parser.add_argument("--operations", nargs="+", default=list(OPERATIONS), choices=OPERATIONS)
+    parser.add_argument("--operations", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--dtype", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--impl", default="triton", choices=["triton", "reference"])

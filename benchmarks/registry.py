@@ -134,10 +134,14 @@ def leaves_of(inputs: dict[str, Tensor | None]) -> list[Tensor]:
     return [each.requires_grad_() for each in inputs.values() if each is not None]
 
 
+def _tuple(result: Tensor | tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return (result,) if isinstance(result, Tensor) else result
+
+
 def _ours(function: Callable[..., Any], impl: str) -> Callable[..., Call]:
     def prepare(case: Any, inputs: dict[str, Tensor | None], options: dict[str, Any]) -> Call:
         leaves = leaves_of(inputs)
-        return Call(lambda: function(**inputs, **options, impl=impl), leaves)
+        return Call(lambda: _tuple(function(**inputs, **options, impl=impl)), leaves)
 
     return prepare
 
@@ -147,7 +151,7 @@ def _compiled_reference(function: Callable[..., Any]) -> Callable[..., Call]:
         leaves = leaves_of(inputs)
         torch._dynamo.reset()
         compiled = torch.compile(function, fullgraph=True, dynamic=False)
-        return Call(lambda: compiled(**inputs, **options, impl="reference"), leaves)
+        return Call(lambda: _tuple(compiled(**inputs, **options, impl="reference")), leaves)
 
     return prepare
 
@@ -434,7 +438,7 @@ EXPERTS = Operation(
 
 def _infusion_sdpa(*, folded: bool) -> Callable[..., Call]:
     """PyTorch's own choice among its attentions: over keys and values that were infused before, or over those as they
-    are with a rescaled query and an affine map of the output.  Nothing is rounded in between but to the tokens' type."""
+    are with a rescaled query and an affine map of the output.  What goes into it is rounded to the tokens' type."""
 
     def prepare(case: InfusedAttentionCase, inputs: dict[str, Tensor | None], options: dict[str, Any]) -> Call:
         leaves = leaves_of(inputs)

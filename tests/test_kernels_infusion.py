@@ -384,6 +384,33 @@ def test_production_shapes_are_within_the_budget(dtype: torch.dtype, case: Infus
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["attention", "groups", "gate", "swiglu"])
+def test_triton_compiles_nothing_for_a_new_size(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once a class of lengths has been seen, no size in it compiles again."""
+    from triton import knobs
+
+    def train(batch: int, tokens: int) -> None:
+        lengths = tuple(max(tokens - each, 0) for each in range(batch))
+        if kind == "swiglu":
+            case: Any = SwigluCase(batch, tokens, 64)
+        elif kind == "gate":
+            case = GateCase(batch, 4, tokens, 64, lengths=lengths)
+        else:
+            case = InfusedAttentionCase(batch, 4, 4 if kind == "attention" else 2, tokens, 64, lengths=lengths)
+        run(case, case.make(torch.bfloat16, "cuda"))
+
+    for tokens in (2, 16, 20, 50, 64, 65, 200):
+        train(2, tokens)
+    compiled: list[Any] = []
+    monkeypatch.setattr(knobs.compilation, "listener", lambda *args, **kwargs: compiled.append(args))
+    random = torch.Generator().manual_seed(0)
+    sizes = [torch.randint(*bounds, (20,), generator=random).tolist() for bounds in ((1, 6), (2, 300))]
+    for batch, tokens in zip(*sizes, strict=True):
+        train(batch, tokens)
+    assert not compiled
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("case", [INFUSED_PRODUCTION[0], GATE_PRODUCTION[0], SWIGLU_PRODUCTION[1]], ids=str)
 def test_inductor_takes_it_whole(case: InfusionCase) -> None:
     torch._dynamo.reset()

@@ -58,21 +58,21 @@ def expert_inputs(batch: int = 2, experts: int = 4, length: int = 3) -> list[Ten
     return [torch.randn(shape, generator=random, requires_grad=True) for shape in shapes]
 
 
-def infused_attention_inputs(batch: int = 2, tokens: int = 4) -> list[Tensor]:
+def infused_attention_inputs(batch: int = 2, tokens: int = 4, width: int = 8) -> list[Tensor]:
     random = torch.Generator().manual_seed(0)
-    shapes = [(batch, 4, tokens, 8), *[(batch, 2, tokens, 8)] * 2, *[(batch, 2, 8)] * 3, (batch, 2)]
+    shapes = [(batch, 4, tokens, width), *[(batch, 2, tokens, width)] * 2, *[(batch, 2, width)] * 3, (batch, 2)]
     return [torch.randn(shape, generator=random, requires_grad=True) for shape in shapes]
 
 
-def infusion_gate_inputs(batch: int = 2, tokens: int = 4) -> list[Tensor]:
+def infusion_gate_inputs(batch: int = 2, tokens: int = 4, width: int = 8) -> list[Tensor]:
     random = torch.Generator().manual_seed(0)
-    shapes = [(batch, 2, tokens, 8), (batch, 2, 8), (2,)]
+    shapes = [(batch, 2, tokens, width), (batch, 2, width), (2,)]
     return [torch.randn(shape, generator=random, requires_grad=True) for shape in shapes]
 
 
-def infused_swiglu_inputs(batch: int = 2, tokens: int = 4) -> list[Tensor]:
+def infused_swiglu_inputs(batch: int = 2, tokens: int = 4, width: int = 8) -> list[Tensor]:
     random = torch.Generator().manual_seed(0)
-    shapes = [(batch, tokens, 5), (batch, tokens, 5), (batch, 5)]
+    shapes = [(batch, tokens, width), (batch, tokens, width), (batch, width)]
     return [torch.randn(shape, generator=random, requires_grad=True) for shape in shapes]
 
 

@@ -72,12 +72,9 @@ def _backward_fake(
     norms: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    nothing = shift.new_empty(0)
-    of_value = library.empty_rows(value) if needs[0] and value is not None else nothing
-    others = [
-        each.new_empty(each.shape) if needed else nothing for each, needed in zip((shift, bias), needs[1:], strict=True)
-    ]
-    return of_value, others[0], others[1]
+    of_value = shift.new_empty(0) if value is None or not needs[0] else library.empty_rows(value)
+    of_shift = shift.new_empty(shift.shape if needs[1] else (0,))
+    return of_value, of_shift, bias.new_empty(bias.shape) if needs[2] else shift.new_empty(0)
 
 
 FORWARD = library.register(
