@@ -141,7 +141,8 @@ def machine(command: str) -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         run["gpu"] = torch.cuda.get_device_name()
-        run["driver"] = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        drivers = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")  # a line for each card
+        run["driver"] = drivers and drivers.splitlines()[0]
     else:
         run["processor"] = platform.processor() or platform.machine()
     return run
