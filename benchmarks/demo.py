@@ -22,7 +22,8 @@ import numpy as np
 import torch
 from torch import multiprocessing
 
-from benchmarks import timing
+from benchmarks import demo_search, timing
+from benchmarks.demo_search import allow_tf32
 
 SEEDS = (0, 1, 2, 3, 4)
 COMPARED = {
@@ -57,10 +58,12 @@ def trained_of(task: str) -> list[Any]:
     return [each for recipe in (*recipes(task), *mope_recipes(task)) for each in (recipe.control(), recipe)]
 
 
-def work(number: int, processes: int, jobs: list[tuple[str, int, str]], output: Path, run: dict[str, Any]) -> None:
-    """One process: every ``processes``-th job ``(task, seed, method)``."""
+def work(
+    number: int, processes: int, jobs: list[tuple[str, int, str]], output: Path, run: dict[str, Any], pairs: Any = None
+) -> None:
+    """One process: every ``processes``-th job ``(task, seed, method)``.  ``pairs``: what :func:`read` gives."""
     from epic_fast.backbones import load_backbone
-    from epic_fast.demo.frozen import FrozenPairs, read_frozen_pairs
+    from epic_fast.demo.frozen import FrozenPairs
     from epic_fast.demo.prompted import train_prompted
     from epic_fast.demo.recipes import VIEWS
     from epic_fast.demo.run import first_layers, make_task
@@ -68,22 +71,18 @@ def work(number: int, processes: int, jobs: list[tuple[str, int, str]], output: 
     from epic_fast.demo.tasks import rivals
 
     torch.set_num_threads(1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    allow_tf32(run)
     backbone = load_backbone("demo")
     size = sum(parameter.numel() for parameter in backbone.parameters())
-    read: dict[str, FrozenPairs] = {}
+    layers, pairs = read(jobs) if pairs is None else pairs
+    backbone.to(pairs.device)
     # Below the first prompts of each method, made once of what was read.
-    held: dict[tuple[int, int], FrozenPairs] = {}
+    held: dict[tuple[int, int], FrozenPairs] = {layers: pairs}
     for job, (name, seed, method) in enumerate(jobs):
         if job % processes != number:
             continue
         trained = {each.name: each for each in trained_of(name)}
-        if name not in read:
-            mine = [trained[each] for task, _, each in jobs if task == name and each in trained]
-            layers = first_layers(mine or list(trained.values()), backbone)
-            read = {name: read_frozen_pairs(backbone, layers, views=VIEWS[name], device=device)}
-            held = {layers: read[name]}
-        frozen = read[name]
+        frozen = replace(pairs, views=pairs.views[:, : 1 + VIEWS[name]])
         if method == "rivals":
             rows = {split: each.cpu() for split, each in frozen.rows.items()}
             features = {"text": frozen.text.cpu(), "vision": frozen.vision.cpu(), "labels": frozen.labels.cpu()}
@@ -95,8 +94,9 @@ def work(number: int, processes: int, jobs: list[tuple[str, int, str]], output: 
             recipe = trained[method]
             layers = first_layers([recipe], backbone)
             if layers not in held:
-                held[layers] = frozen.advanced(backbone, layers)
-            found = [train_prompted(recipe, backbone, held[layers], task, seed=seed)[0]]
+                held[layers] = pairs.advanced(backbone, layers)
+            frozen = replace(frozen, cache=held[layers].cache)
+            found = [train_prompted(recipe, backbone, frozen, task, seed=seed)[0]]
         for result in found:
             row = {"task": name, "seed": seed, **score(task, result, size)}
             row["right"] = (result.predictions.cpu() == task.test.labels).int().tolist()
@@ -104,6 +104,19 @@ def work(number: int, processes: int, jobs: list[tuple[str, int, str]], output: 
             row["run"] = run
             with output.open("a") as lines:
                 lines.write(json.dumps(row) + "\n")
+
+
+def read(jobs: list[tuple[str, int, str]]) -> tuple[tuple[int, int], Any]:
+    """The lowest (text, vision) layers with prompts of any of these jobs, and the demo's pairs below them."""
+    from epic_fast.backbones import load_backbone
+    from epic_fast.demo.recipes import VIEWS
+    from epic_fast.demo.run import first_layers
+
+    names = {name for name, _, _ in jobs}
+    trained = [each for name in names for each in trained_of(name) if any(each.name == method for _, _, method in jobs)]
+    recipes = trained or [each for name in names for each in trained_of(name)]
+    layers = first_layers(recipes, load_backbone("demo"))
+    return layers, demo_search.read(layers, max(VIEWS[name] for name in names))
 
 
 def bootstrap(first: np.ndarray, second: np.ndarray, pictures: np.ndarray, draws: int = 10_000) -> dict[str, float]:
@@ -211,7 +224,12 @@ def train(arguments: argparse.Namespace) -> None:
     run = machine()
     if arguments.commit:
         run |= {"commit": arguments.commit, "modified": False}
-    multiprocessing.spawn(work, args=(arguments.processes, jobs, arguments.rows, run), nprocs=arguments.processes)
+    if arguments.tf32:
+        run["tf32"] = True
+    allow_tf32(run)
+    multiprocessing.spawn(
+        work, args=(arguments.processes, jobs, arguments.rows, run, read(jobs)), nprocs=arguments.processes
+    )
 
 
 def summarised(paths: list[Path]) -> dict[str, Any]:
@@ -244,6 +262,7 @@ def main() -> None:
     training.add_argument("--rows", type=Path, required=True)
     training.add_argument("--processes", type=int, default=1)
     training.add_argument("--methods", choices=["all", "epic", "mope", "rivals"], default="all")
+    training.add_argument("--tf32", action="store_true", help="float32 products may use TF32; the rows say so")
     training.add_argument("--commit", help="of the code that runs, where it runs outside its repository")
     summary = commands.add_parser("summarise")
     summary.add_argument("rows", type=Path, nargs="+")

@@ -4,7 +4,8 @@
     python -m benchmarks.demo_search --best FILE.jsonl        # mean validation of each name, the best first
 
 Every line of FILE holds a name, its overrides, seed and scores.  The test split is scored too, so that the choice
-can be held against it afterwards; nothing here reads it to choose.
+can be held against it afterwards; nothing here reads it to choose.  Pictures are read once, and the processes share
+what the frozen towers made of them.
 """
 
 from __future__ import annotations
@@ -107,17 +108,18 @@ def work(
     views: int,
     first: tuple[int, int],
     record: dict[str, Any],
+    pairs: Any = None,
 ) -> None:
-    """One process: every ``processes``-th trial; ``record`` goes into each row."""
+    """One process: every ``processes``-th trial; ``record`` goes into each row.  ``pairs``: read already."""
     from epic_fast.backbones import load_backbone
-    from epic_fast.demo.frozen import read_frozen_pairs
     from epic_fast.demo.run import first_layers
 
     torch.set_num_threads(1)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    allow_tf32(record.get("run", {}))
     backbone = load_backbone("demo")
     # Below the first prompts of each trial, made once.
-    held = {first: read_frozen_pairs(backbone, first, views=views, device=device)}
+    held = {first: read(first, views) if pairs is None else pairs}
+    backbone.to(held[first].device)
     for trial in trials[number::processes]:
         started = time.perf_counter()
         try:
@@ -287,6 +289,21 @@ def fifth_trials(seeds: list[int]) -> list[Trial]:
     ]
 
 
+def read(first: tuple[int, int], views: int) -> Any:
+    """The demo's pairs below these (text, vision) layers, on the GPU if there is one."""
+    from epic_fast.backbones import load_backbone
+    from epic_fast.demo.frozen import read_frozen_pairs
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return read_frozen_pairs(load_backbone("demo"), first, views=views, device=device)
+
+
+def allow_tf32(run: dict[str, Any]) -> None:
+    """Let float32 products of this process use TF32 where that is what the rows will say of their run."""
+    if run.get("tf32"):
+        torch.set_float32_matmul_precision("high")
+
+
 def best(rows: list[dict[str, Any]]) -> list[tuple[str, float, int]]:
     """Names with their mean validation over seeds and how many those are, the best first; of a seed the last row."""
     found: dict[str, dict[int, float]] = {}
@@ -306,6 +323,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="*")
+    parser.add_argument("--tf32", action="store_true", help="float32 products may use TF32; the rows say so")
     arguments = parser.parse_args()
     if arguments.best:
         for name, validation, seeds in best([json.loads(line) for line in arguments.best.read_text().splitlines()]):
@@ -320,9 +338,13 @@ def main() -> None:
         "round": arguments.round,
         "run": timing.machine(f"python -m benchmarks.demo_search --round {arguments.round}"),
     }
+    if arguments.tf32:
+        record["run"]["tf32"] = True
+    allow_tf32(record["run"])
+    pairs = read(first, arguments.views)
     multiprocessing.spawn(
         work,
-        args=(trials, arguments.processes, arguments.output, arguments.views, first, record),
+        args=(trials, arguments.processes, arguments.output, arguments.views, first, record, pairs),
         nprocs=arguments.processes,
     )
 
