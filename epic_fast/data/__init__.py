@@ -3,9 +3,11 @@
 from epic_fast.data.archive import resolve_data
 from epic_fast.data.check import FolderReport, check_folder
 from epic_fast.data.collate import Collator
-from epic_fast.data.dataset import Example, PairDataset
+from epic_fast.data.dataset import Example, Mask, PairDataset, read_mask
 from epic_fast.data.folder import DataFolder, read_folder, read_rows
-from epic_fast.data.images import load_image
+from epic_fast.data.images import load_image, load_mask
+from epic_fast.data.refcoco import convert_refcoco
+from epic_fast.data.scenes import make_scenes
 from epic_fast.data.truncation import TruncationReport, truncation_report
 
 __all__ = [
@@ -13,11 +15,16 @@ __all__ = [
     "DataFolder",
     "Example",
     "FolderReport",
+    "Mask",
     "PairDataset",
     "TruncationReport",
     "check_folder",
+    "convert_refcoco",
     "load_image",
+    "load_mask",
+    "make_scenes",
     "read_folder",
+    "read_mask",
     "read_rows",
     "resolve_data",
     "truncation_report",

@@ -11,8 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from epic_fast.data.dataset import PairDataset, Row, read_picture
-from epic_fast.data.labels import REGRESSION, SINGLE, LabelEncoder, check_problem_type, class_names, infer_problem_type
+from epic_fast.data.dataset import Mask, PairDataset, Row, check_sizes, read_mask, read_picture
+from epic_fast.data.labels import (
+    REGRESSION,
+    SEGMENTATION,
+    SINGLE,
+    LabelEncoder,
+    check_problem_type,
+    class_names,
+    infer_problem_type,
+)
 from epic_fast.data.metadata import (
     Complain,
     Entry,
@@ -36,8 +44,8 @@ class DataFolder:
 
     Attributes:
         splits: ``train``, ``validation``, ``test``, those that there are.
-        labels: the class names in the order of their ids; empty for regression and without labels.
-        problem_type: one of transformers' three, or None without labels.
+        labels: the class names in the order of their ids; empty for regression, segmentation and without labels.
+        problem_type: one of transformers' three, ``"segmentation"``, or None without labels.
         skipped: what ``skip_bad`` left out, a line each.
         warnings: what is odd, a line each; all of it was logged.
         metadata: the metadata files with their sha256, for the record of a run.
@@ -53,7 +61,9 @@ class DataFolder:
 
     @property
     def num_labels(self) -> int:
-        """Width of the logits: 1 for regression, 0 without labels."""
+        """Width of the logits: 1 for regression, 2 (background and object) for segmentation, 0 without labels."""
+        if self.problem_type == SEGMENTATION:
+            return 2
         return 1 if self.problem_type == REGRESSION else len(self.labels)
 
     def split(self, name: str) -> PairDataset:
@@ -94,16 +104,17 @@ def read_folder(
     (``file_name``, ``image`` or ``img``, relative to the metadata file), its text and its label.
 
     Labels that are names or whole numbers make single-label classification, lists of names multi-label, numbers
-    with a decimal point regression.  Class ids follow ``labels``, else ``labels.txt`` at the top, else the sorted
+    with a decimal point regression.  Rows with a ``mask`` (a PNG that is not 0 where the object of the text is) and
+    no label are referring segmentation.  Class ids follow ``labels``, else ``labels.txt`` at the top, else the sorted
     names of the training split.  A validation or test split may have no labels at all: it can be predicted then.
 
     Args:
         text_field, split_field: the fields that hold text and split.
-        label_field: the field that holds the label; None takes ``label`` or ``labels``.
+        label_field: the field that holds the label; None takes ``label``, ``labels`` or ``mask``.
         skip_bad: leave out rows whose picture is missing or cannot be decoded (every picture is decoded once for
             this) and list them in ``skipped``; otherwise a missing picture is an error here and a damaged one when
             its item is read.
-        problem_type: one of transformers' three names, in place of the inferred one.
+        problem_type: one of transformers' three names or ``"segmentation"``, in place of the inferred one.
         labels: class names in the order of their ids, such as ``model.labels`` to evaluate a trained model.
 
     Raises:
@@ -200,8 +211,8 @@ def make_encoder(
     train = [entry for entry in entries if entry.split == "train" and entry.label is not None]
     try:
         problem_type = problem_type or infer_problem_type(train or entries) or SINGLE
-        if problem_type == REGRESSION:
-            return LabelEncoder(REGRESSION)
+        if problem_type in (REGRESSION, SEGMENTATION):
+            return LabelEncoder(problem_type)
         listed = read_label_names(folder)
         if labels:
             return LabelEncoder(problem_type, labels, "the labels given", listed=listed)
@@ -240,12 +251,18 @@ def check_pictures(rows: Sequence[Row], *, skip_bad: bool, complain: Complain = 
     if missing:
         others = f" ({len(missing) - 1} other pictures are missing too)" if len(missing) > 1 else ""
         complain(DataError(f"{missing[0].where}: the picture {missing[0].name!r} does not exist{others}; {SKIP_HINT}"))
+    masks = [row.label for row in rows if isinstance(row.label, Mask) and not row.label.path.is_file()]
+    if masks:
+        others = f" ({len(masks) - 1} other masks are missing too)" if len(masks) > 1 else ""
+        complain(DataError(f"{masks[0].where}: the mask {masks[0].name!r} does not exist{others}; {SKIP_HINT}"))
     return list(rows), []
 
 
 def _picture_error(row: Row) -> str | None:
     try:
-        read_picture(row)
+        picture = read_picture(row)
+        if isinstance(row.label, Mask):
+            check_sizes(read_mask(row.label), picture, row)
     except DataError as error:
         return f"{row.where}: {error.__cause__ or error}"
     return None

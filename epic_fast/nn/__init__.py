@@ -9,14 +9,18 @@ from epic_fast.nn.prompt_experts import (
     importance_loss,
     routing_entropy,
 )
+from epic_fast.nn.segmentation import SEGMENTATION_LOSSES, FilmDecoder, segmentation_loss
 
 __all__ = [
+    "SEGMENTATION_LOSSES",
     "ExpertRouter",
     "FeatureNorm",
+    "FilmDecoder",
     "Head",
     "InteractionHub",
     "PromptExperts",
     "PromptMapper",
     "importance_loss",
     "routing_entropy",
+    "segmentation_loss",
 ]
