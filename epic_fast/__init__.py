@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from epic_fast.backbones import load_backbone
     from epic_fast.classifier import Classifier, Prediction
     from epic_fast.engine import EngineConfig
-    from epic_fast.models import EpicConfig, EpicModel, MopeConfig, MopeModel, from_pretrained, wrap
+    from epic_fast.models import (
+        EpicConfig,
+        EpicModel,
+        MitConfig,
+        MitModel,
+        MopeConfig,
+        MopeModel,
+        from_pretrained,
+        wrap,
+    )
     from epic_fast.training import TrainingConfig, fit
 
 _WHERE = {
@@ -34,6 +43,8 @@ _WHERE = {
     "EngineConfig": "epic_fast.engine",
     "EpicConfig": "epic_fast.models",
     "EpicModel": "epic_fast.models",
+    "MitConfig": "epic_fast.models",
+    "MitModel": "epic_fast.models",
     "MopeConfig": "epic_fast.models",
     "MopeModel": "epic_fast.models",
     "from_pretrained": "epic_fast.models",
@@ -47,6 +58,8 @@ __all__ = [
     "EngineConfig",
     "EpicConfig",
     "EpicModel",
+    "MitConfig",
+    "MitModel",
     "MopeConfig",
     "MopeModel",
     "Prediction",

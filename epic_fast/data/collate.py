@@ -16,14 +16,15 @@ from epic_fast.data.dataset import Example, Mask, Row, read_mask
 from epic_fast.data.labels import MULTI, REGRESSION, SEGMENTATION, SINGLE, check_problem_type
 from epic_fast.errors import ConfigError, DataError
 
+FIELD = "{text}"
 TEXT_KEYS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 class Collator:
     """Examples to ``pixel_values``, ``input_ids``, ``attention_mask``, ``token_type_ids`` and ``labels``.
 
-    Texts are cut at ``max_text_length`` tokens and padded on the right to the longest of the batch.  It can be
-    pickled, so it works in the worker processes of a ``DataLoader``.
+    Texts are cut at ``max_text_length`` tokens and padded on the right to the longest of the batch; in a template, the
+    text is cut and the template stays.  It can be pickled, so it works in the worker processes of a ``DataLoader``.
 
     Args:
         image_processor, tokenizer: the backbone's own (Hugging Face).
@@ -34,9 +35,11 @@ class Collator:
         num_labels: number of classes; needed for multi-label, and to check class ids where given.
         mask_size: (height, width) of the masks in a batch, to which they are brought as the pictures are: squeezed or
             stretched, not cut; each pixel is that of the nearest.  Needed for segmentation.
+        text_template: what every text is put into, at ``{text}``; None: texts stay as they are.
+        pictures: False for a model that sees none; examples' pictures are then left alone.
 
     Raises:
-        ConfigError: no image processor, no tokenizer, or one that cannot pad.
+        ConfigError: no image processor, no tokenizer, one that cannot pad, or a template without its ``{text}``.
     """
 
     def __init__(
@@ -48,9 +51,11 @@ class Collator:
         problem_type: str | None = None,
         num_labels: int | None = None,
         mask_size: tuple[int, int] | None = None,
+        text_template: str | None = None,
+        pictures: bool = True,
     ):
         check_problem_type(problem_type)
-        if image_processor is None:
+        if image_processor is None and pictures:
             raise ConfigError(_missing("image processor", "image_processor", "AutoImageProcessor"))
         if tokenizer is None:
             raise ConfigError(_missing("tokenizer", "tokenizer", "AutoTokenizer"))
@@ -69,6 +74,17 @@ class Collator:
         self.problem_type = problem_type
         self.num_labels = num_labels
         self.mask_size = mask_size
+        self.pictures = pictures
+        self.text_template = text_template
+        if text_template is not None and text_template.count(FIELD) != 1:
+            raise ConfigError(
+                f"text_template={text_template!r} has {FIELD} {text_template.count(FIELD)} times; wanted it once"
+            )
+        if text_template is not None and len(self._ids([""])[0]) >= max_text_length:
+            raise ConfigError(
+                f"text_template={text_template!r} leaves no room for a text in {max_text_length} tokens; wanted a "
+                "shorter one"
+            )
 
     @classmethod
     def for_model(cls, model: Any) -> Collator:
@@ -84,6 +100,8 @@ class Collator:
             problem_type=model.problem_type,
             num_labels=model.num_labels,
             mask_size=getattr(model, "mask_size", None),
+            text_template=getattr(model, "text_template", None),
+            pictures=getattr(model, "uses_picture", True),
         )
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -92,8 +110,9 @@ class Collator:
         Raises:
             DataError: labels that do not fit the problem, or only in some of the examples.
         """
-        pictures = self.pixels([example.image for example in examples])
-        batch = {"pixel_values": pictures, **self.encode([example.text for example in examples])}
+        batch = self.encode([example.text for example in examples])
+        if self.pictures and self.image_processor is not None:
+            batch = {"pixel_values": self.pixels([example.image for example in examples]), **batch}
         labels = self.labels(examples)
         if labels is not None:
             batch["labels"] = labels
@@ -120,7 +139,7 @@ class Collator:
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Texts to token ids and attention mask, ``(B, N)``; token type ids only if the tokenizer makes them."""
         encoded = self.tokenizer(
-            list(texts),
+            [self._in_template(text) for text in texts],
             padding="longest",
             padding_side="right",
             truncation=True,
@@ -130,14 +149,35 @@ class Collator:
         )
         return {key: encoded[key] for key in TEXT_KEYS if key in encoded}
 
+    def _in_template(self, text: str) -> str:
+        """The template with the text in its place, the text's end cut off where both are too long together."""
+        if self.text_template is None:
+            return text
+        whole = self.text_template.replace(FIELD, text)
+        # No token is shorter than a byte; the special ones are few.
+        if len(whole.encode("utf-8", "surrogatepass")) + 8 <= self.max_text_length:
+            return whole
+        excess = len(self._ids([text])[0]) - self.max_text_length
+        while excess > 0 and text:
+            own = len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+            text = text[: len(text) * max(own - excess, 0) // max(own, 1)]
+            excess = len(self._ids([text])[0]) - self.max_text_length
+        return self.text_template.replace(FIELD, text)
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts in the template, uncut."""
+        whole = [(self.text_template or FIELD).replace(FIELD, text) for text in texts]
+        return self.tokenizer(whole, truncation=False, padding=False, verbose=False)["input_ids"]
+
     def settings(self) -> dict[str, Any]:
         """All that decides what becomes of a picture and of a text, in JSON's types."""
-        return {
-            "image_processor": _settings_of(self.image_processor),
+        settings = {
+            "image_processor": _settings_of(self.image_processor) if self.pictures else None,
             "tokenizer": _tokenizer_settings(self.tokenizer),
             "max_text_length": self.max_text_length,
-            **({"pictures": self._whole} if self._whole else {}),
+            **({"whole_pictures": self._whole} if self._whole else {}),
         }
+        return settings if self.text_template is None else {**settings, "text_template": self.text_template}
 
     def labels(self, examples: Sequence[Example | Row]) -> Tensor | None:
         """The labels as a tensor, None where no example has one."""

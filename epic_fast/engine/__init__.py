@@ -8,6 +8,7 @@ them in one buffer, ``prefix`` and ``store`` keep what lies below the first prom
 
 from epic_fast.engine.config import EngineConfig
 from epic_fast.engine.graphs import CapturedCall, graphed
+from epic_fast.engine.infused import GatedInfusion, SourceInfusion, joint_mlp_multiplier
 from epic_fast.engine.plain import call_layer, call_layer_with_prompts, prompted_visibility
 from epic_fast.engine.prefix import Prefix, PrefixCache, TowerCache
 from epic_fast.engine.state import TowerState
@@ -18,15 +19,18 @@ __all__ = [
     "DamagedRecords",
     "DiskStore",
     "EngineConfig",
+    "GatedInfusion",
     "MemoryStore",
     "Prefix",
     "PrefixCache",
     "PrefixStore",
     "SampleKey",
+    "SourceInfusion",
     "TowerCache",
     "TowerState",
     "call_layer",
     "call_layer_with_prompts",
     "graphed",
+    "joint_mlp_multiplier",
     "prompted_visibility",
 ]

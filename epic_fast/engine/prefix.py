@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,15 +14,22 @@ from epic_fast.errors import ConfigError
 
 @dataclass(frozen=True)
 class Prefix:
-    """Both towers right below their first interaction layer."""
+    """Both towers right below their first interaction layer, and what else a sample has.
+
+    Attributes:
+        sequences: tensors of further modalities by name, as they were given; a cache keeps none.
+    """
 
     text: TowerState
     vision: TowerState
+    sequences: Mapping[str, Tensor] = field(default_factory=dict)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Prefix:
         """On another device."""
         return Prefix(
-            self.text.to(device, non_blocking=non_blocking), self.vision.to(device, non_blocking=non_blocking)
+            self.text.to(device, non_blocking=non_blocking),
+            self.vision.to(device, non_blocking=non_blocking),
+            {name: each.to(device, non_blocking=non_blocking) for name, each in self.sequences.items()},
         )
 
 

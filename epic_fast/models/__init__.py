@@ -2,6 +2,7 @@
 
 from epic_fast.models.base import PromptedModel, PromptedModelOutput
 from epic_fast.models.epic import EpicConfig, EpicModel
+from epic_fast.models.mit import MitConfig, MitModel
 from epic_fast.models.mope import MopeConfig, MopeModel
 from epic_fast.models.saving import from_pretrained
 from epic_fast.models.wrapping import METHODS, wrap
@@ -10,6 +11,8 @@ __all__ = [
     "METHODS",
     "EpicConfig",
     "EpicModel",
+    "MitConfig",
+    "MitModel",
     "MopeConfig",
     "MopeModel",
     "PromptedModel",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from epic_fast.backbones import DualEncoder
-from epic_fast.engine import EngineConfig, Prefix
+from epic_fast.engine import EngineConfig, Prefix, TowerState
 from epic_fast.errors import ConfigError
 from epic_fast.models.configuration import MethodConfig
 
@@ -111,6 +111,11 @@ class PromptedModel(nn.Module, ABC):
 
     head: nn.Module
 
+    @property
+    def text_template(self) -> str | None:
+        """What texts are put into before they are tokenized, at ``{text}``; None: they stay as they are."""
+        return None
+
     # -- forward ----------------------------------------------------------------------------------------------
 
     def forward(
@@ -163,8 +168,22 @@ class PromptedModel(nn.Module, ABC):
             raise ConfigError(f"{len(pixel_values)} pictures and {len(input_ids)} texts were given; wanted pairs")
         if not torch.compiler.is_compiling():
             self.backbone.ensure_eval()
-        text_layer, vision_layer = self.first_layers()
-        text, vision = self.backbone.text, self.backbone.vision
+        vision = self.backbone.vision
+        return Prefix(
+            text=self.extract_text(input_ids, attention_mask, token_type_ids, text_lengths),
+            vision=vision.advance(vision.start(pixel_values), self.first_layers()[1], self.engine),
+        )
+
+    @torch.no_grad()
+    def extract_text(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        text_lengths: Tensor | None = None,
+    ) -> TowerState:
+        """The text half of :meth:`extract`."""
+        text = self.backbone.text
         if text_lengths is None and self._trims:
             texts = {"input_ids": input_ids, "attention_mask": attention_mask, "token_type_ids": token_type_ids}
             texts: dict[str, Any] = text.trim(texts)
@@ -176,10 +195,7 @@ class PromptedModel(nn.Module, ABC):
             tokens = replace(tokens, lengths=text_lengths)
         elif text.runs_fused(self.engine):
             tokens = tokens.measured()
-        return Prefix(
-            text=text.advance(tokens, text_layer, self.engine),
-            vision=vision.advance(vision.start(pixel_values), vision_layer, self.engine),
-        )
+        return text.advance(tokens, self.first_layers()[0], self.engine)
 
     @property
     def _trims(self) -> bool:

@@ -13,11 +13,13 @@ from epic_fast.errors import ConfigError
 from epic_fast.models.base import PromptedModel
 from epic_fast.models.configuration import MethodConfig
 from epic_fast.models.epic import EpicConfig, EpicModel
+from epic_fast.models.mit import MitConfig, MitModel
 from epic_fast.models.mope import MopeConfig, MopeModel
 
 METHODS: dict[str, tuple[type[MethodConfig], type[PromptedModel]]] = {
     "epic": (EpicConfig, EpicModel),
     "mope": (MopeConfig, MopeModel),
+    "mit": (MitConfig, MitModel),
 }
 
 
@@ -40,9 +42,9 @@ def wrap(
     ``model.unwrap()`` gives them back as they were.
 
     Args:
-        backbone: a transformers dual encoder, a pair ``(vision, text)`` of models, or whatever string
+        backbone: a transformers dual encoder, a pair ``(vision, text)`` of models, a language model, or whatever string
             :func:`epic_fast.load_backbone` takes: a name, a folder, ``"vision=PATH,text=PATH"``, ``"demo"``.
-        config: the method's configuration, ``EpicConfig`` or ``MopeConfig``; default ``EpicConfig()``.
+        config: the method's configuration, ``EpicConfig``, ``MopeConfig`` or ``MitConfig``; default ``EpicConfig()``.
         num_labels: K, outputs of the head.
         problem_type: ``"single_label_classification"``, ``"multi_label_classification"`` or ``"regression"``.
         labels: K names, saved with the adapter.

@@ -1,6 +1,7 @@
 """Modules that own the trainable tensors."""
 
 from epic_fast.nn.heads import FeatureNorm, Head
+from epic_fast.nn.infusion import Infusion, LayerInfusion, SequenceEncoder
 from epic_fast.nn.interaction_hub import InteractionHub
 from epic_fast.nn.prompt_experts import (
     ExpertRouter,
@@ -17,9 +18,12 @@ __all__ = [
     "FeatureNorm",
     "FilmDecoder",
     "Head",
+    "Infusion",
     "InteractionHub",
+    "LayerInfusion",
     "PromptExperts",
     "PromptMapper",
+    "SequenceEncoder",
     "importance_loss",
     "routing_entropy",
     "segmentation_loss",

@@ -129,12 +129,23 @@ def _log_once(name: str, reasons: tuple[str, ...]) -> None:
 
 def available_implementations() -> dict[str, list[str]]:
     """For every operation, the implementations that this installation has (``epic-fast doctor`` prints them)."""
+    from epic_fast.ops.infused_attention import infused_attention
+    from epic_fast.ops.infused_swiglu import infused_swiglu
+    from epic_fast.ops.infusion_gate import infusion_gate
     from epic_fast.ops.mix_prompt_experts import mix_prompt_experts
     from epic_fast.ops.prompt_attention import prompt_attention
     from epic_fast.ops.prompt_interaction import prompt_interaction
     from epic_fast.ops.window_prompt_attention import window_prompt_attention
 
-    operations = (prompt_attention, prompt_interaction, window_prompt_attention, mix_prompt_experts)
+    operations = (
+        prompt_attention,
+        prompt_interaction,
+        window_prompt_attention,
+        mix_prompt_experts,
+        infusion_gate,
+        infused_attention,
+        infused_swiglu,
+    )
     return {
         operation.name: ["reference"] + (["triton"] if operation.triton is not None and _TRITON_INSTALLED else [])
         for operation in operations

@@ -14,23 +14,25 @@ WORDS = (
 
 
 def tiny_tokenizer(kind: str = "clip", max_length: int = 16) -> Any:
-    """A word-level tokenizer over :data:`WORDS`: ``<s> text </s>`` for CLIP, ``[CLS] text [SEP]`` for BERT.
+    """A word-level tokenizer over :data:`WORDS`: ``<s> text </s>`` for CLIP, ``[CLS] text [SEP]`` for BERT, and for a
+    language model (``"llama"``) ``<s> text``, without a token for padding.
 
     Ids are 0 padding, 1 unknown, 2 start, then the words; the end token is the last id, as in CLIP.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    start, end = ("<s>", "</s>") if kind == "clip" else ("[CLS]", "[SEP]")
+    start, end = ("[CLS]", "[SEP]") if kind == "bert" else ("<s>", "</s>")
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<unk>", start, *WORDS, end])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.post_processor = processors.TemplateProcessing(  # pyright: ignore[reportAttributeAccessIssue]
-        single=f"{start} $A {end}", special_tokens=[(start, vocabulary[start]), (end, vocabulary[end])]
+        single=f"{start} $A" + ("" if kind == "llama" else f" {end}"),
+        special_tokens=[(start, vocabulary[start]), (end, vocabulary[end])],
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        pad_token="<pad>",
+        pad_token=None if kind == "llama" else "<pad>",
         unk_token="<unk>",
         bos_token=start,
         eos_token=end,
@@ -153,6 +155,58 @@ def tiny_bert(folder: str | Path | None = None, *, layers: int = 3, width: int =
         pad_token_id=tokenizer.pad_token_id,
     )
     model = BertModel(config).eval()
+    if folder is not None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return model
+
+
+LLAMAS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": None},
+    "mistral, narrow window": {"sliding_window": 3},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+}
+"""Kinds of :func:`tiny_llama`, with what their configurations have of their own."""
+
+
+def tiny_llama(
+    folder: str | Path | None = None,
+    *,
+    kind: str = "llama",
+    layers: int = 4,
+    width: int = 32,
+    heads: int = 4,
+    kv_heads: int = 2,
+    language_model: bool = True,
+    seed: int = 2,
+) -> Any:
+    """A random language model of the LLaMA family, 64 positions: ``LlamaForCausalLM`` and so on, or ``LlamaModel``.
+
+    Args:
+        kind: a key of :data:`LLAMAS`.
+        language_model: with the map to the vocabulary.
+    """
+    import transformers
+
+    tokenizer = tiny_tokenizer("llama", max_length=64)
+    torch.manual_seed(seed)
+    name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[kind.split(",")[0]]
+    config = getattr(transformers, f"{name}Config")(
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=64,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=None,
+        **LLAMAS[kind],
+    )
+    model = getattr(transformers, f"{name}ForCausalLM" if language_model else f"{name}Model")(config).eval()
     if folder is not None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

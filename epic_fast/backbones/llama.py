@@ -1,0 +1,258 @@
+"""Decoders of the LLaMA family: a language model as text tower, into some of whose layers a modality is infused.
+
+Llama, Mistral, Qwen2 (biases on query, key and value) and Qwen3 (norms on query and key): grouped-query attention,
+RMSNorm, SwiGLU, rotary positions.  No prompt rows: :meth:`LlamaTower.run_infused` stands in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward, rotate_half
+
+from epic_fast.backbones.towers import TOWERS, TextTower
+from epic_fast.engine import EngineConfig, GatedInfusion, SourceInfusion, TowerState, call_layer
+from epic_fast.engine.infused import Form, infused_swiglu
+from epic_fast.engine.packed import say_plain
+from epic_fast.errors import ConfigError
+
+LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+
+
+class LlamaTower(TextTower):
+    """``LlamaModel`` and its relatives, or the ``...ForCausalLM`` around one; pooled at the last valid token.
+
+    Texts are padded on the right.
+    """
+
+    causal = True
+
+    def __init__(self, model: nn.Module, projection: nn.Linear | None = None):
+        super().__init__(base_of(model), projection)
+        activation = getattr(self.config, "hidden_act", "silu")
+        if activation not in ("silu", "swish"):
+            raise ConfigError(
+                f"this language model's feed-forward has hidden_act={activation!r}; wanted 'silu', which the infusion "
+                "knows (SwiGLU)"
+            )
+
+    def find_layers(self) -> Sequence[nn.Module]:
+        return list(self.model.layers)
+
+    def start(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> TowerState:
+        self.check_length(input_ids)
+        valid, pool_index = self.valid_tokens(input_ids, attention_mask)
+        return TowerState(self.model.embed_tokens(input_ids), 0, valid, pool_index)
+
+    def valid_tokens(self, input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        valid = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        position = torch.arange(input_ids.shape[1], device=input_ids.device)
+        return valid, (valid * position).amax(dim=1)
+
+    def normalise(self, hidden: Tensor) -> Tensor:
+        return self.model.norm(hidden)
+
+    def pool(self, state: TowerState) -> Tensor:
+        if state.pool_index is None:
+            return self.normalise(state.hidden[:, 0])
+        rows = torch.arange(len(state.hidden), device=state.hidden.device)
+        return self.normalise(state.hidden[rows, state.pool_index])
+
+    # -- shapes -----------------------------------------------------------------------------------------------
+
+    @property
+    def kv_heads(self) -> int:
+        """Hk, key/value heads; ``num_attention_heads`` is a multiple of it."""
+        return self.config.num_key_value_heads
+
+    @property
+    def head_dim(self) -> int:
+        """D, width of a head."""
+        return getattr(self.config, "head_dim", None) or self.config.hidden_size // self.config.num_attention_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """F, hidden units of a layer's feed-forward."""
+        return self.config.intermediate_size
+
+    # -- layers, as the model runs them ------------------------------------------------------------------------
+
+    def run(self, state: TowerState, stop: int) -> TowerState:
+        if state.layer >= stop:
+            return super().run(state, stop)
+        state = self.with_native_mask(state)
+        hidden, rotary = state.hidden, self._rotary(state.hidden)
+        for index in range(state.layer, stop):
+            mask = state.native_mask[self._window(index)]
+            hidden = call_layer(self.layers[index], hidden, mask, position_embeddings=rotary)
+        return state.after(hidden, stop)
+
+    def native_mask(self, state: TowerState) -> Any:
+        """Masks by the window of the layers that take them; None: no window."""
+        valid = None if state.valid is None else state.valid.long()
+        # The last argument, no cache, by its place: its name is another one from transformers 5.24 on.
+        return {
+            window: (create_causal_mask if window is None else create_sliding_window_causal_mask)(
+                self.config, state.hidden, valid, None
+            )
+            for window in {self._window(index) for index in range(self.num_layers)}
+        }
+
+    def _window(self, index: int) -> int | None:
+        """How many tokens a row of layer ``index`` sees, itself included; None: all up to itself."""
+        attention = self.layers[index].self_attn
+        return getattr(attention, "sliding_window", getattr(self.config, "sliding_window", None))
+
+    def _rotary(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        position = torch.arange(hidden.shape[1], device=hidden.device)[None]
+        return self.model.rotary_emb(hidden, position)
+
+    def run_prompted(
+        self, state: TowerState, index: int, prompts: Tensor, prompt_mask: str, engine: EngineConfig | None = None
+    ) -> tuple[TowerState, Tensor]:
+        if prompts.shape[1]:
+            raise _no_prompts(self.config.model_type)
+        return self.run(state, index + 1), prompts
+
+    def begin(self, *arguments: Any, **options: Any) -> Any:
+        raise _no_prompts(self.config.model_type)
+
+    def fused_blocks(self, state: TowerState, engine: EngineConfig | None) -> None:
+        """None: layers without an infusion are the model's own; what is fused is the infusion."""
+
+    # -- layers with an infusion -------------------------------------------------------------------------------
+
+    def run_infused(
+        self,
+        state: TowerState,
+        index: int,
+        sources: Sequence[SourceInfusion],
+        engine: EngineConfig | None = None,
+        *,
+        form: Form = "residual",
+        gate_reads_padding: bool = False,
+        reads: str | None = None,
+    ) -> TowerState:
+        """The tokens alone up to layer ``index``, then that layer with an infusion.
+
+        Without an engine, or on a CPU but with ``blocks="fused"``, attention is the model's own, and an infusion that
+        changes nothing changes no bit in float32.
+
+        Args:
+            sources: what goes into the layer, of each source; at least one.
+            form: of :func:`epic_fast.functional.infused_attention`.
+            gate_reads_padding: the gates' cosines run over padding too, as in the released code.
+            reads: the features that are read of the last layer; None: all rows.
+        """
+        state = self.advance(state, index, engine)
+        lengths = self._lengths(state)
+        window = self._window(index)
+        narrow = window is not None and state.hidden.shape[1] > window
+        if narrow and self.runs_fused(engine):
+            say_plain(self.modality, f"texts are longer than its window of {window} tokens")
+        rows = None
+        if index + 1 == self.num_layers and not narrow:
+            rows = self.rows_read(state, reads, engine)
+        by_operation = rows is not None or (self.runs_fused(engine) and not narrow and not gate_reads_padding)
+
+        layer: Any = self.layers[index]
+        attention, hidden = layer.self_attn, state.hidden
+        normed = layer.input_layernorm(hidden)
+        cos, sin = self._rotary(hidden)
+        key = _rotate(self._heads(attention, "k", normed), cos, sin)
+        value = self._heads(attention, "v", normed)
+        if rows is not None:
+            hidden, normed = rows.take(hidden, 0), rows.take(normed, 0)
+            cos, sin = (each[0, state.pool_index][:, None] for each in (cos, sin))
+        query = _rotate(self._heads(attention, "q", normed), cos, sin)
+        gated = GatedInfusion.of(sources, value, None if gate_reads_padding else lengths)
+        if by_operation:
+            mixed = gated.attention(query, key, value, form=form, lengths=lengths, scale=attention.scaling)
+            mixed = mixed.transpose(1, 2)
+        else:
+            state = self.with_native_mask(state)
+            own = _OwnAttention(attention, self.config._attn_implementation, state.native_mask[window])
+            mixed = gated.around(own, query, key, value, form)
+        hidden = hidden + attention.o_proj(mixed.flatten(2))
+        normed = layer.post_attention_layernorm(hidden)
+        units = infused_swiglu(layer.mlp.gate_proj(normed), layer.mlp.up_proj(normed), sources)
+        hidden = hidden + layer.mlp.down_proj(units)
+        state = state.after(hidden, index + 1)
+        return state if rows is None else state.one_row(hidden)
+
+    def _heads(self, attention: Any, name: str, normed: Tensor) -> Tensor:
+        """Rows ``(B, N, width)`` to queries, keys or values ``(B, heads, N, D)``, before their rotation."""
+        rows = getattr(attention, f"{name}_proj")(normed).unflatten(-1, (-1, self.head_dim))
+        norm = getattr(attention, f"{name}_norm", None)
+        return (rows if norm is None else norm(rows)).transpose(1, 2)
+
+    @staticmethod
+    def _lengths(state: TowerState) -> Tensor | None:
+        """Valid tokens of each sample ``(B,)``; None: all."""
+        if state.lengths is not None or state.valid is None:
+            return state.lengths
+        return state.valid.sum(dim=1, dtype=torch.int32)
+
+    @torch.no_grad()
+    def infusion_error(self, state: TowerState) -> float:
+        """How far the last layer with an infusion that changes nothing is from the layer itself, relative.
+
+        Args:
+            state: tokens in front of that layer.
+        """
+        index, batch = self.num_layers - 1, len(state.hidden)
+        zeros = state.hidden.new_zeros(batch, self.kv_heads, self.head_dim)
+        nothing = _Nothing(zeros, state.hidden.new_ones(batch, self.mlp_width), zeros[0, :, 0])
+        wanted = self.run(state, index + 1).hidden
+        found = self.run_infused(state, index, [nothing]).hidden
+        return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6))
+
+
+@dataclass(frozen=True)
+class _OwnAttention:
+    """A layer's own attention function with its mask."""
+
+    module: Any
+    implementation: str
+    mask: Any
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.implementation, eager_attention_forward)
+        return attend(self.module, query, key, value, self.mask, dropout=0.0, scaling=self.module.scaling)[0]
+
+
+class _Nothing:
+    """An infusion that changes nothing."""
+
+    def __init__(self, zeros: Tensor, ones: Tensor, head_bias: Tensor):
+        self.key_multiplier = self.value_multiplier = self.value_shift = zeros
+        self.mlp_multiplier, self.head_bias = ones, head_bias
+
+
+def base_of(model: Any) -> Any:
+    """The transformer of a causal language model, without the map to the vocabulary."""
+    return model.model if hasattr(model, "lm_head") and hasattr(model, "model") else model
+
+
+def _rotate(rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``(B, heads, N, D)`` rotated by their positions, as these models do it."""
+    cos, sin = cos[:, None], sin[:, None]
+    return (rows * cos) + (rotate_half(rows) * sin)
+
+
+def _no_prompts(kind: str) -> ConfigError:
+    return ConfigError(
+        f"prompt rows were asked of a language model (model type {kind!r}); wanted the method MiT (MitConfig), which "
+        "infuses the other modality, or another text tower, such as a BertModel"
+    )
+
+
+TOWERS.update(dict.fromkeys(LANGUAGE_MODELS, LlamaTower))

@@ -1,0 +1,430 @@
+"""MiT: a modality infused into a frozen language model, without a token of its own (arXiv 2403.05060).
+
+Written after the released code (github.com/kiva12138/MiT), which has referring segmentation alone, and the paper; the
+other two tasks are built from what the paper says of them.  Departures: the gate's cosine reads valid tokens only, so
+that padding changes nothing; with grouped-query attention gate and transforms have the shape of the key/value heads;
+layers are numbered from 0; training starts from the frozen model itself.  The published results are not claimed here.
+
+A source gives one feature I (a picture: of a frozen vision tower).  In an infused layer, keys after their rotation::
+
+    γ  = σ(L + cos(V, W_a I))                                   one gate a head, shared by keys and values
+    K' = K + γ (K ⊙ W_k I)          V' = V + γ (V ⊙ W_v I + W_a I)
+    x  ← x + W_o softmax(Q K'ᵀ / √D) V'
+    x  ← x + W_down (SiLU(W_gate x) ⊙ W_up x ⊙ W_f I)
+
+The vector that is added to the keys too is left out: it moves all scores of a query alike, so the softmax takes it
+out again, and its gradient is exactly zero.  ``form="replace"`` is the paper's own equation, K' = γ (...) and V' =
+γ (...).  Several sources add up, each with transforms and gates of its own.  The last valid token behind the final
+norm is what a head reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from epic_fast.backbones import LANGUAGE_MODELS, DualEncoder, LlamaTower, NoVisionTower
+from epic_fast.engine import Prefix, TowerState
+from epic_fast.errors import ConfigError
+from epic_fast.models.base import PromptedModel, PromptedModelOutput
+from epic_fast.models.configuration import MethodConfig, check_choice, check_range
+from epic_fast.nn import FeatureNorm, Head, Infusion, LayerInfusion, SequenceEncoder
+
+# The published layers of a model of 32, numbered from 0.
+PUBLISHED_LAYERS, PUBLISHED_DEPTH = (12, 16, 20, 24, 28, 31), 32
+TEXT_FIELD = "{text}"
+PICTURE = "picture"
+READS = "pooled"
+
+
+@dataclass
+class MitConfig(MethodConfig):
+    """The choices of MiT.  Defaults are those of the released code where it has them, but for the start.
+
+    Attributes:
+        form: ``"residual"``, as released, or ``"replace"``, as written in the paper.
+        layers: that are infused, numbered from 0; None takes the last third as published, (12, 16, 20, 24, 28, 31) of
+            32, and the same places of another depth.  None of them (an empty list) is the frozen model with a head.
+        prompt_template: what the language model reads, with ``{text}`` in the text's place; it ends with what the
+            pooled token is to stand for.
+        picture: whether the picture is a source; None: where the backbone has a vision tower.
+        image_feature: what I is: ``"projected"``, ``"pooled"``, ``"cls"``, ``"mean"``, joined by ``+``; ``"auto"`` is
+            ``"projected"`` where there is such a map, else ``"pooled"``.
+        source_norm: of the picture's feature: ``"none"``, ``"layer"``, or ``"l2"`` (of length 1).
+        sequences: further sources: names to widths, such as ``{"acoustic": 74, "facial": 35}``.  The model takes
+            each as ``name=(B, T, width)``, and ``name_lengths=(B,)``.
+        sequence_size: width of the feature that a sequence's encoder makes.
+        init: ``"identity"`` starts from the frozen model, ``"released"`` as ``nn.Linear`` does.
+        value_shift_std: of W_a's weights under ``"identity"``; None: 0 in residual form, which is the frozen model bit
+            for bit, and 0.001 in replacing form, where the cosine's slope at 0 would reach the weights.
+        head_bias_init: L at the start.
+        key_shift: keep the transform without effect, for the published number of parameters.
+        gate_reads_padding: the cosine runs over padding too, as released: results then depend on the batch.
+        feature_norm: of the head's input: ``"none"``, ``"layer"``, or ``"standardize"`` (by the training set's mean and
+            deviation).
+        head: ``"linear"``, or ``"mlp"`` with ``head_hidden_size`` hidden units.
+        head_dropout: share of the head's inputs dropped in training.
+        label_smoothing: of the single-label loss.
+        regression_loss: ``"mse"``, or ``"l1"``.
+    """
+
+    method = "mit"
+
+    form: Literal["residual", "replace"] = "residual"
+    layers: Sequence[int] | None = None
+    prompt_template: str = "Look at the picture and read the text, then name the category.\nText: {text}\nCategory:"
+    picture: bool | None = None
+    image_feature: str = "auto"
+    source_norm: Literal["none", "layer", "l2"] = "none"
+    sequences: Mapping[str, int] | None = None
+    sequence_size: int = 256
+    init: Literal["identity", "released"] = "identity"
+    value_shift_std: float | None = None
+    head_bias_init: float = 1.0
+    key_shift: bool = False
+    gate_reads_padding: bool = False
+    feature_norm: Literal["none", "layer", "standardize"] = "none"
+    head: Literal["linear", "mlp"] = "linear"
+    head_hidden_size: int = 256
+    head_dropout: float = 0.1
+    label_smoothing: float = 0.0
+    regression_loss: Literal["mse", "l1"] = "mse"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("form", "source_norm", "init", "feature_norm", "head", "regression_loss"):
+            check_choice(self, name)
+        for name in ("sequence_size", "head_hidden_size"):
+            check_range(self, name, 1)
+        for name in ("head_dropout", "label_smoothing"):
+            check_range(self, name, 0.0, 0.99)
+        if self.picture is not None and not isinstance(self.picture, bool):
+            raise ConfigError(f"MitConfig.picture={self.picture!r}; wanted true, false, or None")
+        if self.value_shift_std is not None:
+            if isinstance(self.value_shift_std, bool) or not isinstance(self.value_shift_std, (int, float)):
+                raise ConfigError(f"MitConfig.value_shift_std={self.value_shift_std!r}; wanted a number, or None")
+            self.value_shift_std = float(self.value_shift_std)
+            check_range(self, "value_shift_std", 0.0)
+        if self.prompt_template.count(TEXT_FIELD) != 1:
+            raise ConfigError(
+                f"MitConfig.prompt_template={self.prompt_template!r} has {TEXT_FIELD} "
+                f"{self.prompt_template.count(TEXT_FIELD)} times; wanted it once, in the text's place"
+            )
+        self._check_layers()
+        self._check_sequences()
+
+    def _check_layers(self) -> None:
+        if self.layers is None:
+            return
+        if not isinstance(self.layers, (list, tuple)) or not all(
+            isinstance(layer, int) and not isinstance(layer, bool) for layer in self.layers
+        ):
+            raise ConfigError(f"MitConfig.layers={self.layers!r}; wanted a list of layers, integers from 0, or None")
+        self.layers = list(self.layers)
+        if self.layers != sorted(set(self.layers)):
+            raise ConfigError(f"MitConfig.layers={self.layers!r}; wanted rising numbers, each once")
+
+    def _check_sequences(self) -> None:
+        if self.sequences is None:
+            return
+        if not isinstance(self.sequences, Mapping):
+            raise ConfigError(
+                f"MitConfig.sequences={self.sequences!r}; wanted names and widths, such as {{'acoustic': 74}}, or None"
+            )
+        self.sequences = dict(self.sequences)
+        taken = (PICTURE, "labels", "prefix", "pixel_values", "input_ids", "attention_mask", "token_type_ids", "text")
+        for name, width in self.sequences.items():
+            if not isinstance(name, str) or not name.isidentifier() or name in taken or name.endswith("_lengths"):
+                raise ConfigError(
+                    f"MitConfig.sequences has the name {name!r}; wanted an identifier such as 'acoustic', none of "
+                    f"{', '.join(taken)}, that does not end with _lengths"
+                )
+            if not isinstance(width, int) or isinstance(width, bool) or width < 1:
+                raise ConfigError(f"MitConfig.sequences[{name!r}]={width!r}; wanted the width of a frame, at least 1")
+
+    def resolve_layers(self, depth: int) -> list[int]:
+        """The infused layers of a language model of ``depth`` layers.
+
+        Raises:
+            ConfigError: a layer that it does not have.
+        """
+        if self.layers is None:
+            # From 1, rounded, so that the last layer stays the last one.
+            scaled = {max(1, round((layer + 1) * depth / PUBLISHED_DEPTH)) - 1 for layer in PUBLISHED_LAYERS}
+            return sorted(scaled)
+        for layer in self.layers:
+            if not 0 <= layer < depth:
+                raise ConfigError(
+                    f"MitConfig.layers names layer {layer}, but this language model has {depth} (0..{depth - 1}); a "
+                    "list that numbers them from 1 has to be lowered by one"
+                )
+        return list(self.layers)
+
+
+class MitModel(PromptedModel):
+    """A frozen language model with MiT's transforms, gates and head; made by :func:`epic_fast.wrap`.
+
+    Attributes:
+        layers: infused ones, from 0.
+        source_widths: names of the sources to the widths of their features.
+        infusions: an :class:`~epic_fast.nn.Infusion` of each source.
+        encoders: a :class:`~epic_fast.nn.SequenceEncoder` of each sequence.
+    """
+
+    config: MitConfig
+
+    def __init__(self, backbone: DualEncoder, config: MitConfig, **task: Any):
+        super().__init__(backbone, config, **task)
+        tower = self.language_model
+        self.layers = config.resolve_layers(tower.num_layers)
+        self.uses_picture = self._resolve_picture()
+        self.image_feature = self._resolve_image_feature()
+        sequences = dict(config.sequences or {})
+        self.source_widths: dict[str, int] = dict.fromkeys(sequences, config.sequence_size)
+        if self.uses_picture:
+            width = self.backbone.vision.feature_width(self.image_feature)
+            self.source_widths = {PICTURE: width, **self.source_widths}
+        if self.layers and not self.source_widths:
+            raise ConfigError(
+                "this model has no source to infuse: no picture and no MitConfig.sequences; wanted a backbone with a "
+                "vision tower ('vision=PATH,text=PATH'), sequences={'acoustic': 74}, or layers=[] for the frozen model"
+            )
+        self.encoders = nn.ModuleDict(
+            {name: SequenceEncoder(width, config.sequence_size) for name, width in sequences.items()}
+        )
+        shift = config.value_shift_std
+        if shift is None:
+            shift = 0.0 if config.form == "residual" else 1e-3
+        self.infusions = nn.ModuleDict(
+            {
+                name: Infusion(
+                    width,
+                    layers=len(self.layers),
+                    kv_heads=tower.kv_heads,
+                    head_dim=tower.head_dim,
+                    mlp_width=tower.mlp_width,
+                    form=config.form,
+                    init=config.init,
+                    value_shift_std=shift,
+                    head_bias_init=config.head_bias_init,
+                    key_shift=config.key_shift,
+                )
+                for name, width in (self.source_widths if self.layers else {}).items()
+            }
+        )
+        self.head = self.make_head(tower.hidden_size)
+
+    def make_head(self, width: int) -> nn.Module:
+        """What reads the last valid token, ``(B, width)``."""
+        config = self.config
+        return Head(
+            width,
+            self.num_labels,
+            kind=config.head,
+            hidden_size=config.head_hidden_size,
+            dropout=config.head_dropout,
+            norm=config.feature_norm,
+        )
+
+    @property
+    def language_model(self) -> LlamaTower:
+        """The text tower.
+
+        Raises:
+            ConfigError: it is none of the LLaMA family.
+        """
+        tower = self.backbone.text
+        if not isinstance(tower, LlamaTower):
+            raise ConfigError(
+                f"MiT infuses into a language model; this text tower is a {type(tower.model).__name__} (model type "
+                f"{tower.config.model_type!r}). Wanted one of {', '.join(LANGUAGE_MODELS)}, such as "
+                "'vision=PATH,text=PATH' with a LlamaForCausalLM, or MopeConfig or EpicConfig for this backbone"
+            )
+        return tower
+
+    @property
+    def text_template(self) -> str:
+        """What texts are put into before they are tokenized."""
+        return self.config.prompt_template
+
+    def _resolve_picture(self) -> bool:
+        absent = isinstance(self.backbone.vision, NoVisionTower)
+        if self.config.picture and absent:
+            raise ConfigError(
+                "MitConfig.picture=True, but this backbone has no vision tower; wanted 'vision=PATH,text=PATH'"
+            )
+        return not absent if self.config.picture is None else self.config.picture
+
+    def _resolve_image_feature(self) -> str:
+        if not self.uses_picture:
+            return ""
+        kinds, widths = self.config.image_feature, self.backbone.vision.feature_widths
+        if kinds == "auto":
+            return "projected" if "projected" in widths else "pooled"
+        for kind in kinds.split("+"):
+            if kind not in widths:
+                raise ConfigError(
+                    f"MitConfig.image_feature={kinds!r} asks for {kind!r}; this vision tower has {', '.join(widths)} "
+                    "(join several with '+')"
+                )
+        return kinds
+
+    def first_layers(self) -> tuple[int, int]:
+        text = self.layers[0] if self.layers else self.language_model.num_layers
+        return text, self.backbone.vision.num_layers if self.uses_picture else 0
+
+    # -- forward ------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        prefix: Prefix | None = None,
+        text_lengths: Tensor | None = None,
+        **sequences: Tensor,
+    ) -> PromptedModelOutput:
+        """Logits of texts with their pictures and sequences, and the loss where there are labels.
+
+        Args:
+            pixel_values, input_ids, attention_mask, token_type_ids, labels, prefix, text_lengths: as in
+                :meth:`PromptedModel.forward`; texts stand in :attr:`text_template`, padded on the right.
+            sequences: ``name=(B, T, width)`` of each of ``config.sequences``, and ``name_lengths=(B,)`` where not all
+                frames are valid.
+        """
+        if prefix is None:
+            prefix = self.extract(pixel_values, input_ids, attention_mask, token_type_ids, text_lengths, **sequences)
+        return super().forward(labels=labels, prefix=prefix)
+
+    @torch.no_grad()
+    def extract(
+        self,
+        pixel_values: Tensor | None = None,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        text_lengths: Tensor | None = None,
+        **sequences: Tensor,
+    ) -> Prefix:
+        """The whole vision tower, and the language model below its first infused layer; sequences as they are."""
+        self._check_sequences(sequences)
+        if self.uses_picture:
+            prefix = super().extract(pixel_values, input_ids, attention_mask, token_type_ids, text_lengths)
+        else:
+            if input_ids is None:
+                raise ConfigError("input_ids was not given; wanted texts, or prefix=")
+            if not torch.compiler.is_compiling():
+                self.backbone.ensure_eval()
+            text = self.extract_text(input_ids, attention_mask, token_type_ids, text_lengths)
+            prefix = Prefix(text=text, vision=TowerState(text.hidden.new_zeros(len(text.hidden), 1, 1)))
+        return replace(prefix, sequences=sequences)
+
+    def _check_sequences(self, sequences: Mapping[str, Tensor]) -> None:
+        known = dict(self.config.sequences or {})
+        for name in sequences:
+            if name.removesuffix("_lengths") not in known:
+                raise ConfigError(
+                    f"{name} was given; this model's sequences are {', '.join(known) or 'none (MitConfig.sequences)'}"
+                )
+        for name, width in known.items():
+            if name not in sequences:
+                raise ConfigError(f"the sequence {name} was not given; wanted (batch, frames, {width})")
+            if sequences[name].dim() != 3 or sequences[name].shape[2] != width:
+                raise ConfigError(
+                    f"the sequence {name} has shape {tuple(sequences[name].shape)}; wanted (batch, frames, {width})"
+                )
+
+    def _measured(self, prefix: Prefix) -> Prefix:
+        """A prefix of which it is known where its texts end: gates and the pooled row depend on it."""
+        if torch.compiler.is_compiling():
+            return prefix
+        text = prefix.text.measured()
+        if text.irregular:
+            raise ConfigError(
+                "a text has padding on its left or in its middle, or no token at all; wanted padding on the right "
+                "(padding_side='right') behind at least one token"
+            )
+        return replace(prefix, text=text)
+
+    def features(self, prefix: Prefix) -> Tensor:
+        """h, ``(B, D)``: the last valid token behind the final norm."""
+        return self.read(prefix.text, self.infuse(self.sources(prefix)))
+
+    def sources(self, prefix: Prefix) -> dict[str, Tensor]:
+        """Names of the sources to their features ``(B, S)``."""
+        found = {PICTURE: self.picture(prefix)} if self.uses_picture else {}
+        for name, encoder in self.encoders.items():
+            found[name] = encoder(prefix.sequences[name], prefix.sequences.get(f"{name}_lengths"))
+        return found
+
+    def picture(self, prefix: Prefix) -> Tensor:
+        """I of the picture, ``(B, S)``; no graph."""
+        with torch.no_grad():
+            vision = self.backbone.vision
+            state = vision.advance(prefix.vision, vision.num_layers, self.engine, self.image_feature)
+            feature = vision.features(state, self.image_feature).float()
+        if self.config.source_norm == "l2":
+            return nn.functional.normalize(feature, dim=-1)
+        return FeatureNorm(feature.shape[-1], self.config.source_norm)(feature)
+
+    def infuse(self, sources: Mapping[str, Tensor]) -> list[list[LayerInfusion]]:
+        """What goes into each infused layer, of each source."""
+        made = [infusion(sources[name]) for name, infusion in self.infusions.items()]
+        return [list(layer) for layer in zip(*made, strict=True)]
+
+    def read(self, text: TowerState, infused: Sequence[Sequence[LayerInfusion]]) -> Tensor:
+        """From the tokens in front of the first infused layer to h, ``(B, D)``."""
+        tower, config = self.language_model, self.config
+        for layer, sources in zip(self.layers, infused, strict=True):
+            text = tower.run_infused(
+                text,
+                layer,
+                sources,
+                self.engine,
+                form=config.form,
+                gate_reads_padding=config.gate_reads_padding,
+                reads=READS,
+            )
+        text = tower.advance(text, tower.num_layers, self.engine, READS)
+        return tower.features(text, READS)
+
+    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.problem_type == "regression" and self.config.regression_loss == "l1":
+            self._check_labels(logits, labels)
+            return nn.functional.l1_loss(logits, labels.to(logits.dtype).reshape(logits.shape))
+        return super().loss(logits, labels)
+
+    # -- looking at it ------------------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        groups: dict[str, list[nn.Parameter]] = {"projections": [], "gates": [], "head": []}
+        for name, parameter in self.trainable_parameters():
+            if name.startswith("head."):
+                groups["head"].append(parameter)
+            elif name.endswith(".head_bias"):
+                groups["gates"].append(parameter)
+            else:
+                groups["projections"].append(parameter)
+        return {name: parameters for name, parameters in groups.items() if parameters}
+
+    def diagnostics(self) -> dict[str, float]:
+        """How far each layer's gates are open with a cosine of 0, σ(L), mean over its heads."""
+        values: dict[str, float] = {}
+        for name, infusion in self.infusions.items():
+            assert isinstance(infusion, Infusion)
+            opened = infusion.head_bias.detach().sigmoid().mean(dim=1).tolist()
+            values.update({f"gate/{name}/{layer}": each for layer, each in zip(self.layers, opened, strict=True)})
+        return values
+
+    def describe_layer(self, modality: str, layer: int) -> str:
+        if modality == "vision":
+            return "extraction, no graph" if self.uses_picture else "not read"
+        if layer in self.layers:
+            return f"infusion of {', '.join(self.source_widths)}"
+        return "extraction, no graph" if layer < self.first_layers()[0] else "extraction"

@@ -1,0 +1,1 @@
+"""SwiGLU times an infused vector; README.md beside this file has the derivation."""
