@@ -8,6 +8,7 @@ from epic_fast.data.folder import DataFolder, read_folder, read_rows
 from epic_fast.data.images import load_image, load_mask
 from epic_fast.data.refcoco import convert_refcoco
 from epic_fast.data.scenes import make_scenes
+from epic_fast.data.sequences import SequenceDataset, make_sentiment, read_sequences, write_sequences
 from epic_fast.data.truncation import TruncationReport, truncation_report
 
 __all__ = [
@@ -17,15 +18,19 @@ __all__ = [
     "FolderReport",
     "Mask",
     "PairDataset",
+    "SequenceDataset",
     "TruncationReport",
     "check_folder",
     "convert_refcoco",
     "load_image",
     "load_mask",
     "make_scenes",
+    "make_sentiment",
     "read_folder",
     "read_mask",
     "read_rows",
+    "read_sequences",
     "resolve_data",
     "truncation_report",
+    "write_sequences",
 ]

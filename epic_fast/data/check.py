@@ -16,6 +16,7 @@ from epic_fast.data.folder import DataFolder, build_folder
 from epic_fast.data.images import load_image
 from epic_fast.data.labels import REGRESSION, SEGMENTATION, check_problem_type
 from epic_fast.data.metadata import Fields, find_metadata, read_entries
+from epic_fast.data.sequences import sequence_files
 from epic_fast.errors import DataError
 
 
@@ -136,6 +137,11 @@ def _read(
     def complain(error: DataError) -> None:
         errors.append(str(error))
 
+    if path.is_dir() and sequence_files(path):
+        raise DataError(
+            f"{str(path)!r} holds npz files; `check` looks at folders with pictures. read_folder says what is wrong "
+            "with them"
+        )
     files = find_metadata(path)
     entries = [entry for file in files for entry in read_entries(file, fields, complain)]
     return build_folder(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,8 @@ class Collator:
             stretched, not cut; each pixel is that of the nearest.  Needed for segmentation.
         text_template: what every text is put into, at ``{text}``; None: texts stay as they are.
         pictures: False for a model that sees none; examples' pictures are then left alone.
+        sequences: names and widths of sequences that the model takes: each becomes ``(B, T, width)`` float32, padded
+            with zeros to the longest of the batch, and ``(B,)`` of its lengths under ``name_lengths``.
 
     Raises:
         ConfigError: no image processor, no tokenizer, one that cannot pad, or a template without its ``{text}``.
@@ -53,6 +55,7 @@ class Collator:
         mask_size: tuple[int, int] | None = None,
         text_template: str | None = None,
         pictures: bool = True,
+        sequences: Mapping[str, int] | None = None,
     ):
         check_problem_type(problem_type)
         if image_processor is None and pictures:
@@ -75,6 +78,7 @@ class Collator:
         self.num_labels = num_labels
         self.mask_size = mask_size
         self.pictures = pictures
+        self.sequences = dict(sequences or {})
         self.text_template = text_template
         if text_template is not None and text_template.count(FIELD) != 1:
             raise ConfigError(
@@ -102,6 +106,7 @@ class Collator:
             mask_size=getattr(model, "mask_size", None),
             text_template=getattr(model, "text_template", None),
             pictures=getattr(model, "uses_picture", True),
+            sequences=getattr(model.config, "sequences", None),
         )
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -112,7 +117,15 @@ class Collator:
         """
         batch = self.encode([example.text for example in examples])
         if self.pictures and self.image_processor is not None:
+            without = next((example.name for example in examples if example.image is None), None)
+            if without is not None:
+                raise DataError(
+                    f"{without!r} has no picture, and this model looks at pictures; wanted data with pictures, or a "
+                    "model without (MitConfig.picture=False, or a language model alone: --backbone text=PATH)"
+                )
             batch = {"pixel_values": self.pixels([example.image for example in examples]), **batch}
+        for name, width in self.sequences.items():
+            batch |= self._sequence(name, width, examples)
         labels = self.labels(examples)
         if labels is not None:
             batch["labels"] = labels
@@ -120,6 +133,7 @@ class Collator:
 
     def pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
         """Pictures to ``(B, 3, H, W)``: by the backbone's processor, in segmentation without cutting anything off."""
+        assert self.image_processor is not None
         return self.image_processor(images=list(pictures), return_tensors="pt", **self._whole)["pixel_values"]
 
     @property
@@ -212,6 +226,21 @@ class Collator:
                 self._check_id(index, example)
                 labels[row, index] = 1.0
         return labels
+
+    def _sequence(self, name: str, width: int, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """A sequence of all examples, padded, with its lengths."""
+        found = []
+        for example in examples:
+            frames = example.sequences.get(name)
+            if frames is None or frames.ndim != 2 or frames.shape[1] != width:
+                has = ", ".join(f"{key} {value.shape}" for key, value in example.sequences.items()) or "none"
+                raise DataError(f"{example.name!r}: wanted the sequence {name} (frames, {width}); its sequences: {has}")
+            found.append(frames)
+        lengths = [len(frames) for frames in found]
+        padded = torch.zeros(len(found), max(1, *lengths), width)
+        for place, frames in enumerate(found):
+            padded[place, : len(frames)] = torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32))
+        return {name: padded, f"{name}_lengths": torch.tensor(lengths)}
 
     def _masks(self, examples: Sequence[Example | Row]) -> Tensor:
         if self.mask_size is None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -38,17 +39,19 @@ class Example:
     """One pair, read.
 
     Attributes:
-        image: upright RGB, of any size.
+        image: upright RGB, of any size; None where the data has no pictures.
         text: as written.
         label: the class id, the list of class ids (multi-label), the number (regression), the mask as booleans
             ``(H, W)`` (segmentation), or None.
         name: the picture as the metadata names it.
+        sequences: of further modalities, float32 ``(T, width)`` by name, each as long as it is.
     """
 
-    image: Image.Image
+    image: Any
     text: str
     label: Label | None
     name: str
+    sequences: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from epic_fast.data.labels import (
     infer_problem_type,
 )
 from epic_fast.data.metadata import (
+    METADATA_NAMES,
     Complain,
     Entry,
     Fields,
@@ -31,6 +32,7 @@ from epic_fast.data.metadata import (
     read_label_names,
     refuse,
 )
+from epic_fast.data.sequences import digest, read_sequences, sequence_files
 from epic_fast.errors import DataError
 
 logger = logging.getLogger("epic_fast")
@@ -49,15 +51,18 @@ class DataFolder:
         skipped: what ``skip_bad`` left out, a line each.
         warnings: what is odd, a line each; all of it was logged.
         metadata: the metadata files with their sha256, for the record of a run.
+        sequences: names and widths of the sequences that go with the texts, of a folder of npz files; its splits are
+            :class:`~epic_fast.data.SequenceDataset`.
     """
 
     path: Path
-    splits: dict[str, PairDataset]
+    splits: dict[str, Any]
     labels: list[str]
     problem_type: str | None
     skipped: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
+    sequences: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_labels(self) -> int:
@@ -66,7 +71,7 @@ class DataFolder:
             return 2
         return 1 if self.problem_type == REGRESSION else len(self.labels)
 
-    def split(self, name: str) -> PairDataset:
+    def split(self, name: str) -> Any:
         """The split of this name.
 
         Raises:
@@ -108,6 +113,9 @@ def read_folder(
     no label are referring segmentation.  Class ids follow ``labels``, else ``labels.txt`` at the top, else the sorted
     names of the training split.  A validation or test split may have no labels at all: it can be predicted then.
 
+    A folder of npz files in their place (``train.npz``, ``validation.npz``, ``test.npz``) holds texts with sequences of
+    features, without pictures; see :func:`~epic_fast.data.read_sequences`.
+
     Args:
         text_field, split_field: the fields that hold text and split.
         label_field: the field that holds the label; None takes ``label``, ``labels`` or ``mask``.
@@ -124,21 +132,50 @@ def read_folder(
     """
     check_problem_type(problem_type)
     folder = Path(path)
+    if folder.is_dir() and not (folder / METADATA_NAMES[0]).is_file() and (found := sequence_files(folder)):
+        return _sequence_folder(folder, found, problem_type)
     files = find_metadata(folder)
     fields = Fields(text=text_field, label=label_field, split=split_field)
     entries = [entry for file in files for entry in read_entries(file, fields)]
     return build_folder(folder, files, entries, skip_bad=skip_bad, problem_type=problem_type, labels=labels)
 
 
-def read_rows(path: str | os.PathLike[str], *, text_field: str = "text", skip_bad: bool = False) -> PairDataset:
+def _sequence_folder(folder: Path, files: Mapping[str, Path], problem_type: str | None) -> DataFolder:
+    """A folder of npz files, whose sequences have the same names and widths in every split."""
+    splits = {split: read_sequences(path) for split, path in files.items()}
+    first, widths = next((name, each.widths) for name, each in splits.items())
+    for split, each in splits.items():
+        if each.widths != widths:
+            raise DataError(f"{str(folder)!r}: the sequences of {split} are {each.widths}, those of {first} {widths}")
+    if problem_type not in (None, REGRESSION):
+        raise DataError(
+            f"{str(folder)!r} holds sequences with numbers as labels; problem_type={problem_type!r} was given"
+        )
+    labelled = any(each.has_labels for each in splits.values())
+    if "train" in splits and labelled and not splits["train"].has_labels:
+        raise DataError(f"{str(folder)!r}: train.npz has no array 'label'; every training row needs one")
+    return DataFolder(
+        path=folder,
+        splits=dict(splits),
+        labels=[],
+        problem_type=REGRESSION if labelled else None,
+        metadata={path.name: digest(path) for path in files.values()},
+        sequences=widths,
+    )
+
+
+def read_rows(path: str | os.PathLike[str], *, text_field: str = "text", skip_bad: bool = False) -> Any:
     """Rows to predict: a ``.jsonl`` (or ``.csv``) file of pictures, relative to it, and texts.
 
-    Labels in it are not looked at.  With ``skip_bad``, ``dataset.skipped`` lists the rows left out.
+    An ``.npz`` file is one of :func:`~epic_fast.data.read_sequences`.  Labels are not looked at.  With
+    ``skip_bad``, ``dataset.skipped`` lists the rows left out.
 
     Raises:
         DataError: as :func:`read_folder`.
     """
     path = Path(path)
+    if path.suffix == ".npz":
+        return read_sequences(path)
     if not path.is_file():
         raise DataError(
             f"the file {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}; wanted a file with one "
