@@ -90,7 +90,7 @@ def test_bad_usage_is_2(said: Said, arguments: list[str], message: str) -> None:
         (["promt_length=3"], "did you mean 'model.prompt_length'"),
         (["--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
         (["--backbone", "./nowhere"], "nowhere"),
-        (["--method", "mit"], "wanted one of epic, mope"),
+        (["--method", "nope"], "wanted one of epic, mope, mit"),
         (["layer_pairs=[[14, 3]]"], "names text layer 14, but this text tower has 3 (0..2)"),
         (["prompt_length=100000"], "prompt_length=100000"),
         (["precision=fp16", "device=cpu"], "fp16"),

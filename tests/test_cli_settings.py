@@ -127,7 +127,7 @@ def test_an_unknown_key_in_a_file_names_the_file(tmp_path: Path) -> None:
         ("prompt_length=9999", "EpicConfig.prompt_length=9999"),
         ("prompt_length=[1", "no YAML"),
         ("prompt_length=1.5", "EpicConfig.prompt_length"),
-        ("method=mit", "the method 'mit' is unknown"),
+        ("method=nope", "the method 'nope' is unknown"),
         ("text_field=", "data.text_field"),
     ],
 )

@@ -91,12 +91,11 @@ class DualEncoder(nn.Module):
                 "format on hubs"
             )
         whole = self.model if self._whole else self
-        text = make_tower(whole.text_model, "text", projections[1])
+        vision = NoVisionTower()
         if whole.vision_model is not None:
             vision = make_tower(whole.vision_model, "vision", projections[0])
-        elif isinstance(text, LlamaTower):
-            vision = NoVisionTower()
-        else:
+        text = make_tower(whole.text_model, "text", projections[1])
+        if whole.vision_model is None and not isinstance(text, LlamaTower):
             raise ConfigError(
                 f"the pair has no vision tower, and its text tower is a {type(text.model).__name__}; wanted a vision "
                 "tower, or a language model alone"

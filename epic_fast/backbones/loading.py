@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from epic_fast.backbones.demo import load_demo_towers
+from epic_fast.backbones.demo import load_demo_towers, load_demo_vision
 from epic_fast.backbones.dual_encoder import DualEncoder
 from epic_fast.backbones.llama import LANGUAGE_MODELS
 from epic_fast.backbones.source import locate, split_pair
@@ -57,12 +57,10 @@ def _load_named(spec: str, dtype: torch.dtype) -> DualEncoder:
         return DualEncoder((vision, text), source="demo", image_processor=image_processor, tokenizer=tokenizer)
     vision_source, text_source = split_pair(spec)
     if vision_source != text_source:
-        models = []
-        for side, source in (("vision", vision_source), ("text", text_source)):
-            place, options = locate(source, side)
-            model = _load_model(AutoModel, place, dtype, **options) if source else None
-            # One tower of a whole dual encoder, named for one side only.
-            models.append(getattr(model, f"{side}_model", model))
+        models = [
+            _load_side(side, source, dtype) if source else None
+            for side, source in (("vision", vision_source), ("text", text_source))
+        ]
         return DualEncoder(models, source=spec)
     kind = _from_pretrained(AutoConfig, spec).model_type
     if kind in LANGUAGE_MODELS:
@@ -76,6 +74,18 @@ def _load_named(spec: str, dtype: torch.dtype) -> DualEncoder:
             "'vision-text-dual-encoder', and for two towers given as 'vision=PATH,text=PATH'"
         )
     return DualEncoder(_load_model(AutoModel, spec, dtype), source=spec)
+
+
+def _load_side(side: str, source: str, dtype: torch.dtype) -> Any:
+    """The model of one tower."""
+    from transformers import AutoModel
+
+    if (side, source) == ("vision", "demo"):
+        return load_demo_vision(dtype)[0]
+    place, options = locate(source, side)
+    model = _load_model(AutoModel, place, dtype, **options)
+    # One tower of a whole dual encoder, named for one side only.
+    return getattr(model, f"{side}_model", model)
 
 
 def _load_model(loader: Any, source: str, dtype: torch.dtype, **options: Any) -> Any:

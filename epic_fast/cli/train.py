@@ -157,7 +157,7 @@ def _report_texts(model: Any, folder: Any, speak: Any) -> dict[str, float]:
     shares = {}
     longest = model.backbone.max_text_length
     for name, dataset in folder.splits.items():
-        report = truncation_report(dataset.texts(), model.backbone.tokenizer, longest)
+        report = truncation_report(dataset.texts(), model.backbone.tokenizer, longest, model.text_template)
         shares[name] = report.share
         if report.truncated:
             speak(f"texts: {report.share:.1%} of {name} are cut at {longest} tokens (the longest has {report.longest})")

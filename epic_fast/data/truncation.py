@@ -39,16 +39,21 @@ class TruncationReport:
         )
 
 
-def truncation_report(texts: Sequence[str], tokenizer: Any, max_length: int) -> TruncationReport:
+def truncation_report(
+    texts: Sequence[str], tokenizer: Any, max_length: int, template: str | None = None
+) -> TruncationReport:
     """Count the texts of which the tower sees only the first ``max_length`` tokens.
 
     Args:
         tokenizer: the backbone's own (Hugging Face).
         max_length: tokens that the tower takes, special ones included; ``model.backbone.max_text_length``.
+        template: what texts are put into, ``model.text_template``; its tokens count.
     """
     lengths: list[int] = []
     for start in range(0, len(texts), CHUNK):
         chunk = list(texts[start : start + CHUNK])
+        if template is not None:
+            chunk = [template.replace("{text}", text) for text in chunk]
         # verbose=False: the tokenizer would warn of every text over its limit, and counting those is the purpose.
         encoded = tokenizer(chunk, truncation=False, padding=False, return_attention_mask=False, verbose=False)
         lengths.extend(len(ids) for ids in encoded["input_ids"])

@@ -196,7 +196,7 @@ class PrefixStore(ABC):
                 "checksum with which they were written",
                 sorted(damaged),
             )
-        return Prefix(**towers)
+        return Prefix(text=towers["text"], vision=towers["vision"])
 
     def given_back(self, prefix: Prefix) -> Prefix:
         """The prefix in the type in which the model made it; to be called where it is used, after any copy."""

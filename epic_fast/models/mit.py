@@ -67,8 +67,9 @@ class MitConfig(MethodConfig):
             each as ``name=(B, T, width)``, and ``name_lengths=(B,)``.
         sequence_size: width of the feature that a sequence's encoder makes.
         init: ``"identity"`` starts from the frozen model, ``"released"`` as ``nn.Linear`` does.
-        value_shift_std: of W_a's weights under ``"identity"``; None: 0 in residual form, which is the frozen model bit
-            for bit, and 0.001 in replacing form, where the cosine's slope at 0 would reach the weights.
+        value_shift_std: standard deviation of W_a's weights under ``"identity"``.  None: 0 in residual form, which is
+            the frozen model bit for bit; 0.001 in replacing form, which starts near it: there the cosine has a say from
+            the start, and at a W_a of zeros its slope of 1e8 would reach the weights.
         head_bias_init: L at the start.
         key_shift: keep the transform without effect, for the published number of parameters.
         gate_reads_padding: the cosine runs over padding too, as released: results then depend on the batch.
@@ -489,6 +490,11 @@ class MitModel(PromptedModel):
         """Names of the sources to their features ``(B, S)``."""
         found = {PICTURE: self.picture(prefix)} if self.uses_picture else {}
         for name, encoder in self.encoders.items():
+            if name not in prefix.sequences:
+                raise ConfigError(
+                    f"this prefix comes without the sequence {name}, which a prefix cache does not keep; wanted one "
+                    "from model.extract(), or engine.prefix_cache=None"
+                )
             found[name] = encoder(prefix.sequences[name], prefix.sequences.get(f"{name}_lengths"))
         return found
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from epic_fast.backbones import load_backbone
+from epic_fast.backbones import LlamaTower, load_backbone
 from epic_fast.engine import EngineConfig
 from epic_fast.errors import ConfigError
 from epic_fast.models.base import PromptedModel
@@ -66,6 +66,12 @@ def wrap(
         kinds = ", ".join(kind.__name__ for kind, _ in METHODS.values())
         raise ConfigError(f"config is a {type(config).__name__}; wanted one of {kinds}")
     encoder = load_backbone(backbone, image_processor=image_processor, tokenizer=tokenizer)
+    if isinstance(encoder.text, LlamaTower) and not isinstance(config, MitConfig):
+        encoder.release()
+        raise ConfigError(
+            f"the text tower is a language model (model type {encoder.text.config.model_type!r}), which takes no "
+            f"prompt rows; wanted MitConfig in the place of {type(config).__name__}, or a BertModel as text tower"
+        )
     encoder.freeze()
     try:
         if self_check:

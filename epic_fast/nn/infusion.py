@@ -39,8 +39,8 @@ class Infusion(nn.Module):
         layers: number of infused layers.
         kv_heads, head_dim, mlp_width: Hk, D and F of the language model.
         form: ``"residual"`` or ``"replace"``, see :func:`epic_fast.functional.infused_attention`.
-        init: ``"identity"`` starts from the frozen model (in the form ``"replace"`` up to rounding and to
-            ``value_shift_std``), ``"released"`` as ``nn.Linear`` does.
+        init: ``"identity"`` starts from the frozen model (in the form ``"replace"`` up to rounding, and to the cosine
+            in the gate if ``value_shift_std`` is not 0), ``"released"`` as ``nn.Linear`` does.
         value_shift_std: standard deviation of the value shift's weights under ``"identity"``.
         head_bias_init: L of every head at the start.
         key_shift: keep the transform without effect.
