@@ -128,6 +128,26 @@ def render_mask(thing: Thing, side: int) -> Image.Image:
     return large.resize((side, side), Image.Resampling.BOX).point([0] * 128 + [255] * 128)
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A scene of a split with its picture and the target's mask; ``held_out``: whether the target's pair is."""
+
+    scene: Scene
+    held_out: bool
+    picture: Image.Image
+    mask: Image.Image
+
+
+def draw_scene(seed: int, split: str, number: int, side: int = 160) -> Drawn:
+    """Scene ``number`` of a split, which depends on these alone; of the test scenes the odd ones are held out."""
+    held_out = split == "test" and number % 2 == 1
+    random = np.random.default_rng([seed, SPLITS.index(split), number])
+    scene = sample_scene(random, held_out=held_out)
+    red, green, blue = (int(each) for each in random.integers(225, 256, size=3))
+    picture = render(scene.things, side, (red, green, blue))
+    return Drawn(scene, held_out, picture, render_mask(scene.things[scene.target], side))
+
+
 def make_scenes(
     folder: str | os.PathLike[str],
     *,
@@ -163,15 +183,13 @@ def make_scenes(
             for name in ("pictures", "masks"):
                 (place / name).mkdir(exist_ok=True)
             for number in range(count):
-                held_out = split == "test" and number % 2 == 1
-                random = np.random.default_rng([seed, SPLITS.index(split), number])
-                scene = sample_scene(random, held_out=held_out)
-                ground = tuple(int(each) for each in random.integers(225, 256, size=3))
+                drawn = draw_scene(seed, split, number, side)
+                scene = drawn.scene
                 name = f"{split}_{number:05d}.png"
                 picture, mask = f"pictures/{name}", f"masks/{name}"
-                render(scene.things, side, ground).save(place / picture)  # pyright: ignore[reportArgumentType]
+                drawn.picture.save(place / picture)
+                drawn.mask.save(place / mask)
                 target = scene.things[scene.target]
-                render_mask(target, side).save(place / mask)
                 others = [each for at, each in enumerate(scene.things) if at != scene.target]
                 row = {
                     "file_name": picture,
@@ -179,7 +197,7 @@ def make_scenes(
                     "text": scene.text,
                     "split": split,
                     "kind": scene.kind,
-                    "combination": "held out" if held_out else "seen",
+                    "combination": "held out" if drawn.held_out else "seen",
                     "objects": [{**asdict(each), **_rounded(each)} for each in (target, *others)],
                 }
                 lines.append(json.dumps(row))
