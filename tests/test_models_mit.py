@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, silu
 
 import epic_fast
-from epic_fast import EngineConfig, MitConfig
+from epic_fast import EngineConfig, MitConfig, functional
 from epic_fast.backbones import load_backbone
 from epic_fast.cli import main
-from epic_fast.data import Collator, Example
+from epic_fast.data import Collator, Example, truncation_report
 from epic_fast.engine import PrefixCache
 from epic_fast.errors import ConfigError
 from epic_fast.testing import make_folder, tiny_bert, tiny_clip, tiny_llama, tiny_swin, tiny_vit
@@ -372,6 +373,45 @@ def test_the_picture_feature() -> None:
         torch.testing.assert_close(model.sources(model.extract(**batch))["picture"], wanted)
 
 
+def test_a_clip_gives_its_projected_feature(tmp_path: Path) -> None:
+    clip = tiny_clip(tmp_path / "clip")
+    tiny_llama(tmp_path / "text")
+    model = epic_fast.wrap(f"vision={tmp_path / 'clip'},text={tmp_path / 'text'}", MitConfig(), num_labels=2)
+    assert (model.image_feature, model.source_widths) == ("projected", {"picture": 24})
+    batch = make_batch(LENGTHS)
+    with torch.no_grad():
+        wanted = clip.get_image_features(pixel_values=batch["pixel_values"]).pooler_output
+    torch.testing.assert_close(model.sources(model.extract(**batch))["picture"], wanted)
+    names = model.backbone.fingerprint()
+    assert "vision_model.visual_projection.weight" in names
+    assert not any("text_projection" in name for name in names)
+    model.save_pretrained(tmp_path / "adapter")
+    again = epic_fast.from_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(again.eval()(**batch).logits, model.eval()(**batch).logits)
+
+
+def test_counts_of_llama_2_7b_and_clip_l() -> None:
+    """Eight layers are the published 2.5 % of the language model."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, LlamaConfig, LlamaForCausalLM
+
+    vision = CLIPVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, projection_dim=768
+    )
+    language = LlamaConfig()
+    assert (language.hidden_size, language.intermediate_size, language.num_hidden_layers) == (4096, 11_008, 32)
+    with torch.device("meta"):
+        towers = CLIPVisionModelWithProjection(vision), LlamaForCausalLM(language)
+        layers = [10, 13, 16, 19, 22, 25, 28, 31]
+        for key_shift, per_layer in ((True, 21_064_448), (False, 17_914_624)):
+            config = MitConfig(layers=layers, key_shift=key_shift)
+            model = epic_fast.wrap(towers, config, num_labels=2, self_check=False)
+            groups = {name: sum(each.numel() for each in group) for name, group in model.parameter_groups().items()}
+            assert groups == {"projections": 8 * per_layer, "gates": 8 * 32, "head": 2 * 4097}
+        text = sum(each.numel() for each in towers[1].parameters())
+        assert text == 6_738_415_616
+        assert round(100 * 8 * 21_064_448 / text, 1) == 2.5
+
+
 def test_a_language_model_alone_with_sequences() -> None:
     torch.manual_seed(0)
     config = MitConfig(sequences={"acoustic": 5, "facial": 3}, sequence_size=6, regression_loss="l1")
@@ -459,6 +499,48 @@ def test_new_shapes_do_not_compile_again_and_again() -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("pooled_rows", [True, False])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_through_the_kernels(kind: str, pooled_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the towers hand over, strides and all, is what the kernels take; interpreted where there is no GPU."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    batch = {**make_batch(LENGTHS, width=11), "labels": torch.tensor([0, 1, 2])}
+    batch = {name: each.to(device) for name, each in batch.items()}
+    engine = EngineConfig(blocks="fused", pooled_rows=pooled_rows)
+    results = []
+    for impl in ("reference", "triton"):
+        for name in ("infusion_gate", "infused_attention", "infused_swiglu"):
+            monkeypatch.setattr(functional, name, partial(getattr(functional, name), impl=impl))
+        model = perturb(make(kind=kind, engine=engine), 0.1).to(device)
+        found = model(**batch)
+        found.loss.backward()
+        results.append([found.logits.detach(), *(each.grad for _, each in model.trainable_parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("engine", [None, FUSED], ids=["plain", "fused"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_in_bfloat16(kind: str, engine: Any, autocast: bool) -> None:
+    """Frozen towers or autocast in bfloat16, transforms in float32."""
+    batch = {**make_batch(LENGTHS, width=11), "labels": torch.tensor([0, 1, 2])}
+    model = perturb(make(kind=kind, engine=engine), 0.05)
+    exact = model(**batch).logits.detach()
+    if not autocast:
+        model.backbone.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        found = model(**batch)
+    found.loss.backward()
+    assert found.logits.dtype == torch.float32
+    assert 0 < float((found.logits - exact).detach().abs().max()) < 0.1 * float(exact.abs().max())
+    for _, each in model.trainable_parameters():
+        assert each.grad is not None
+        assert each.grad.dtype == torch.float32
+        assert bool(each.grad.isfinite().all())
+
+
 # -- texts ------------------------------------------------------------------------------------------------------
 
 
@@ -504,6 +586,14 @@ def test_a_long_text_is_cut_and_the_template_stays() -> None:
         Collator(**processors(), max_text_length=4, text_template="a {text} and not")
     with pytest.raises(ConfigError, match="0 times; wanted it once"):
         Collator(**processors(), max_text_length=40, text_template="and not")
+
+
+def test_the_template_counts_where_texts_are_too_long() -> None:
+    _, collator = collator_of("a {text} and not")
+    texts = ["red cat", "red", "red cat dog"]
+    found = truncation_report(texts, collator.tokenizer, 6, "a {text} and not")
+    assert (found.truncated, found.longest) == (1, 7)
+    assert truncation_report(texts, collator.tokenizer, 6).truncated == 0
 
 
 def test_predicting_takes_the_template_too() -> None:

@@ -78,7 +78,7 @@ class DualEncoder(nn.Module):
                 raise ConfigError(f"a pair of towers has two models (vision, text); {len(backbone)} were given")
             self.vision_model, self.text_model = backbone
             self._whole: str | None = None
-            projections: tuple[Any, Any] = (None, None)
+            projections: tuple[Any, Any] = (getattr(self.vision_model, "visual_projection", None), None)
         elif hasattr(backbone, "vision_model") and hasattr(backbone, "text_model"):
             self.model = backbone
             self._whole = "model"
@@ -93,7 +93,9 @@ class DualEncoder(nn.Module):
         whole = self.model if self._whole else self
         vision = NoVisionTower()
         if whole.vision_model is not None:
-            vision = make_tower(whole.vision_model, "vision", projections[0])
+            # A pair's tower may come with its projection: CLIPVisionModelWithProjection.
+            inner = getattr(whole.vision_model, "vision_model", whole.vision_model)
+            vision = make_tower(inner, "vision", projections[0])
         text = make_tower(whole.text_model, "text", projections[1])
         if whole.vision_model is None and not isinstance(text, LlamaTower):
             raise ConfigError(
@@ -192,8 +194,8 @@ class DualEncoder(nn.Module):
         return self._fingerprint[1]
 
     def _towers(self) -> nn.ModuleDict:
-        """The models of both towers; a language model without its map to the vocabulary, which nothing reads."""
-        models = {"vision_model": self.vision.model, "text_model": self.text.model}
+        """The models of a pair; a language model without its map to the vocabulary, which nothing reads."""
+        models = {"vision_model": self.vision_model, "text_model": self.text.model}
         return nn.ModuleDict({name: model for name, model in models.items() if model is not None})
 
     # -- processors -----------------------------------------------------------------------------------------

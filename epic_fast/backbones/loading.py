@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,11 @@ def _load_named(spec: str, dtype: torch.dtype) -> DualEncoder:
         return DualEncoder((vision, text), source="demo", image_processor=image_processor, tokenizer=tokenizer)
     vision_source, text_source = split_pair(spec)
     if vision_source != text_source:
-        models = [
-            _load_side(side, source, dtype) if source else None
-            for side, source in (("vision", vision_source), ("text", text_source))
-        ]
-        return DualEncoder(models, source=spec)
+        vision = _load_side("vision", vision_source, dtype) if vision_source else None
+        text = _one_side(_load_side("text", text_source, dtype), "text")
+        is_language_model = text.config.model_type in LANGUAGE_MODELS
+        vision = _projected(vision) if is_language_model else _one_side(vision, "vision")
+        return DualEncoder((vision, text), source=spec)
     kind = _from_pretrained(AutoConfig, spec).model_type
     if kind in LANGUAGE_MODELS:
         raise ConfigError(
@@ -77,15 +78,31 @@ def _load_named(spec: str, dtype: torch.dtype) -> DualEncoder:
 
 
 def _load_side(side: str, source: str, dtype: torch.dtype) -> Any:
-    """The model of one tower."""
+    """The model of one tower, or a whole dual encoder that is named for one side only."""
     from transformers import AutoModel
 
     if (side, source) == ("vision", "demo"):
         return load_demo_vision(dtype)[0]
     place, options = locate(source, side)
-    model = _load_model(AutoModel, place, dtype, **options)
-    # One tower of a whole dual encoder, named for one side only.
+    return _load_model(AutoModel, place, dtype, **options)
+
+
+def _one_side(model: Any, side: str) -> Any:
     return getattr(model, f"{side}_model", model)
+
+
+def _projected(model: Any) -> Any:
+    """The vision tower of a CLIP with its projection, which has a use without the text tower; others as they are."""
+    from transformers import CLIPVisionModelWithProjection
+
+    if model is None or model.config.model_type != "clip":
+        return _one_side(model, "vision")
+    config = copy.deepcopy(model.vision_model.config)
+    config.projection_dim = model.visual_projection.out_features
+    with torch.device("meta"):
+        projected = CLIPVisionModelWithProjection(config)
+    projected.vision_model, projected.visual_projection = model.vision_model, model.visual_projection
+    return projected.eval()
 
 
 def _load_model(loader: Any, source: str, dtype: torch.dtype, **options: Any) -> Any:

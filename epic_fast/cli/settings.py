@@ -90,7 +90,10 @@ def parse_value(text: str) -> Any:
     try:
         return yaml.load(text, _Loader) if text.strip() else None
     except yaml.YAMLError as error:
-        raise ConfigError(f"the value {text!r} is no YAML: {_first_line(error)}") from error
+        raise ConfigError(
+            f"the value {text!r} is no YAML: {_first_line(error)}. A text with a colon or a brace in it stands in "
+            "double quotes, and those in single ones for the shell: 'key=\"...\"'"
+        ) from error
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:

@@ -39,6 +39,12 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     return getattr(torch.ops.epic_fast, name).default
 
 
+def empty_rows(like: Tensor) -> Tensor:
+    """An empty ``(batch, heads, rows, head_dim)`` whose memory runs over (batch, rows, heads, head_dim)."""
+    batch, heads, rows, width = like.shape
+    return like.new_empty(batch, rows, heads, width).transpose(1, 2)
+
+
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 

@@ -32,16 +32,25 @@ from torch.overrides import TorchFunctionMode
 from epic_fast.testing.cases import (
     ATTENTION_MEASURED,
     ATTENTION_PRODUCTION,
+    GATE_MEASURED,
+    GATE_PRODUCTION,
+    INFUSED_MEASURED,
+    INFUSED_PRODUCTION,
     INTERACTION_MEASURED,
     INTERACTION_PRODUCTION,
     MIX_MEASURED,
     MIX_PRODUCTION,
+    SWIGLU_MEASURED,
+    SWIGLU_PRODUCTION,
     WINDOW_MEASURED,
     WINDOW_PRODUCTION,
     AttentionCase,
     Case,
+    GateCase,
+    InfusedAttentionCase,
     InteractionCase,
     MixCase,
+    SwigluCase,
     WindowCase,
 )
 
@@ -471,6 +480,54 @@ def launch_experts(case: MixCase, dtype: torch.dtype) -> None:
     mix_prompt_experts_backward(*outputs, *inputs, **options, needs=(True, True))
 
 
+def launch_infused_attention(case: InfusedAttentionCase, dtype: torch.dtype) -> None:
+    """Forward and backward launchers on tensors without memory: everything with a gradient, and what the first infused
+    layer needs, where only the vectors have one."""
+    from epic_fast.kernels.infused_attention.triton_backward import (  # pyright: ignore[reportMissingImports]
+        infused_attention_backward,
+    )
+    from epic_fast.kernels.infused_attention.triton_forward import (  # pyright: ignore[reportMissingImports]
+        infused_attention_forward,
+    )
+
+    inputs, lengths = tuple(case.make(dtype, "meta").values()), case.options("meta")["lengths"]
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    flags = {"replace": case.form == "replace", "causal": case.causal, "scale": scale}
+    infused_attention_forward(*inputs, lengths, **flags, save_lse=False)
+    output, lse = infused_attention_forward(*inputs, lengths, **flags)
+    grad = torch.empty_like(output)
+    for rows in (True, False):
+        infused_attention_backward(grad, *inputs, lengths, lse, **flags, needs=(rows,) * 3 + (True,) * 4)
+
+
+def launch_gate(case: GateCase, dtype: torch.dtype) -> None:
+    """Forward and backward launchers on tensors without memory, with and without a gradient of the values."""
+    from epic_fast.kernels.infusion_gate.triton_kernels import (  # pyright: ignore[reportMissingImports]
+        infusion_gate_backward,
+        infusion_gate_forward,
+    )
+
+    inputs, lengths = tuple(case.make(dtype, "meta").values()), case.options("meta")["lengths"]
+    infusion_gate_forward(*inputs, lengths, save=False)
+    gate, *statistics = infusion_gate_forward(*inputs, lengths)
+    infusion_gate_backward(gate, *inputs, lengths, *statistics, needs=(True, True, True))
+    infusion_gate_backward(gate, None, *inputs[1:], None, *statistics, needs=(False, True, True))
+
+
+def launch_swiglu(case: SwigluCase, dtype: torch.dtype) -> None:
+    """Forward and backward launchers on tensors without memory, with and without gradients of the projections."""
+    from epic_fast.kernels.infused_swiglu.triton_kernels import (  # pyright: ignore[reportMissingImports]
+        infused_swiglu_backward,
+        infused_swiglu_forward,
+    )
+
+    gate, up, multiplier = tuple(case.make(dtype, "meta").values())
+    hidden, kind = infused_swiglu_forward(gate, up, multiplier), multiplier.dtype
+    for projections in (True, False):
+        needs = (projections, projections, True)
+        infused_swiglu_backward(hidden, gate, up, multiplier, multiplier_dtype=kind, needs=needs)
+
+
 @dataclass(frozen=True)
 class RowsCase:
     """Rows of a frozen layer, ``(batch, rows, width)``; the first half of each sample's rows as a slice as well."""
@@ -586,6 +643,9 @@ OPERATIONS: dict[str, tuple[Callable[[Any, torch.dtype], None], tuple[Case | Row
     "interaction": (launch_interaction, (*INTERACTION_MEASURED, *INTERACTION_PRODUCTION)),
     "windows": (launch_windows, (*WINDOW_MEASURED, *WINDOW_PRODUCTION)),
     "experts": (launch_experts, (*MIX_MEASURED, *MIX_PRODUCTION)),
+    "infused": (launch_infused_attention, (*INFUSED_MEASURED, *INFUSED_PRODUCTION)),
+    "gate": (launch_gate, (*GATE_MEASURED, *GATE_PRODUCTION)),
+    "swiglu": (launch_swiglu, (*SWIGLU_MEASURED, *SWIGLU_PRODUCTION)),
     "norm": (
         launch_norm,
         (
@@ -614,6 +674,14 @@ OPERATIONS: dict[str, tuple[Callable[[Any, torch.dtype], None], tuple[Case | Row
     "attention-wide": (
         launch_attention,
         tuple(AttentionCase(2, 4, 257, 16, head_dim, name=f"head_dim {head_dim}") for head_dim in (80, 128, 256)),
+    ),
+    "infused-wide": (
+        launch_infused_attention,
+        tuple(
+            InfusedAttentionCase(2, 4, 2, tokens, head_dim, name=f"head_dim {head_dim}, n={tokens}")
+            for head_dim in (80, 256)
+            for tokens in (48, 200)
+        ),
     ),
     "windows-wide": (
         launch_windows,

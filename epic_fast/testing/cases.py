@@ -366,11 +366,244 @@ class MixCase:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class InfusedAttentionCase:
+    """One call of :func:`epic_fast.functional.infused_attention`.
+
+    Attributes:
+        batch, heads, key_heads, tokens, head_dim: the sizes B, H, Hk, N, D.
+        form, causal, scale: as in the call.
+        last: the query is the last valid token's row alone.
+        lengths: valid tokens of each sample, or None.
+        layout: one of :data:`LAYOUTS`; packed are the tokens, ``(B, N, H + 2 Hk, D)``.
+        wide_vectors: multipliers, shift and gate are float32 whatever the tokens are, as trainable modules give them.
+        name: a short one, for tables.
+    """
+
+    batch: int
+    heads: int
+    key_heads: int
+    tokens: int
+    head_dim: int = 128
+    form: str = "residual"
+    causal: bool = True
+    scale: float | None = None
+    last: bool = False
+    lengths: tuple[int, ...] | None = None
+    layout: str = "tokens"
+    wide_vectors: bool = False
+    name: str = ""
+
+    outputs: ClassVar[tuple[str, ...]] = ("output",)
+
+    @property
+    def rows(self) -> int:
+        """The query's."""
+        return 1 if self.last else self.tokens
+
+    @property
+    def reductions(self) -> dict[str, int]:
+        """The longest sum behind an element of each output and of each input's gradient.
+
+        Over keys, channels or, for keys and values, the rows of a group of query heads; for vectors over what a row's
+        gradient sums as well, for the gate over channels too.
+        """
+        once, group = max(self.tokens, self.head_dim), self.heads // self.key_heads
+        summed = group * self.rows * once
+        vectors = dict.fromkeys(("key_multiplier", "value_multiplier", "value_shift"), summed)
+        own = {"output": once, "query": once, "key": group * once, "value": group * once}
+        return own | vectors | {"gate": summed * self.head_dim}
+
+    def make(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, seed: int = 0
+    ) -> dict[str, Tensor | None]:
+        """Random tensors by parameter name, made in ``dtype``: tokens standard normal, vectors of half that size (views
+        of one buffer, as one product gives them), gates between 0.3 and 0.9."""
+        device = torch.device(device)
+        random = _generator(device, seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=random, device=device).to(dtype)
+
+        heads = (self.heads, self.key_heads, self.key_heads)
+        if self.layout == "packed" and not self.last:
+            packed = draw(self.batch, self.tokens, sum(heads), self.head_dim).transpose(1, 2)
+            tokens = list(packed.split(heads, dim=1))
+        else:
+            tokens = []
+            for count, rows in zip(heads, (self.rows, self.tokens, self.tokens), strict=True):
+                if self.layout == "heads":
+                    tokens.append(draw(self.batch, count, rows, self.head_dim))
+                else:
+                    tokens.append(draw(self.batch, rows, count, self.head_dim).transpose(1, 2))
+        of_vectors = torch.float32 if self.wide_vectors else dtype
+        vectors = torch.randn(self.batch, 3, self.key_heads, self.head_dim, generator=random, device=device)
+        vectors = (vectors * 0.5).to(of_vectors)
+        gate = 0.3 + 0.6 * torch.rand(self.batch, self.key_heads, generator=random, device=device)
+        names = ("query", "key", "value", "key_multiplier", "value_multiplier", "value_shift", "gate")
+        return dict(zip(names, [*tokens, *vectors.unbind(1), gate.to(of_vectors)], strict=True))
+
+    def options(self, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """The other arguments of the call."""
+        lengths = None if self.lengths is None else torch.tensor(self.lengths, dtype=torch.int32, device=device)
+        return {"form": self.form, "causal": self.causal, "lengths": lengths, "scale": self.scale}
+
+    def flops(self, mode: str = "forward") -> float:
+        """Floating-point operations of the two (forward) or six (backward) products over what is visible."""
+        visible = 0
+        for length in self.lengths or (self.tokens,) * self.batch:
+            square = length * (length + 1) // 2 if self.causal else length * length
+            visible += length if self.last else square
+        products = {"forward": 2, "backward": 6, "forward+backward": 8}[mode]
+        return 2.0 * products * self.heads * self.head_dim * visible
+
+    def bytes_moved(self, dtype: torch.dtype, mode: str = "forward") -> float:
+        """Bytes if q, k, v and the output went over the bus once; backward, q, k, v, and the gradients of all four."""
+        query, keys = self.heads * self.rows, 2 * self.key_heads * self.tokens
+        values = {"forward": 2 * query + keys, "backward": 3 * query + 2 * keys}
+        values["forward+backward"] = values["forward"] + values["backward"]
+        return float(values[mode] * self.batch * self.head_dim * dtype.itemsize)
+
+    def row(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class GateCase:
+    """One call of :func:`epic_fast.functional.infusion_gate`.
+
+    Attributes:
+        batch, key_heads, tokens, head_dim: the sizes B, Hk, N, D.
+        lengths: valid tokens of each sample, or None.
+        layout: ``"heads"`` or ``"tokens"`` of :data:`LAYOUTS`.
+        wide_vectors: shift and bias are float32 whatever the value is.
+        name: a short one, for tables.
+    """
+
+    batch: int
+    key_heads: int
+    tokens: int
+    head_dim: int = 128
+    lengths: tuple[int, ...] | None = None
+    layout: str = "tokens"
+    wide_vectors: bool = False
+    name: str = ""
+
+    outputs: ClassVar[tuple[str, ...]] = ("gate",)
+
+    @property
+    def reductions(self) -> dict[str, int]:
+        """The longest sum behind an element of each output and of each input's gradient: sums over values come divided
+        by their norm, so only that over the batch counts."""
+        return dict.fromkeys(("gate", "value", "value_shift"), 1) | {"head_bias": self.batch}
+
+    def make(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, seed: int = 0
+    ) -> dict[str, Tensor | None]:
+        """Random tensors by parameter name, made in ``dtype``; values that lean towards the shift."""
+        device = torch.device(device)
+        random = _generator(device, seed)
+        of_vectors = torch.float32 if self.wide_vectors else dtype
+        shift = torch.randn(self.batch, self.key_heads, self.head_dim, generator=random, device=device)
+        value = torch.randn(
+            self.batch, self.tokens, self.key_heads, self.head_dim, generator=random, device=device
+        ).transpose(1, 2)
+        value = (value + 0.3 * shift[:, :, None]).to(dtype)
+        bias = torch.randn(self.key_heads, generator=random, device=device)
+        return {
+            "value": value.contiguous() if self.layout == "heads" else value,
+            "value_shift": shift.to(of_vectors),
+            "head_bias": bias.to(of_vectors),
+        }
+
+    def options(self, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """The other arguments of the call."""
+        lengths = None if self.lengths is None else torch.tensor(self.lengths, dtype=torch.int32, device=device)
+        return {"lengths": lengths}
+
+    def flops(self, mode: str = "forward") -> float:
+        """Floating-point operations: a sum and a square of each value, and as much for its gradient."""
+        passes = {"forward": 1, "backward": 1, "forward+backward": 2}[mode]
+        return 3.0 * passes * self.batch * self.key_heads * self.tokens * self.head_dim
+
+    def bytes_moved(self, dtype: torch.dtype, mode: str = "forward") -> float:
+        """Bytes if the values went over the bus once; backward, they and their gradient."""
+        passes = {"forward": 1, "backward": 2, "forward+backward": 3}[mode]
+        return float(passes * self.batch * self.key_heads * self.tokens * self.head_dim * dtype.itemsize)
+
+    def row(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SwigluCase:
+    """One call of :func:`epic_fast.functional.infused_swiglu`.
+
+    Attributes:
+        batch, tokens, width: the sizes B, N, F.
+        packed: the projections are the halves of one ``(B, N, 2F)``.
+        wide_vectors: the multiplier is float32 whatever the projections are.
+        name: a short one, for tables.
+    """
+
+    batch: int
+    tokens: int
+    width: int
+    packed: bool = False
+    wide_vectors: bool = False
+    name: str = ""
+
+    outputs: ClassVar[tuple[str, ...]] = ("hidden",)
+
+    @property
+    def reductions(self) -> dict[str, int]:
+        """The longest sum behind an element of each output and of each input's gradient."""
+        return dict.fromkeys(("hidden", "gate_projection", "up_projection"), 1) | {"multiplier": self.tokens}
+
+    def make(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, seed: int = 0
+    ) -> dict[str, Tensor | None]:
+        """Random tensors by parameter name, made in ``dtype``, standard normal; multipliers around 1."""
+        device = torch.device(device)
+        random = _generator(device, seed)
+        both = torch.randn(self.batch, self.tokens, 2 * self.width, generator=random, device=device).to(dtype)
+        projections = list(both.chunk(2, dim=-1))
+        if not self.packed:
+            projections = [each.contiguous() for each in projections]
+        multiplier = 1 + 0.5 * torch.randn(self.batch, self.width, generator=random, device=device)
+        return {
+            "gate_projection": projections[0],
+            "up_projection": projections[1],
+            "multiplier": multiplier.to(torch.float32 if self.wide_vectors else dtype),
+        }
+
+    def options(self, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """The other arguments of the call: none."""
+        return {}
+
+    def flops(self, mode: str = "forward") -> float:
+        """Floating-point operations, a sigmoid counted as four."""
+        each = {"forward": 7, "backward": 16, "forward+backward": 23}[mode]
+        return float(each * self.batch * self.tokens * self.width)
+
+    def bytes_moved(self, dtype: torch.dtype, mode: str = "forward") -> float:
+        """Bytes if both projections and the result went over the bus once; backward, with two gradients more."""
+        tensors = {"forward": 3, "backward": 5, "forward+backward": 8}[mode]
+        return float(tensors * self.batch * self.tokens * self.width * dtype.itemsize)
+
+    def row(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return asdict(self)
+
+
 def _generator(device: torch.device, seed: int) -> torch.Generator | None:
     return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
 
-Case = AttentionCase | InteractionCase | WindowCase | MixCase
+InfusionCase = InfusedAttentionCase | GateCase | SwigluCase
+Case = AttentionCase | InteractionCase | WindowCase | MixCase | InfusionCase
 
 ATTENTION_MEASURED = (
     AttentionCase(64, 16, 257, 16, name="vision L/14"),
@@ -454,6 +687,52 @@ MIX_PRODUCTION = (
 )
 
 MIX_SMOKE = (MixCase(3, 4, 2, 16, name="smoke"), MixCase(3, 5, 2, 16, top_k=2, name="smoke, top 2"))
+
+INFUSED_MEASURED = tuple(
+    InfusedAttentionCase(8, 32, 32, tokens, wide_vectors=True, name=f"LLaMA-2-7B, n={tokens}") for tokens in (40, 64)
+)
+"""The texts of MiT in a layer of LLaMA-2-7B, B=8."""
+
+INFUSED_PRODUCTION = (
+    *(
+        replace(each, lengths=(each.tokens, 7, each.tokens - 3, 1, 0, 20, 33, 16), name=f"{each.name}, lengths")
+        for each in INFUSED_MEASURED
+    ),
+    *(replace(each, last=True, name=f"{each.name}, last row") for each in INFUSED_MEASURED),
+    replace(INFUSED_MEASURED[1], form="replace", layout="packed", name="LLaMA-2-7B, replace, packed"),
+    InfusedAttentionCase(8, 32, 8, 64, wide_vectors=True, name="Mistral-7B, n=64"),
+    InfusedAttentionCase(4, 32, 8, 200, wide_vectors=True, name="Mistral-7B, n=200"),
+    InfusedAttentionCase(16, 9, 3, 48, 64, wide_vectors=True, name="SmolLM2-135M, n=48"),
+    InfusedAttentionCase(4, 9, 3, 300, 64, lengths=(300, 17, 128, 0), name="SmolLM2-135M, n=300, lengths"),
+    InfusedAttentionCase(4, 14, 2, 40, 64, layout="packed", name="Qwen2-0.5B, n=40"),
+)
+
+INFUSED_SMOKE = (
+    InfusedAttentionCase(2, 4, 2, 9, 16, lengths=(9, 4), name="smoke"),
+    InfusedAttentionCase(2, 2, 2, 5, 24, form="replace", causal=False, layout="packed", name="smoke, replace"),
+)
+
+GATE_MEASURED = tuple(GateCase(8, 32, tokens, wide_vectors=True, name=f"LLaMA-2-7B, n={tokens}") for tokens in (40, 64))
+
+GATE_PRODUCTION = (
+    replace(GATE_MEASURED[1], lengths=(64, 7, 61, 1, 0, 20, 33, 16), name="LLaMA-2-7B, lengths"),
+    GateCase(4, 8, 200, layout="heads", name="Mistral-7B, n=200"),
+    GateCase(16, 3, 48, 64, wide_vectors=True, name="SmolLM2-135M, n=48"),
+)
+
+GATE_SMOKE = (GateCase(2, 2, 9, 16, lengths=(9, 4), name="smoke"),)
+
+SWIGLU_MEASURED = tuple(
+    SwigluCase(8, tokens, 11008, wide_vectors=True, name=f"LLaMA-2-7B, n={tokens}") for tokens in (40, 64)
+)
+
+SWIGLU_PRODUCTION = (
+    SwigluCase(8, 1, 11008, wide_vectors=True, name="LLaMA-2-7B, last row"),
+    SwigluCase(4, 200, 14336, packed=True, wide_vectors=True, name="Mistral-7B, n=200, packed"),
+    SwigluCase(16, 48, 1536, name="SmolLM2-135M, n=48"),
+)
+
+SWIGLU_SMOKE = (SwigluCase(2, 5, 24, packed=True, name="smoke"),)
 
 
 def attention_cases(
@@ -560,9 +839,80 @@ def mix_cases(
     return draw_case()
 
 
+def infused_attention_cases(
+    *, max_batch: int = 3, max_tokens: int = 40, head_dims: tuple[int, ...] = (16, 24, 32, 64, 80)
+) -> SearchStrategy[InfusedAttentionCase]:
+    """Any call of infused attention up to these sizes."""
+    from hypothesis import strategies as st
+
+    @st.composite
+    def draw_case(draw: Any) -> InfusedAttentionCase:
+        batch, tokens, key_heads = (
+            draw(st.integers(1, max_batch)),
+            draw(st.integers(1, max_tokens)),
+            draw(st.integers(1, 2)),
+        )
+        lengths = st.lists(st.integers(0, tokens), min_size=batch, max_size=batch).map(tuple)
+        return InfusedAttentionCase(
+            batch=batch,
+            heads=key_heads * draw(st.integers(1, 3)),
+            key_heads=key_heads,
+            tokens=tokens,
+            head_dim=draw(st.sampled_from(head_dims)),
+            form=draw(st.sampled_from(("residual", "replace"))),
+            causal=draw(st.booleans()),
+            scale=draw(st.none() | st.sampled_from((0.05, -0.3))),
+            last=draw(st.booleans()),
+            lengths=draw(st.none() | lengths),
+            layout=draw(st.sampled_from(LAYOUTS)),
+            wide_vectors=draw(st.booleans()),
+        )
+
+    return draw_case()
+
+
+def gate_cases(
+    *, max_batch: int = 3, max_tokens: int = 40, head_dims: tuple[int, ...] = (1, 16, 24, 64, 80)
+) -> SearchStrategy[GateCase]:
+    """Any gate up to these sizes."""
+    from hypothesis import strategies as st
+
+    @st.composite
+    def draw_case(draw: Any) -> GateCase:
+        batch, tokens = draw(st.integers(1, max_batch)), draw(st.integers(1, max_tokens))
+        lengths = st.lists(st.integers(0, tokens), min_size=batch, max_size=batch).map(tuple)
+        return GateCase(
+            batch=batch,
+            key_heads=draw(st.integers(1, 3)),
+            tokens=tokens,
+            head_dim=draw(st.sampled_from(head_dims)),
+            lengths=draw(st.none() | lengths),
+            layout=draw(st.sampled_from(LAYOUTS[:2])),
+            wide_vectors=draw(st.booleans()),
+        )
+
+    return draw_case()
+
+
+def swiglu_cases(
+    *, max_batch: int = 3, max_tokens: int = 150, widths: tuple[int, ...] = (1, 16, 33, 200)
+) -> SearchStrategy[SwigluCase]:
+    """Any SwiGLU up to these sizes."""
+    from hypothesis import strategies as st
+
+    return st.builds(
+        SwigluCase,
+        batch=st.integers(1, max_batch),
+        tokens=st.integers(1, max_tokens),
+        width=st.sampled_from(widths),
+        packed=st.booleans(),
+        wide_vectors=st.booleans(),
+    )
+
+
 def with_batch(case: Case, batch: int) -> Any:
     """The same case for another batch; lengths are repeated or cut."""
-    if isinstance(case, AttentionCase) and case.lengths is not None:
+    if isinstance(case, AttentionCase | InfusedAttentionCase | GateCase) and case.lengths is not None:
         repeated = (case.lengths * -(-batch // len(case.lengths)))[:batch]
         return replace(case, batch=batch, lengths=repeated)
     return replace(case, batch=batch)
