@@ -109,6 +109,22 @@ def test_the_first_level_alone_meets_the_text() -> None:
     torch.testing.assert_close(one, other)
 
 
+def test_the_feature_can_be_standardised() -> None:
+    torch.manual_seed(0)
+    plain, made = (
+        FilmDecoder(6, 5, levels=1, width=8, heads=2, mlp_size=8, norm=norm) for norm in ("none", "standardize")
+    )
+    features = 100 * torch.randn(50, 5) + 7
+    assert made.norm.needs_statistics
+    made.norm.fit([features])
+    made.load_state_dict(
+        {**plain.state_dict(), **{f"norm.{name}": each for name, each in made.norm.state_dict().items()}}
+    )
+    hidden = [torch.randn(50, 10, 6)]
+    standard = (features - features.mean(0)) / features.std(0, unbiased=False)
+    torch.testing.assert_close(made(hidden, features), plain(hidden, standard), rtol=1e-4, atol=1e-4)
+
+
 def test_it_trains_under_autocast_and_answers_in_float32() -> None:
     decoder = FilmDecoder(6, 5, width=8, heads=2, mlp_size=8)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -302,6 +302,7 @@ class MitModel(PromptedModel):
                 width=config.decoder_size,
                 heads=config.decoder_heads,
                 mlp_size=config.decoder_mlp_size,
+                norm=config.feature_norm,
             )
         return Head(
             width,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from epic_fast.errors import ConfigError
 from epic_fast.functional import prompt_attention
+from epic_fast.nn.heads import FeatureNorm
 
 SEGMENTATION_LOSSES = ("cross_entropy", "bce", "dice_cross_entropy", "focal")
 SegmentationLoss = Literal["cross_entropy", "bce", "dice_cross_entropy", "focal"]
@@ -33,6 +34,7 @@ class FilmDecoder(nn.Module):
         width, heads: of the transformer layers.
         mlp_size: of their hidden layer.
         prefix_tokens: tokens in front of the patches, such as CLS; dropped before the convolutions.
+        norm: of the text's feature, ``kind`` of :class:`~epic_fast.nn.FeatureNorm`.
 
     Raises:
         ConfigError: a width that the heads do not divide, or no level.
@@ -49,6 +51,7 @@ class FilmDecoder(nn.Module):
         heads: int = 4,
         mlp_size: int = 2048,
         prefix_tokens: int = 1,
+        norm: str = "none",
     ):
         super().__init__()
         if levels < 1:
@@ -61,6 +64,7 @@ class FilmDecoder(nn.Module):
         self.width = width
         self.prefix_tokens = prefix_tokens
         self.scale = max(patch_size // 4, 1)
+        self.norm = FeatureNorm(language_size, norm)
         self.reductions = nn.ModuleList(nn.Linear(vision_size, width) for _ in range(levels))
         self.film_multiply = nn.Linear(language_size, width)
         self.film_add = nn.Linear(language_size, width)
@@ -97,12 +101,13 @@ class FilmDecoder(nn.Module):
                 f"FilmDecoder: {len(hidden)} hidden states were given; wanted {len(self.reductions)}, the deepest first"
             )
         rows, columns = self._grid(hidden[0].shape[1], grid)
+        text = self.norm(feature.to(torch.promote_types(feature.dtype, torch.float32)))
+        text = text.to(_input_type(self.film_add, text))
         tokens = None
         for level, (states, reduce, layer) in enumerate(zip(hidden, self.reductions, self.layers, strict=True)):
             reduced = reduce(states.to(_input_type(reduce, states)))
             tokens = reduced if tokens is None else tokens + reduced
             if level == 0:
-                text = feature.to(_input_type(self.film_add, feature))
                 tokens = self.film_multiply(text)[:, None] * tokens + self.film_add(text)[:, None]
             tokens = layer(tokens)
         assert tokens is not None
