@@ -329,3 +329,23 @@ def test_references_that_cannot_be_used(tmp_path: Path, change: dict, said: str)
     ref = {"ref_id": 1, "ann_id": 7, "split": "train", "sentences": [{"sent": "a", "sent_id": 0}], **change}
     with pytest.raises(DataError, match=said):
         convert_refcoco(published(tmp_path, refs=[ref]), tmp_path / "folder")
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from epic_fast.cli import main
+
+    def run(*arguments: object) -> int:
+        with pytest.raises(SystemExit) as ended:
+            main(["data", "convert", *map(str, arguments)])
+        return int(ended.value.code or 0)
+
+    source = published(tmp_path)
+    assert run("refcoco", source, tmp_path / "folder", "--test", "testA", "--json") == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["parts"] == {"train": 2, "val": 2, "testA": 2}
+    assert run("refcoco", source, tmp_path / "folder") == 2  # not empty
+    assert run("coco", source, tmp_path / "other") == 2
+    (source / "refs(unc).p").write_bytes(pickle.dumps([Malicious(tmp_path / "ran")]))
+    assert run("refcoco", source, tmp_path / "other") == 3
+    assert "nothing of it was run" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
