@@ -499,6 +499,29 @@ def test_new_shapes_do_not_compile_again_and_again() -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.parametrize("blocks", ["fused", "plain"])
+def test_calls_are_captured_without_a_wait(blocks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from epic_fast.backbones import towers
+    from epic_fast.engine import graphs, state
+    from epic_fast.testing.graphs import FakeBackend
+
+    backend, waits = FakeBackend(), []
+    monkeypatch.setattr(graphs, "backend_for", lambda device: backend)
+    for module in (towers, state):
+        monkeypatch.setattr(module, "measure", lambda *given, real=state.measure: waits.append(1) or real(*given))
+    plain, model = perturb(make()), perturb(make(engine=EngineConfig(blocks=blocks, graphs=True)))
+    call = graphs.graphed(model)
+    with torch.no_grad():
+        for seed in range(3):
+            batch = make_batch(LENGTHS, width=11, seed=seed)
+            expected = plain(**batch).logits
+            waits.clear()
+            found = call(**graphs.prepared(model, batch)).logits
+            assert len(waits) == 1
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert call.cache.captures == 1
+
+
 @pytest.mark.parametrize("pooled_rows", [True, False])
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_through_the_kernels(kind: str, pooled_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
