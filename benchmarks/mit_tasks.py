@@ -83,8 +83,8 @@ class Plan:
     """What is trained, and for how long; ``scenes`` and ``utterances`` are of train, validation and test."""
 
     scenes: tuple[int, int, int] = (12000, 400, 1000)
-    utterances: tuple[int, int, int] = (2000, 400, 1000)
-    epochs: tuple[int, int] = (25, 20)
+    utterances: tuple[int, int, int] = (3000, 400, 1000)
+    epochs: tuple[int, int] = (25, 15)
     batch: int = 64
     seeds: tuple[int, ...] = SEEDS
     # The last third of the language model, so that two thirds run once for all trainings.

@@ -8,8 +8,9 @@ from epic_fast.data.folder import DataFolder, read_folder, read_rows
 from epic_fast.data.images import load_image, load_mask
 from epic_fast.data.refcoco import convert_refcoco
 from epic_fast.data.scenes import make_scenes
-from epic_fast.data.sequences import SequenceDataset, make_sentiment, read_sequences, write_sequences
+from epic_fast.data.sequences import SequenceDataset, read_sequences, write_sequences
 from epic_fast.data.truncation import TruncationReport, truncation_report
+from epic_fast.data.utterances import make_sentiment
 
 __all__ = [
     "Collator",
