@@ -106,7 +106,7 @@ class Collator:
             mask_size=getattr(model, "mask_size", None),
             text_template=getattr(model, "text_template", None),
             pictures=getattr(model, "uses_picture", True),
-            sequences=getattr(model.config, "sequences", None),
+            sequences=getattr(getattr(model, "config", None), "sequences", None),
         )
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
