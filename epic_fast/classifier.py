@@ -39,6 +39,10 @@ class Classifier:
     """
 
     def __init__(self, model: PromptedModel):
+        if model.problem_type == "segmentation":
+            raise ConfigError(
+                "this adapter makes masks, not labels; wanted epic_fast.training.predict_masks(model, data)"
+            )
         self.model = model.eval()
         self.collator = Collator.for_model(model)
 

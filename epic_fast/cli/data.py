@@ -112,6 +112,71 @@ def cache(
             say(f"{place}: {found['samples']:,} samples, {found['computed']:,} of them computed now, {size}")
 
 
+@data_app.command()
+def convert(
+    kind: Annotated[str, typer.Argument(metavar="refcoco", help="What SRC is; refcoco is also RefCOCO+ and RefCOCOg.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="The published files: refs(...).p and instances.json.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The data folder to write.")],
+    pictures: Annotated[
+        Path | None, typer.Option("--pictures", metavar="FOLDER", help="COCO's train2014, where it is not beside SRC.")
+    ] = None,
+    split_by: Annotated[
+        str | None, typer.Option("--split-by", help="Which refs(...).p, such as unc, umd or google.")
+    ] = None,
+    test: Annotated[str | None, typer.Option("--test", metavar="testA|testB", help="Keep one of the two.")] = None,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Copy the pictures; by default DST gets a link to them.")
+    ] = False,
+    skip_bad: SkipBad = False,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Turn a published data set into a data folder. Its pickles are read, never executed."""
+    from epic_fast.cli.console import json_answer, say
+    from epic_fast.data import convert_refcoco
+
+    if kind != "refcoco":
+        raise ConfigError(f"there is no converter {kind!r}; wanted refcoco")
+    with json_answer(json) as answer:
+        found = convert_refcoco(
+            source, target, pictures=pictures, split_by=split_by, test=test, copy=copy, skip_bad=skip_bad
+        )
+        answer({**vars(found), "folder": str(found.folder)})
+        if not json:
+            parts = ", ".join(f"{count:,} {part}" for part, count in found.parts.items())
+            left_out = (
+                f"; {len(found.skipped)} references skipped, the first: {found.skipped[0]}" if found.skipped else ""
+            )
+            say(f"{target}: {parts} expressions, {found.masks:,} masks{left_out}")
+
+
+@data_app.command()
+def make(
+    kind: Annotated[str, typer.Argument(metavar="scenes|sentiment", help="What to make.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The data folder to write.")],
+    train: Annotated[int | None, typer.Option("--train", min=1, help="Samples to train on.")] = None,
+    validation: Annotated[int | None, typer.Option("--validation", min=0, help="Samples to validate on.")] = None,
+    test: Annotated[int | None, typer.Option("--test", min=0, help="Samples to test on.")] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of everything that is drawn.")] = 0,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Make data: rendered scenes with expressions and masks, or utterances with a voice and a face."""
+    from epic_fast.cli.console import json_answer, say
+    from epic_fast.data import make_scenes, make_sentiment, read_folder
+
+    makers: dict[str, Any] = {"scenes": make_scenes, "sentiment": make_sentiment}
+    if kind not in makers:
+        raise ConfigError(f"nothing is known of {kind!r}; wanted one of {', '.join(makers)}")
+    counts = {"train": train, "validation": validation, "test": test}
+    with json_answer(json) as answer:
+        makers[kind](target, seed=seed, **{name: count for name, count in counts.items() if count is not None})
+        rows = {name: len(dataset) for name, dataset in read_folder(target).splits.items()}
+        answer({"folder": str(target), "rows": rows, "seed": seed})
+        if not json:
+            say(f"{target}: " + ", ".join(f"{count:,} {name}" for name, count in rows.items()))
+
+
 def _show(report: Any) -> None:
     from epic_fast.cli.console import say, show_table
 

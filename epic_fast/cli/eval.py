@@ -32,7 +32,8 @@ def evaluate(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Score a run on a split: accuracy and macro-F1; micro- and macro-F1 (multi-label); errors (regression)."""
+    """Score a run on a split: accuracy and macro-F1; micro- and macro-F1 (multi-label); errors (regression), with
+    sentiment's accuracies where there are sequences; overall and mean IoU (masks)."""
     from epic_fast.cli.console import json_answer, show_table
     from epic_fast.cli.scoring import score
     from epic_fast.cli.sources import Fields, load_model, load_split

@@ -91,7 +91,7 @@ def sheet(
     skip_bad: SkipBad = False,
     debug: Debug = False,
 ) -> None:
-    """Pictures of a split with their text, the predicted and the true label."""
+    """Pictures of a split with their text, the predicted and the true label (or mask)."""
     from epic_fast.cli.console import say
     from epic_fast.cli.scoring import score
     from epic_fast.cli.sources import Fields, load_model, load_split
@@ -101,6 +101,12 @@ def sheet(
     fields = Fields(text_field, label_field, split_field)
     dataset = load_split(model, run, data, split, fields, skip_bad=skip_bad)
     chosen = _choose(dataset, count, seed)
+    if getattr(model.config, "sequences", None):
+        raise ConfigError(f"a sheet shows pictures, and {data} has none")
+    if model.problem_type == "segmentation":
+        target = output or run / "mask_sheet.png"
+        say(str(_mask_sheet(model, chosen, target, batch_size, f"{split}: {len(chosen)} of {len(dataset)} pictures")))
+        return
     _, found = score(model, chosen, batch_size=batch_size)
     items = [_item(model, chosen[index], found.logits[index]) for index in range(len(chosen))]
     title = f"{split}: {len(items)} of {len(dataset)} pictures"
@@ -168,6 +174,17 @@ def _choose(dataset: Any, count: int, seed: int) -> Any:
     count = min(count, len(dataset))
     indices = np.random.default_rng(seed).choice(len(dataset), size=count, replace=False)
     return Subset(dataset, sorted(int(index) for index in indices))
+
+
+def _mask_sheet(model: Any, chosen: Any, target: Path, batch_size: int, title: str) -> Path:
+    from epic_fast.data import Collator
+    from epic_fast.plots import MaskItem, mask_sheet
+    from epic_fast.training import predict_masks
+
+    masks = predict_masks(model, chosen, collator=Collator.for_model(model), batch_size=batch_size)
+    examples = (chosen[index] for index in range(len(chosen)))
+    items = [MaskItem(each.image, each.text, each.label, mask) for each, mask in zip(examples, masks, strict=True)]
+    return mask_sheet(items, target, title=title)
 
 
 def _item(model: Any, example: Any, logits: Any) -> Any:

@@ -30,7 +30,8 @@ def predict(
 ) -> None:
     """Write every row of INPUT to OUTPUT with `predicted` and `top_k`; pictures are relative to INPUT.
 
-    OUTPUT appears whole or not at all.
+    OUTPUT appears whole or not at all. A run that makes masks writes them as PNGs into OUTPUT_masks/, and their names
+    into the rows. INPUT may be an .npz of utterances.
     """
     from epic_fast.cli.console import json_answer, say
     from epic_fast.cli.failures import Interrupted
@@ -49,8 +50,14 @@ def predict(
 
             dataset = read_rows(source, text_field=text_field or run_fields(run).text or "text", skip_bad=skip_bad)
             model = load_model(run, backbone, device)
+            records = _records(source, dataset)
+            if model.problem_type == "segmentation":
+                _write_masks(model, dataset, records, target, batch_size)
+                answer({"rows": len(dataset), "skipped": len(dataset.skipped), "output": str(target)})
+                if not json:
+                    say(f"{len(dataset)} masks: {target}, {_mask_folder(target)}")
+                return
             found = run_model(model, dataset, collator=Collator.for_model(model), batch_size=batch_size)
-            records = _records(source, dataset.rows)
             with atomic_file(target) as temporary, temporary.open("w", encoding="utf-8") as lines:
                 for record, logits in zip(records, found.logits, strict=True):
                     row = {**record, **verdict(model, logits, top_k)}
@@ -63,8 +70,38 @@ def predict(
             say(f"{len(dataset)} rows{left_out}: {target}")
 
 
-def _records(source: Path, rows: Any) -> list[dict[str, Any]]:
-    """The rows as the file has them, all fields kept."""
+def _mask_folder(target: Path) -> Path:
+    return target.with_name(f"{target.stem}_masks")
+
+
+def _write_masks(model: Any, dataset: Any, records: list[dict[str, Any]], target: Path, batch_size: int) -> None:
+    """A PNG (0 and 255) of the picture's size for each row, and the rows with its name."""
+    import numpy as np
+    from PIL import Image
+
+    from epic_fast.data import Collator
+    from epic_fast.files import atomic_folder, atomic_write_text
+    from epic_fast.training import predict_masks
+
+    folder = _mask_folder(target)
+    if folder.exists() and (not folder.is_dir() or any(each.suffix != ".png" for each in folder.iterdir())):
+        raise ConfigError(f"{folder} holds what is no mask; remove it, or choose another OUTPUT")
+    lines = []
+    masks = predict_masks(model, dataset, collator=Collator.for_model(model), batch_size=batch_size)
+    with atomic_folder(folder) as place:
+        for number, (record, mask) in enumerate(zip(records, masks, strict=True)):
+            name = f"{number:06d}.png"
+            Image.fromarray(mask.astype(np.uint8) * 255).save(place / name)
+            said = {"predicted_mask": f"{folder.name}/{name}", "predicted_share": round(float(mask.mean()), 6)}
+            lines.append(jsonlib.dumps({**record, **said}, ensure_ascii=False) + "\n")
+    atomic_write_text(target, "".join(lines))
+
+
+def _records(source: Path, dataset: Any) -> list[dict[str, Any]]:
+    """The rows as the file has them, all fields kept; of utterances id and text."""
+    if source.suffix == ".npz":
+        return [{"id": name, "text": text} for name, text in zip(dataset.names(), dataset.texts(), strict=True)]
+    rows = dataset.rows
     if source.suffix == ".csv":
         return [{"file_name": row.name, "text": row.text} for row in rows]
     lines = source.read_bytes().split(b"\n")

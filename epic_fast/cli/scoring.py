@@ -6,13 +6,18 @@ from typing import Any
 
 
 def score(model: Any, dataset: Any, *, batch_size: int) -> tuple[dict[str, float], Any]:
-    """The metrics of the model's problem type, and the predictions they come from.
+    """The metrics of the model's problem type, and the predictions they come from (of masks the counts of pixels).
+
+    Regression with sequences also has the metrics of sentiment.
 
     Multi-label scores are taken at the threshold that was tuned on validation and saved with the adapter.
     """
     from epic_fast.data import Collator
-    from epic_fast.training import compute_metrics, predict
+    from epic_fast.training import compute_metrics, count_masks, mask_metrics, predict, sentiment_metrics
 
+    if model.problem_type == "segmentation":
+        counts = count_masks(model, dataset, collator=Collator.for_model(model), batch_size=batch_size)
+        return mask_metrics(counts), counts
     predictions = predict(model, dataset, collator=Collator.for_model(model), batch_size=batch_size)
     metrics = compute_metrics(
         predictions.logits,
@@ -21,6 +26,8 @@ def score(model: Any, dataset: Any, *, batch_size: int) -> tuple[dict[str, float
         num_labels=model.num_labels,
         threshold=model.threshold if model.threshold is not None else 0.5,
     )
+    if getattr(model.config, "sequences", None) and model.problem_type == "regression" and model.num_labels == 1:
+        metrics |= sentiment_metrics(predictions.logits, predictions.labels)  # pyright: ignore[reportArgumentType]
     return metrics, predictions
 
 

@@ -23,11 +23,12 @@ class DataSettings:
 
     Attributes:
         path: folder or zip with ``metadata.jsonl``, or ``"demo"``.
-        text_field, label_field, split_field: the rows' fields; ``label_field`` None takes ``label`` or ``labels``.
+        text_field, label_field, split_field: the rows' fields; ``label_field`` None takes ``label``,
+            ``labels`` or ``mask``.
         skip_bad: skip and count rows whose picture cannot be read.
         pos_weight: weight of the positives in the multi-label loss: None, ``"auto"`` (negatives over positives of
             the training split, a label) or one number a label.
-        problem_type: one of transformers' three names, in place of what the labels look like.
+        problem_type: one of transformers' three names or "segmentation", in place of what the labels look like.
     """
 
     path: str | None = None

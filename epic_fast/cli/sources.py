@@ -76,6 +76,13 @@ def make_model(settings: Any, folder: Any) -> Any:
     from epic_fast.models import wrap
 
     gpu = settings.training["device"] != "cpu" and torch.cuda.is_available()
+    if folder.sequences and "sequences" in settings.model and settings.model["sequences"] is None:
+        settings.model["sequences"] = dict(folder.sequences)  # what the data has; model.sequences={...} takes fewer
+    elif folder.sequences and "sequences" not in settings.model:
+        raise ConfigError(
+            f"{folder.path} holds sequences ({', '.join(folder.sequences)}), which the method {settings.method!r} does "
+            "not take; wanted --method mit"
+        )
     return wrap(
         settings.backbone,
         method_config_class(settings.method)(**settings.model),

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from epic_fast.data.dataset import PairDataset, Row
+from epic_fast.data.dataset import Mask, PairDataset, Row, check_sizes, read_mask
 from epic_fast.data.folder import DataFolder, build_folder
 from epic_fast.data.images import load_image
-from epic_fast.data.labels import REGRESSION, check_problem_type
+from epic_fast.data.labels import REGRESSION, SEGMENTATION, check_problem_type
 from epic_fast.data.metadata import Fields, find_metadata, read_entries
+from epic_fast.data.sequences import sequence_files
 from epic_fast.errors import DataError
 
 
@@ -26,8 +27,8 @@ class FolderReport:
     Attributes:
         counts: rows of each split.
         classes: rows of each class in each split, ``{split: {class: rows}}``, every class in every split.
-        missing: pictures that are not there, ``"where: name"``.
-        broken: pictures that cannot be decoded, ``"where: reason"``.
+        missing: pictures and masks that are not there, ``"where: name"``.
+        broken: pictures and masks that cannot be decoded or do not fit together, ``"where: reason"``.
         errors: whatever else :func:`read_folder` would refuse, a line each; these rows count nowhere.
         warnings: what it would warn of.
         words: texts by number of words, ``{"0": n, "1": n, "2-3": n, "4-7": n, ...}``.
@@ -116,6 +117,8 @@ def check_folder(
                 report.missing.append(f"{row.where}: {row.name}")
             elif error is not None:
                 report.broken.append(f"{row.where}: {error}")
+            elif isinstance(row.label, Mask):
+                _look_at_mask(row, row.label, report)
     texts = {split: {_plain(row.text) for row in members} - {""} for split, members in rows.items()}
     shown = {split: [pictures[row.path][0] or row.name for row in members] for split, members in rows.items()}
     pairs = {
@@ -134,6 +137,11 @@ def _read(
     def complain(error: DataError) -> None:
         errors.append(str(error))
 
+    if path.is_dir() and sequence_files(path):
+        raise DataError(
+            f"{str(path)!r} holds npz files; `check` looks at folders with pictures. read_folder says what is wrong "
+            "with them"
+        )
     files = find_metadata(path)
     entries = [entry for file in files for entry in read_entries(file, fields, complain)]
     return build_folder(
@@ -167,8 +175,19 @@ def _look_at(path: Path) -> tuple[str | None, str | None]:
     return digest, None
 
 
+def _look_at_mask(row: Row, mask: Mask, report: FolderReport) -> None:
+    """Put a mask that is missing, broken or of another size than its picture into the report."""
+    if not mask.path.is_file():
+        report.missing.append(f"{row.where}: {mask.name}")
+        return
+    try:
+        check_sizes(read_mask(mask), load_image(row.path), row)
+    except DataError as error:
+        report.broken.append(str(error.__cause__ or error))
+
+
 def _histogram(dataset: PairDataset) -> dict[str, int]:
-    if dataset.problem_type == REGRESSION:
+    if dataset.problem_type in (REGRESSION, SEGMENTATION):
         return {}
     ids: Counter[Any] = Counter()
     for row in dataset.rows:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from epic_fast.data.dataset import Example, Row
-from epic_fast.data.labels import MULTI, REGRESSION, SINGLE, check_problem_type
+from epic_fast.data.dataset import Example, Mask, Row, read_mask
+from epic_fast.data.labels import MULTI, REGRESSION, SEGMENTATION, SINGLE, check_problem_type
 from epic_fast.errors import ConfigError, DataError
 
 FIELD = "{text}"
@@ -28,10 +30,15 @@ class Collator:
         image_processor, tokenizer: the backbone's own (Hugging Face).
         max_text_length: the most tokens of a text, special ones included.
         problem_type: decides the labels' type and shape: int64 ``(B,)`` for single-label, float32 ``(B, num_labels)``
-            of 0 and 1 for multi-label, float32 ``(B,)`` for regression.  None takes it from the labels themselves.
+            of 0 and 1 for multi-label, float32 ``(B,)`` for regression, bool ``(B, height, width)`` for segmentation.
+            None takes it from the labels themselves.
         num_labels: number of classes; needed for multi-label, and to check class ids where given.
+        mask_size: (height, width) of the masks in a batch, to which they are brought as the pictures are: squeezed or
+            stretched, not cut; each pixel is that of the nearest.  Needed for segmentation.
         text_template: what every text is put into, at ``{text}``; None: texts stay as they are.
         pictures: False for a model that sees none; examples' pictures are then left alone.
+        sequences: names and widths of sequences that the model takes: each becomes ``(B, T, width)`` float32, padded
+            with zeros to the longest of the batch, and ``(B,)`` of its lengths under ``name_lengths``.
 
     Raises:
         ConfigError: no image processor, no tokenizer, one that cannot pad, or a template without its ``{text}``.
@@ -45,8 +52,10 @@ class Collator:
         max_text_length: int,
         problem_type: str | None = None,
         num_labels: int | None = None,
+        mask_size: tuple[int, int] | None = None,
         text_template: str | None = None,
         pictures: bool = True,
+        sequences: Mapping[str, int] | None = None,
     ):
         check_problem_type(problem_type)
         if image_processor is None and pictures:
@@ -67,7 +76,9 @@ class Collator:
         self.max_text_length = max_text_length
         self.problem_type = problem_type
         self.num_labels = num_labels
+        self.mask_size = mask_size
         self.pictures = pictures
+        self.sequences = dict(sequences or {})
         self.text_template = text_template
         if text_template is not None and text_template.count(FIELD) != 1:
             raise ConfigError(
@@ -92,8 +103,10 @@ class Collator:
             max_text_length=model.backbone.max_text_length,
             problem_type=model.problem_type,
             num_labels=model.num_labels,
+            mask_size=getattr(model, "mask_size", None),
             text_template=getattr(model, "text_template", None),
             pictures=getattr(model, "uses_picture", True),
+            sequences=getattr(getattr(model, "config", None), "sequences", None),
         )
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
@@ -104,12 +117,38 @@ class Collator:
         """
         batch = self.encode([example.text for example in examples])
         if self.pictures and self.image_processor is not None:
-            pictures = self.image_processor(images=[example.image for example in examples], return_tensors="pt")
-            batch = {"pixel_values": pictures["pixel_values"], **batch}
+            without = next((example.name for example in examples if example.image is None), None)
+            if without is not None:
+                raise DataError(
+                    f"{without!r} has no picture, and this model looks at pictures; wanted data with pictures, or a "
+                    "model without (MitConfig.picture=False, or a language model alone: --backbone text=PATH)"
+                )
+            batch = {"pixel_values": self.pixels([example.image for example in examples]), **batch}
+        for name, width in self.sequences.items():
+            batch |= self._sequence(name, width, examples)
         labels = self.labels(examples)
         if labels is not None:
             batch["labels"] = labels
         return batch
+
+    def pixels(self, pictures: Sequence[Image.Image]) -> Tensor:
+        """Pictures to ``(B, 3, H, W)``: by the backbone's processor, in segmentation without cutting anything off."""
+        assert self.image_processor is not None
+        return self.image_processor(images=list(pictures), return_tensors="pt", **self._whole)["pixel_values"]
+
+    @property
+    def _whole(self) -> dict[str, Any]:
+        """The processor's arguments for pictures of which all must be seen."""
+        if self.problem_type != SEGMENTATION and self.mask_size is None:
+            return {}
+        size = getattr(self.image_processor, "size", None) or {}
+        cut = getattr(self.image_processor, "do_center_crop", False)
+        final = (getattr(self.image_processor, "crop_size", None) if cut else None) or size
+        height = final["height"] if "height" in final else final.get("shortest_edge")
+        if height is None:
+            return {}
+        whole: dict[str, Any] = {"size": {"height": height, "width": final.get("width", height)}}
+        return {**whole, "do_center_crop": False} if cut else whole
 
     def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Texts to token ids and attention mask, ``(B, N)``; token type ids only if the tokenizer makes them."""
@@ -150,6 +189,7 @@ class Collator:
             "image_processor": _settings_of(self.image_processor) if self.pictures else None,
             "tokenizer": _tokenizer_settings(self.tokenizer),
             "max_text_length": self.max_text_length,
+            **({"whole_pictures": self._whole} if self._whole else {}),
         }
         return settings if self.text_template is None else {**settings, "text_template": self.text_template}
 
@@ -166,6 +206,8 @@ class Collator:
         problem_type = self.problem_type or _problem_of(examples[0].label)
         if problem_type == MULTI:
             return self._multi_hot(examples)
+        if problem_type == SEGMENTATION:
+            return self._masks(examples)
         values = [example.label for example in examples]
         if problem_type == REGRESSION:
             return self._tensor(values, examples, torch.float32)
@@ -184,6 +226,35 @@ class Collator:
                 self._check_id(index, example)
                 labels[row, index] = 1.0
         return labels
+
+    def _sequence(self, name: str, width: int, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """A sequence of all examples, padded, with its lengths."""
+        found = []
+        for example in examples:
+            frames = example.sequences.get(name)
+            if frames is None or frames.ndim != 2 or frames.shape[1] != width:
+                has = ", ".join(f"{key} {value.shape}" for key, value in example.sequences.items()) or "none"
+                raise DataError(f"{example.name!r}: wanted the sequence {name} (frames, {width}); its sequences: {has}")
+            found.append(frames)
+        lengths = [len(frames) for frames in found]
+        padded = torch.zeros(len(found), max(1, *lengths), width)
+        for place, frames in enumerate(found):
+            padded[place, : len(frames)] = torch.from_numpy(np.ascontiguousarray(frames, dtype=np.float32))
+        return {name: padded, f"{name}_lengths": torch.tensor(lengths)}
+
+    def _masks(self, examples: Sequence[Example | Row]) -> Tensor:
+        if self.mask_size is None:
+            raise ConfigError("labels are masks; Collator needs mask_size=(height, width) to bring them to one size")
+        height, width = self.mask_size
+        found = np.zeros((len(examples), height, width), dtype=bool)
+        for place, example in enumerate(examples):
+            label = read_mask(example.label) if isinstance(example.label, Mask) else example.label
+            if not isinstance(label, np.ndarray) or label.ndim != 2:
+                raise _wrong_label(example, "a mask, booleans (height, width)")
+            if label.shape != (height, width):
+                label = np.asarray(Image.fromarray(label != 0).resize((width, height), Image.Resampling.NEAREST))
+            found[place] = label
+        return torch.from_numpy(found)
 
     def _check_id(self, index: Any, example: Example | Row) -> None:
         if not isinstance(index, int) or index < 0 or (self.num_labels is not None and index >= self.num_labels):
@@ -228,6 +299,8 @@ def _tokenizer_settings(tokenizer: Any) -> dict[str, Any]:
 
 
 def _problem_of(label: Any) -> str:
+    if isinstance(label, (Mask, np.ndarray)):
+        return SEGMENTATION
     if isinstance(label, (list, tuple)):
         return MULTI
     return REGRESSION if isinstance(label, float) else SINGLE

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from epic_fast.data.images import load_image
+from epic_fast.data.images import load_image, load_mask
 from epic_fast.errors import DataError
 
-Label = int | list[int] | float
+
+@dataclass(frozen=True)
+class Mask:
+    """The label of referring segmentation, not read yet: a picture that is not 0 where the object is.
+
+    Attributes:
+        where: the line that names it.
+    """
+
+    name: str
+    path: Path
+    where: str
+
+
+Label = int | list[int] | float | Mask | np.ndarray
 
 
 @dataclass(frozen=True)
@@ -23,16 +39,19 @@ class Example:
     """One pair, read.
 
     Attributes:
-        image: upright RGB, of any size.
+        image: upright RGB, of any size; None where the data has no pictures.
         text: as written.
-        label: the class id, the list of class ids (multi-label), the number (regression), or None.
+        label: the class id, the list of class ids (multi-label), the number (regression), the mask as booleans
+            ``(H, W)`` (segmentation), or None.
         name: the picture as the metadata names it.
+        sequences: of further modalities, float32 ``(T, width)`` by name, each as long as it is.
     """
 
-    image: Image.Image
+    image: Any
     text: str
     label: Label | None
     name: str
+    sequences: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,7 +76,7 @@ class PairDataset(Dataset[Example]):
     Attributes:
         rows: one :class:`Row` for each pair.
         labels: the class names in the order of their ids; empty for regression and without labels.
-        problem_type: one of transformers' three, or None without labels.
+        problem_type: one of transformers' three, ``"segmentation"``, or None without labels.
         skipped: what ``skip_bad`` left out of this split, a line each.
     """
 
@@ -71,7 +90,12 @@ class PairDataset(Dataset[Example]):
 
     def __getitem__(self, index: int) -> Example:
         row = self.rows[index]
-        return Example(read_picture(row), row.text, row.label, row.name)
+        picture = read_picture(row)
+        label = row.label
+        if isinstance(label, Mask):
+            label = read_mask(label)
+            check_sizes(label, picture, row)
+        return Example(picture, row.text, label, row.name)
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
@@ -134,3 +158,27 @@ def read_picture(row: Row) -> Image.Image:
             f"{row.where}: {error}. To go on without such rows: --skip-bad on the command line, "
             "read_folder(..., skip_bad=True) in Python"
         ) from error
+
+
+def read_mask(mask: Mask) -> np.ndarray:
+    """A mask as booleans ``(H, W)``.
+
+    Raises:
+        DataError: it cannot be read, or is no mask, naming the row.
+    """
+    try:
+        return load_mask(mask.path)
+    except DataError as error:
+        raise DataError(
+            f"{mask.where}: {error}. To go on without such rows: --skip-bad on the command line, "
+            "read_folder(..., skip_bad=True) in Python"
+        ) from error
+
+
+def check_sizes(mask: np.ndarray, picture: Image.Image, row: Row) -> None:
+    """Raise a DataError unless the mask has the picture's size."""
+    if mask.shape != (picture.height, picture.width):
+        raise DataError(
+            f"{row.where}: the mask is {mask.shape[1]} x {mask.shape[0]} pixels, its picture {row.name!r} "
+            f"{picture.width} x {picture.height} (upright); wanted the same, a mask pixel for each of the picture's"
+        )

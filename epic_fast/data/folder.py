@@ -5,15 +5,24 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from epic_fast.data.dataset import PairDataset, Row, read_picture
-from epic_fast.data.labels import REGRESSION, SINGLE, LabelEncoder, check_problem_type, class_names, infer_problem_type
+from epic_fast.data.dataset import Mask, PairDataset, Row, check_sizes, read_mask, read_picture
+from epic_fast.data.labels import (
+    REGRESSION,
+    SEGMENTATION,
+    SINGLE,
+    LabelEncoder,
+    check_problem_type,
+    class_names,
+    infer_problem_type,
+)
 from epic_fast.data.metadata import (
+    METADATA_NAMES,
     Complain,
     Entry,
     Fields,
@@ -23,6 +32,7 @@ from epic_fast.data.metadata import (
     read_label_names,
     refuse,
 )
+from epic_fast.data.sequences import digest, read_sequences, sequence_files
 from epic_fast.errors import DataError
 
 logger = logging.getLogger("epic_fast")
@@ -36,27 +46,32 @@ class DataFolder:
 
     Attributes:
         splits: ``train``, ``validation``, ``test``, those that there are.
-        labels: the class names in the order of their ids; empty for regression and without labels.
-        problem_type: one of transformers' three, or None without labels.
+        labels: the class names in the order of their ids; empty for regression, segmentation and without labels.
+        problem_type: one of transformers' three, ``"segmentation"``, or None without labels.
         skipped: what ``skip_bad`` left out, a line each.
         warnings: what is odd, a line each; all of it was logged.
         metadata: the metadata files with their sha256, for the record of a run.
+        sequences: names and widths of the sequences that go with the texts, of a folder of npz files; its splits are
+            :class:`~epic_fast.data.SequenceDataset`.
     """
 
     path: Path
-    splits: dict[str, PairDataset]
+    splits: dict[str, Any]
     labels: list[str]
     problem_type: str | None
     skipped: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     metadata: dict[str, str] = field(default_factory=dict)
+    sequences: dict[str, int] = field(default_factory=dict)
 
     @property
     def num_labels(self) -> int:
-        """Width of the logits: 1 for regression, 0 without labels."""
+        """Width of the logits: 1 for regression, 2 (background and object) for segmentation, 0 without labels."""
+        if self.problem_type == SEGMENTATION:
+            return 2
         return 1 if self.problem_type == REGRESSION else len(self.labels)
 
-    def split(self, name: str) -> PairDataset:
+    def split(self, name: str) -> Any:
         """The split of this name.
 
         Raises:
@@ -94,16 +109,20 @@ def read_folder(
     (``file_name``, ``image`` or ``img``, relative to the metadata file), its text and its label.
 
     Labels that are names or whole numbers make single-label classification, lists of names multi-label, numbers
-    with a decimal point regression.  Class ids follow ``labels``, else ``labels.txt`` at the top, else the sorted
+    with a decimal point regression.  Rows with a ``mask`` (a PNG that is not 0 where the object of the text is) and
+    no label are referring segmentation.  Class ids follow ``labels``, else ``labels.txt`` at the top, else the sorted
     names of the training split.  A validation or test split may have no labels at all: it can be predicted then.
+
+    A folder of npz files in their place (``train.npz``, ``validation.npz``, ``test.npz``) holds texts with sequences of
+    features, without pictures; see :func:`~epic_fast.data.read_sequences`.
 
     Args:
         text_field, split_field: the fields that hold text and split.
-        label_field: the field that holds the label; None takes ``label`` or ``labels``.
+        label_field: the field that holds the label; None takes ``label``, ``labels`` or ``mask``.
         skip_bad: leave out rows whose picture is missing or cannot be decoded (every picture is decoded once for
             this) and list them in ``skipped``; otherwise a missing picture is an error here and a damaged one when
             its item is read.
-        problem_type: one of transformers' three names, in place of the inferred one.
+        problem_type: one of transformers' three names or ``"segmentation"``, in place of the inferred one.
         labels: class names in the order of their ids, such as ``model.labels`` to evaluate a trained model.
 
     Raises:
@@ -113,21 +132,50 @@ def read_folder(
     """
     check_problem_type(problem_type)
     folder = Path(path)
+    if folder.is_dir() and not (folder / METADATA_NAMES[0]).is_file() and (found := sequence_files(folder)):
+        return _sequence_folder(folder, found, problem_type)
     files = find_metadata(folder)
     fields = Fields(text=text_field, label=label_field, split=split_field)
     entries = [entry for file in files for entry in read_entries(file, fields)]
     return build_folder(folder, files, entries, skip_bad=skip_bad, problem_type=problem_type, labels=labels)
 
 
-def read_rows(path: str | os.PathLike[str], *, text_field: str = "text", skip_bad: bool = False) -> PairDataset:
+def _sequence_folder(folder: Path, files: Mapping[str, Path], problem_type: str | None) -> DataFolder:
+    """A folder of npz files, whose sequences have the same names and widths in every split."""
+    splits = {split: read_sequences(path) for split, path in files.items()}
+    first, widths = next((name, each.widths) for name, each in splits.items())
+    for split, each in splits.items():
+        if each.widths != widths:
+            raise DataError(f"{str(folder)!r}: the sequences of {split} are {each.widths}, those of {first} {widths}")
+    if problem_type not in (None, REGRESSION):
+        raise DataError(
+            f"{str(folder)!r} holds sequences with numbers as labels; problem_type={problem_type!r} was given"
+        )
+    labelled = any(each.has_labels for each in splits.values())
+    if "train" in splits and labelled and not splits["train"].has_labels:
+        raise DataError(f"{str(folder)!r}: train.npz has no array 'label'; every training row needs one")
+    return DataFolder(
+        path=folder,
+        splits=dict(splits),
+        labels=[],
+        problem_type=REGRESSION if labelled else None,
+        metadata={path.name: digest(path) for path in files.values()},
+        sequences=widths,
+    )
+
+
+def read_rows(path: str | os.PathLike[str], *, text_field: str = "text", skip_bad: bool = False) -> Any:
     """Rows to predict: a ``.jsonl`` (or ``.csv``) file of pictures, relative to it, and texts.
 
-    Labels in it are not looked at.  With ``skip_bad``, ``dataset.skipped`` lists the rows left out.
+    An ``.npz`` file is one of :func:`~epic_fast.data.read_sequences`.  Labels are not looked at.  With
+    ``skip_bad``, ``dataset.skipped`` lists the rows left out.
 
     Raises:
         DataError: as :func:`read_folder`.
     """
     path = Path(path)
+    if path.suffix == ".npz":
+        return read_sequences(path)
     if not path.is_file():
         raise DataError(
             f"the file {str(path)!r} {'is a folder' if path.is_dir() else 'does not exist'}; wanted a file with one "
@@ -200,8 +248,8 @@ def make_encoder(
     train = [entry for entry in entries if entry.split == "train" and entry.label is not None]
     try:
         problem_type = problem_type or infer_problem_type(train or entries) or SINGLE
-        if problem_type == REGRESSION:
-            return LabelEncoder(REGRESSION)
+        if problem_type in (REGRESSION, SEGMENTATION):
+            return LabelEncoder(problem_type)
         listed = read_label_names(folder)
         if labels:
             return LabelEncoder(problem_type, labels, "the labels given", listed=listed)
@@ -240,12 +288,18 @@ def check_pictures(rows: Sequence[Row], *, skip_bad: bool, complain: Complain = 
     if missing:
         others = f" ({len(missing) - 1} other pictures are missing too)" if len(missing) > 1 else ""
         complain(DataError(f"{missing[0].where}: the picture {missing[0].name!r} does not exist{others}; {SKIP_HINT}"))
+    masks = [row.label for row in rows if isinstance(row.label, Mask) and not row.label.path.is_file()]
+    if masks:
+        others = f" ({len(masks) - 1} other masks are missing too)" if len(masks) > 1 else ""
+        complain(DataError(f"{masks[0].where}: the mask {masks[0].name!r} does not exist{others}; {SKIP_HINT}"))
     return list(rows), []
 
 
 def _picture_error(row: Row) -> str | None:
     try:
-        read_picture(row)
+        picture = read_picture(row)
+        if isinstance(row.label, Mask):
+            check_sizes(read_mask(row.label), picture, row)
     except DataError as error:
         return f"{row.where}: {error.__cause__ or error}"
     return None

@@ -54,6 +54,31 @@ def load_image(source: str | os.PathLike[str] | bytes | Image.Image) -> Image.Im
     return _open(path, repr(str(path)))
 
 
+def load_mask(source: str | os.PathLike[str]) -> np.ndarray:
+    """A mask as booleans ``(H, W)``: True where a pixel is not 0 (in a palette: not entry 0).
+
+    Args:
+        source: a file without loss (PNG, say) of one channel of any depth, of a palette, or of black and white; or of
+            three channels, which are 0 together where the object is not.
+
+    Raises:
+        DataError: no such file, none that can be read, a JPEG (whose zeros are not zeros), or one with transparency.
+    """
+    path = Path(source)
+    if not path.is_file():
+        raise DataError(f"the mask {str(path)!r} does not exist; check the path, or put the file there")
+    try:
+        with Image.open(path) as image:
+            image.load()
+            kind, mode, pixels = image.format, image.mode, np.asarray(image)
+    except Exception as error:
+        raise _unreadable(repr(str(path)), error) from error
+    if kind in ("JPEG", "MPO") or mode not in ("1", "L", "P", "I", "RGB", *SIXTEEN_BIT):
+        what = "a JPEG, which keeps no exact values" if kind in ("JPEG", "MPO") else f"of mode {mode}"
+        raise DataError(f"the mask {str(path)!r} is {what}; wanted a PNG of one channel, 0 where the object is not")
+    return np.asarray(pixels.any(axis=2) if pixels.ndim == 3 else pixels != 0)
+
+
 def _open(file: Path | io.BytesIO, name: str) -> Image.Image:
     try:
         image = Image.open(file)

@@ -6,21 +6,22 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from epic_fast.data.dataset import Label
+from epic_fast.data.dataset import Label, Mask
 from epic_fast.data.metadata import Complain, Entry, is_number, refuse, shorten
 from epic_fast.errors import ConfigError, DataError
 
 SINGLE = "single_label_classification"
 MULTI = "multi_label_classification"
 REGRESSION = "regression"
-PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION)
+SEGMENTATION = "segmentation"
+PROBLEM_TYPES = (SINGLE, MULTI, REGRESSION, SEGMENTATION)
 
 
 def infer_problem_type(entries: Iterable[Entry]) -> str | None:
     """The problem that labels of this form pose; None where no entry has a label.
 
     A list of names is multi-label, names (also whole numbers, and true/false) are single-label, and numbers of
-    which at least one has a decimal point are regression.
+    which at least one has a decimal point are regression.  Masks are segmentation.
 
     Raises:
         DataError: lists beside names or numbers, or names beside numbers with a decimal point.
@@ -34,6 +35,8 @@ def infer_problem_type(entries: Iterable[Entry]) -> str | None:
         return None
     if forms == {"list"}:
         return MULTI
+    if forms == {"mask"}:
+        return SEGMENTATION
     if "list" not in forms and "decimal" not in forms:
         return SINGLE
     if forms <= {"decimal", "whole"}:
@@ -46,6 +49,8 @@ def infer_problem_type(entries: Iterable[Entry]) -> str | None:
 
 
 def _form(label: Any) -> str:
+    if isinstance(label, Mask):
+        return "mask"
     if isinstance(label, list):
         return "list"
     if isinstance(label, float):
@@ -56,7 +61,7 @@ def _form(label: Any) -> str:
 
 
 def check_problem_type(problem_type: str | None) -> None:
-    """Raise a ConfigError unless it is one of transformers' three names, or None."""
+    """Raise a ConfigError unless it is one of transformers' three names, ``"segmentation"``, or None."""
     if problem_type is not None and problem_type not in PROBLEM_TYPES:
         raise ConfigError(
             f"problem_type={problem_type!r} is unknown; wanted one of {', '.join(PROBLEM_TYPES)}, or None to infer it "
@@ -83,8 +88,8 @@ class LabelEncoder:
     """Written labels to ids.
 
     Args:
-        problem_type: one of transformers' three.
-        names: class names in the order of their ids (empty for regression).
+        problem_type: one of transformers' three, or ``"segmentation"``.
+        names: class names in the order of their ids (empty for regression and segmentation).
         named: where they come from, for messages, such as ``"labels.txt"``.
         listed: the names of ``labels.txt``, if there is one: a whole number that is no class name is then the number
             of a line in it, counted from 0.
@@ -100,7 +105,7 @@ class LabelEncoder:
         self._ids = {name: index for index, name in enumerate(self.names)}
 
     def encode(self, entry: Entry) -> Label | None:
-        """The label of a row: an id, a list of ids in ascending order, a number, or None without one.
+        """The label of a row: an id, a list of ids in ascending order, a number, a mask, or None without one.
 
         Raises:
             DataError: a label of the wrong form, or a class that is not among the names.
@@ -113,6 +118,13 @@ class LabelEncoder:
                     f"{entry.where}: label {shorten(entry.label)}; wanted a finite number, the problem being regression"
                 )
             return float(entry.label)
+        if self.problem_type == SEGMENTATION or isinstance(entry.label, Mask):
+            if self.problem_type != SEGMENTATION or not isinstance(entry.label, Mask):
+                raise DataError(
+                    f"{entry.where}: label {shorten(entry.label)}, the problem being {self.problem_type}; segmentation "
+                    "wants the field 'mask', and no other problem does (choose another field with label_field=)"
+                )
+            return entry.label
         ids = [self._id(value, entry) for value in _values(entry, self.problem_type)]
         return sorted(set(ids)) if self.problem_type == MULTI else ids[0]
 

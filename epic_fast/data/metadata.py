@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from epic_fast.data.dataset import Mask
 from epic_fast.errors import DataError
 
 PICTURE_FIELDS = ("file_name", "image", "img")
 LABEL_FIELDS = ("label", "labels")
+MASK_FIELD = "mask"
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 SPLIT_NAMES = {
     "train": "train",
@@ -35,7 +37,8 @@ FOLDER/                        or  FOLDER/
   ...                                labels.txt (optional)
 one JSON object a line (or metadata.csv with these columns), pictures relative to the metadata file:
   {"file_name": "0001.jpg", "text": "a red bird", "label": "bird", "split": "train"}
-"split" only in the first form; "labels": ["bird", "red"] for several labels, "label": 3.5 for regression"""
+"split" only in the first form; "labels": ["bird", "red"] for several labels, "label": 3.5 for regression,
+"mask": "masks/0001.png" in the place of a label for referring segmentation: not 0 where the object of the text is"""
 
 Complain = Callable[[DataError], None]
 
@@ -68,7 +71,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Fields:
-    """Which columns to read; ``label`` None takes ``label`` or ``labels``, whichever there is."""
+    """Which columns to read; ``label`` None takes ``label``, ``labels`` or ``mask``, whichever there is first."""
 
     text: str = "text"
     label: str | None = None
@@ -147,7 +150,7 @@ def read_entries(
     """
     records = list(_csv_records(file, complain) if file.path.suffix == ".csv" else _json_records(file, complain))
     label_field = _label_field(records, fields.label, file, complain) if labelled else None
-    if file.path.suffix == ".csv" and label_field:
+    if file.path.suffix == ".csv" and label_field and label_field != MASK_FIELD:
         parse_csv_labels([record for _, record in records], label_field)
     has_split = file.split is None and any(fields.split in record for _, record in records)
     if records and file.split is None and not has_split and fields.split != Fields.split:
@@ -163,7 +166,7 @@ def read_entries(
                 name=name,
                 path=file.path.parent / name,
                 text=text,
-                label=record.get(label_field) if label_field else None,
+                label=_label(where, record, label_field, file.path.parent),
             )
         except DataError as error:
             complain(error)
@@ -254,7 +257,18 @@ def _label_field(
         complain(
             DataError(f"{file.shown}: rows have both 'label' and 'labels'; choose one with label_field='label' or so")
         )
+    if not found and MASK_FIELD in present:
+        return MASK_FIELD
     return found[0] if found else None
+
+
+def _label(where: str, record: dict[str, Any], field: str | None, folder: Path) -> Any:
+    """The label as written; of a mask the file."""
+    value = record.get(field) if field else None
+    if field != MASK_FIELD or value is None or value == "":
+        return None if field == MASK_FIELD else value
+    name = _inside(where, field, value, "mask")
+    return Mask(name, folder / name, where)
 
 
 def _picture(where: str, record: dict[str, Any]) -> str:
@@ -263,15 +277,19 @@ def _picture(where: str, record: dict[str, Any]) -> str:
         raise DataError(
             f"{where}: no picture; wanted one of the fields {', '.join(PICTURE_FIELDS)}, the row has {_listed(record)}"
         )
-    name = record[field]
+    return _inside(where, field, record[field], "picture")
+
+
+def _inside(where: str, field: str, name: Any, what: str) -> str:
+    """The path of a file below the metadata file's folder, as written."""
     if not isinstance(name, str) or not name.strip():
-        raise DataError(f"{where}: {field} is {shorten(name)}; wanted the picture's path as a string")
+        raise DataError(f"{where}: {field} is {shorten(name)}; wanted the {what}'s path as a string")
     # Judged by the name alone: a link that the folder's owner has put inside may lead elsewhere.
     normal = PurePosixPath(os.path.normpath(name.replace("\\", "/")))
     if "\0" in name or normal.is_absolute() or normal.parts[:1] == ("..",) or re.match(r"[A-Za-z]:[\\/]", name):
         raise DataError(
-            f"{where}: the picture {shorten(name)} lies outside of the folder; wanted a path below the metadata file's "
-            "folder, without '..' (put the pictures, or a link to their folder, there)"
+            f"{where}: the {what} {shorten(name)} lies outside of the folder; wanted a path below the metadata file's "
+            f"folder, without '..' (put the {what}s, or a link to their folder, there)"
         )
     return name
 

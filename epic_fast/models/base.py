@@ -18,6 +18,7 @@ from epic_fast.errors import ConfigError
 from epic_fast.models.configuration import MethodConfig
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
+SEGMENTATION = "segmentation"
 
 
 @dataclass
@@ -49,6 +50,7 @@ class PromptedModel(nn.Module, ABC):
 
     # Trainer asks for this when it resumes from a file that holds the trainable tensors only.
     _keys_to_ignore_on_save: list[str] = []  # noqa: RUF012
+    problem_types: tuple[str, ...] = PROBLEM_TYPES
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class PromptedModel(nn.Module, ABC):
         engine: EngineConfig | None = None,
     ):
         super().__init__()
-        _check_task(num_labels, problem_type, labels)
+        _check_task(num_labels, problem_type, labels, self.problem_types)
         self.label_smoothing: float = getattr(config, "label_smoothing", 0.0)
         if self.label_smoothing and problem_type != "single_label_classification":
             raise ConfigError(
@@ -96,6 +98,11 @@ class PromptedModel(nn.Module, ABC):
     def features_and_penalty(self, prefix: Prefix) -> tuple[Tensor, Tensor | None]:
         """:meth:`features`, and what the loss has besides in training, ``()``; None: nothing."""
         return self.features(prefix), None
+
+    def logits_and_penalty(self, prefix: Prefix) -> tuple[Tensor, Tensor | None]:
+        """The head's answer, and the penalty of :meth:`features_and_penalty`."""
+        features, penalty = self.features_and_penalty(prefix)
+        return self.head(features), penalty
 
     @abstractmethod
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
@@ -144,8 +151,7 @@ class PromptedModel(nn.Module, ABC):
             self.backbone.ensure_eval()
         if labels is not None and self.training and not (self._statistics_checked or torch.compiler.is_compiling()):
             self._check_statistics()
-        features, penalty = self.features_and_penalty(self._measured(prefix))
-        logits = self.head(features)
+        logits, penalty = self.logits_and_penalty(self._measured(prefix))
         loss = None if labels is None else self.loss(logits, labels)
         if loss is not None and penalty is not None and self.training:
             loss = loss + penalty
@@ -379,9 +385,12 @@ class PromptedModel(nn.Module, ABC):
         return self.backbone.release()
 
 
-def _check_task(num_labels: int, problem_type: str, labels: Sequence[str] | None) -> None:
-    if problem_type not in PROBLEM_TYPES:
-        raise ConfigError(f"problem_type={problem_type!r}; wanted one of {', '.join(map(repr, PROBLEM_TYPES))}")
+def _check_task(num_labels: int, problem_type: str, labels: Sequence[str] | None, known: Sequence[str]) -> None:
+    if problem_type not in known:
+        method = "; masks are what MiT makes (MitConfig, --method mit)" if problem_type == SEGMENTATION else ""
+        raise ConfigError(f"problem_type={problem_type!r}; wanted one of {', '.join(map(repr, known))}{method}")
+    if problem_type == SEGMENTATION and num_labels != 2:
+        raise ConfigError(f"num_labels={num_labels!r}; wanted 2 for {problem_type}, background and object")
     least = 2 if problem_type == "single_label_classification" else 1
     if not isinstance(num_labels, int) or isinstance(num_labels, bool) or num_labels < least:
         raise ConfigError(f"num_labels={num_labels!r}; wanted an integer of at least {least} for {problem_type}")

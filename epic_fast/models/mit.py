@@ -30,15 +30,23 @@ from torch import Tensor, nn
 from epic_fast.backbones import LANGUAGE_MODELS, DualEncoder, LlamaTower, NoVisionTower
 from epic_fast.engine import Prefix, TowerState
 from epic_fast.errors import ConfigError
-from epic_fast.models.base import PromptedModel, PromptedModelOutput
+from epic_fast.models.base import PROBLEM_TYPES, SEGMENTATION, PromptedModel, PromptedModelOutput
 from epic_fast.models.configuration import MethodConfig, check_choice, check_range
-from epic_fast.nn import FeatureNorm, Head, Infusion, LayerInfusion, SequenceEncoder
+from epic_fast.nn import FeatureNorm, FilmDecoder, Head, Infusion, LayerInfusion, SequenceEncoder, segmentation_loss
 
 # The published layers of a model of 32, numbered from 0.
 PUBLISHED_LAYERS, PUBLISHED_DEPTH = (12, 16, 20, 24, 28, 31), 32
 TEXT_FIELD = "{text}"
 PICTURE = "picture"
 READS = "pooled"
+LEVELS = "picture_levels"
+# The published hidden states of a vision tower of 24 layers that the decoder of masks reads.
+PUBLISHED_LEVELS, PUBLISHED_VISION_DEPTH = (18, 12, 6), 24
+TEMPLATES = {
+    "classification": "Look at the picture and read the text, then name the category.\nText: {text}\nCategory:",
+    SEGMENTATION: "Segment the object that the text describes.\nText: {text}\nSegmentation:",
+    "regression": "How does the speaker feel?\nText: {text}\nSentiment:",
+}
 
 
 @dataclass
@@ -50,7 +58,7 @@ class MitConfig(MethodConfig):
         layers: that are infused, numbered from 0; None takes the last third as published, (12, 16, 20, 24, 28, 31) of
             32, and the same places of another depth.  None of them (an empty list) is the frozen model with a head.
         prompt_template: what the language model reads, with ``{text}`` in the text's place; it ends with what the
-            pooled token is to stand for.
+            pooled token is to stand for.  None: :data:`TEMPLATES` by task.
         picture: whether the picture is a source; None: where the backbone has a vision tower.
         image_feature: what I is: ``"projected"``, ``"pooled"``, ``"cls"``, ``"mean"``, joined by ``+``; ``"auto"`` is
             ``"projected"`` where there is such a map, else ``"pooled"``.
@@ -71,13 +79,20 @@ class MitConfig(MethodConfig):
         head_dropout: share of the head's inputs dropped in training.
         label_smoothing: of the single-label loss.
         regression_loss: ``"mse"``, or ``"l1"``.
+        decoder_layers: of segmentation: after how many layers of the vision tower its hidden states are read, the
+            deepest first; None takes (18, 12, 6) of 24, as published, and the same places of another depth.
+        decoder_size, decoder_heads, decoder_mlp_size: of :class:`~epic_fast.nn.FilmDecoder`.
+        mask_size: pixels of a mask's side in training and in scores; None: as the pictures that the tower takes.
+        mask_loss: of :func:`~epic_fast.nn.segmentation_loss`: ``"cross_entropy"``, ``"bce"``,
+            ``"dice_cross_entropy"`` or ``"focal"``.
+        mask_class_weights: of background and object in it.
     """
 
     method = "mit"
 
     form: Literal["residual", "replace"] = "residual"
     layers: Sequence[int] | None = None
-    prompt_template: str = "Look at the picture and read the text, then name the category.\nText: {text}\nCategory:"
+    prompt_template: str | None = None
     picture: bool | None = None
     image_feature: str = "auto"
     source_norm: Literal["none", "layer", "l2"] = "none"
@@ -94,12 +109,19 @@ class MitConfig(MethodConfig):
     head_dropout: float = 0.1
     label_smoothing: float = 0.0
     regression_loss: Literal["mse", "l1"] = "mse"
+    decoder_layers: Sequence[int] | None = None
+    decoder_size: int = 64
+    decoder_heads: int = 4
+    decoder_mlp_size: int = 2048
+    mask_size: int | None = None
+    mask_loss: Literal["cross_entropy", "bce", "dice_cross_entropy", "focal"] = "cross_entropy"
+    mask_class_weights: Sequence[float] = (0.9, 1.1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("form", "source_norm", "init", "feature_norm", "head", "regression_loss"):
+        for name in ("form", "source_norm", "init", "feature_norm", "head", "regression_loss", "mask_loss"):
             check_choice(self, name)
-        for name in ("sequence_size", "head_hidden_size"):
+        for name in ("sequence_size", "head_hidden_size", "decoder_size", "decoder_heads", "decoder_mlp_size"):
             check_range(self, name, 1)
         for name in ("head_dropout", "label_smoothing"):
             check_range(self, name, 0.0, 0.99)
@@ -110,13 +132,14 @@ class MitConfig(MethodConfig):
                 raise ConfigError(f"MitConfig.value_shift_std={self.value_shift_std!r}; wanted a number, or None")
             self.value_shift_std = float(self.value_shift_std)
             check_range(self, "value_shift_std", 0.0)
-        if self.prompt_template.count(TEXT_FIELD) != 1:
+        if self.prompt_template is not None and self.prompt_template.count(TEXT_FIELD) != 1:
             raise ConfigError(
                 f"MitConfig.prompt_template={self.prompt_template!r} has {TEXT_FIELD} "
                 f"{self.prompt_template.count(TEXT_FIELD)} times; wanted it once, in the text's place"
             )
         self._check_layers()
         self._check_sequences()
+        self._check_masks()
 
     def _check_layers(self) -> None:
         if self.layers is None:
@@ -147,6 +170,50 @@ class MitConfig(MethodConfig):
             if not isinstance(width, int) or isinstance(width, bool) or width < 1:
                 raise ConfigError(f"MitConfig.sequences[{name!r}]={width!r}; wanted the width of a frame, at least 1")
 
+    def _check_masks(self) -> None:
+        weights = self.mask_class_weights
+        if (
+            not isinstance(weights, (list, tuple))
+            or len(weights) != 2
+            or not all(isinstance(each, (int, float)) and not isinstance(each, bool) and each > 0 for each in weights)
+        ):
+            raise ConfigError(
+                f"MitConfig.mask_class_weights={weights!r}; wanted two positive numbers, of background and object"
+            )
+        self.mask_class_weights = [float(each) for each in weights]
+        if self.mask_size is not None and (type(self.mask_size) is not int or self.mask_size < 1):
+            raise ConfigError(f"MitConfig.mask_size={self.mask_size!r}; wanted a number of pixels, or None")
+        levels = self.decoder_layers
+        if levels is None:
+            return
+        if (
+            not isinstance(levels, (list, tuple))
+            or not levels
+            or not all(type(each) is int for each in levels)
+            or list(levels) != sorted(set(levels), reverse=True)
+        ):
+            raise ConfigError(
+                f"MitConfig.decoder_layers={levels!r}; wanted falling numbers of layers, such as [18, 12, 6], or None"
+            )
+        self.decoder_layers = list(levels)
+
+    def resolve_decoder_layers(self, depth: int) -> list[int]:
+        """After how many of the vision tower's ``depth`` layers the decoder reads, the deepest first.
+
+        Raises:
+            ConfigError: more layers than it has.
+        """
+        if self.decoder_layers is None:
+            scaled = {max(1, round(level * depth / PUBLISHED_VISION_DEPTH)) for level in PUBLISHED_LEVELS}
+            return sorted(scaled, reverse=True)
+        for level in self.decoder_layers:
+            if not 0 <= level <= depth:
+                raise ConfigError(
+                    f"MitConfig.decoder_layers reads after {level} layers, but this vision tower has {depth} "
+                    f"(0..{depth}, 0 being the embeddings)"
+                )
+        return list(self.decoder_layers)
+
     def resolve_layers(self, depth: int) -> list[int]:
         """The infused layers of a language model of ``depth`` layers.
 
@@ -174,9 +241,11 @@ class MitModel(PromptedModel):
         source_widths: names of the sources to the widths of their features.
         infusions: an :class:`~epic_fast.nn.Infusion` of each source.
         encoders: a :class:`~epic_fast.nn.SequenceEncoder` of each sequence.
+        decoder_layers: after how many layers of the vision tower the decoder of masks reads; empty without masks.
     """
 
     config: MitConfig
+    problem_types = (*PROBLEM_TYPES, SEGMENTATION)
 
     def __init__(self, backbone: DualEncoder, config: MitConfig, **task: Any):
         super().__init__(backbone, config, **task)
@@ -184,6 +253,7 @@ class MitModel(PromptedModel):
         self.layers = config.resolve_layers(tower.num_layers)
         self.uses_picture = self._resolve_picture()
         self.image_feature = self._resolve_image_feature()
+        self.decoder_layers = self._resolve_decoder_layers()
         sequences = dict(config.sequences or {})
         self.source_widths: dict[str, int] = dict.fromkeys(sequences, config.sequence_size)
         if self.uses_picture:
@@ -220,8 +290,20 @@ class MitModel(PromptedModel):
         self.head = self.make_head(tower.hidden_size)
 
     def make_head(self, width: int) -> nn.Module:
-        """What reads the last valid token, ``(B, width)``."""
+        """What reads the last valid token, ``(B, width)``; of masks, the decoder that reads the picture too."""
         config = self.config
+        if self.problem_type == SEGMENTATION:
+            vision = self.backbone.vision
+            return FilmDecoder(
+                vision.hidden_size,
+                width,
+                levels=len(self.decoder_layers),
+                patch_size=vision.config.patch_size,
+                width=config.decoder_size,
+                heads=config.decoder_heads,
+                mlp_size=config.decoder_mlp_size,
+                norm=config.feature_norm,
+            )
         return Head(
             width,
             self.num_labels,
@@ -250,7 +332,32 @@ class MitModel(PromptedModel):
     @property
     def text_template(self) -> str:
         """What texts are put into before they are tokenized."""
-        return self.config.prompt_template
+        if self.config.prompt_template is not None:
+            return self.config.prompt_template
+        return TEMPLATES.get(self.problem_type, TEMPLATES["classification"])
+
+    @property
+    def mask_size(self) -> tuple[int, int] | None:
+        """(height, width) of the logits of masks; None in other tasks."""
+        if self.problem_type != SEGMENTATION:
+            return None
+        side = self.config.mask_size or self.backbone.vision.image_size
+        return (side, side)
+
+    def _resolve_decoder_layers(self) -> list[int]:
+        if self.problem_type != SEGMENTATION:
+            return []
+        vision = self.backbone.vision
+        if not self.uses_picture:
+            raise ConfigError(
+                "masks need pictures; wanted a backbone with a vision tower, and MitConfig.picture not False"
+            )
+        if not isinstance(getattr(vision.config, "patch_size", None), int) or vision.config.model_type == "swin":
+            raise ConfigError(
+                f"masks are made of patch tokens behind a class token; this vision tower is of type "
+                f"{vision.config.model_type!r}. Wanted a ViT or CLIP's"
+            )
+        return self.config.resolve_decoder_layers(vision.num_layers)
 
     def _resolve_picture(self) -> bool:
         absent = isinstance(self.backbone.vision, NoVisionTower)
@@ -276,6 +383,8 @@ class MitModel(PromptedModel):
 
     def first_layers(self) -> tuple[int, int]:
         text = self.layers[0] if self.layers else self.language_model.num_layers
+        if self.decoder_layers:
+            return text, self.decoder_layers[-1]
         return text, self.backbone.vision.num_layers if self.uses_picture else 0
 
     # -- forward ------------------------------------------------------------------------------------------------
@@ -313,7 +422,8 @@ class MitModel(PromptedModel):
         text_lengths: Tensor | None = None,
         **sequences: Tensor,
     ) -> Prefix:
-        """The whole vision tower, and the language model below its first infused layer; sequences as they are."""
+        """The whole vision tower (for masks up to what the decoder reads first), and the language model below its first
+        infused layer; sequences as they are."""
         self._check_sequences(sequences)
         if self.uses_picture:
             prefix = super().extract(pixel_values, input_ids, attention_mask, token_type_ids, text_lengths)
@@ -352,6 +462,26 @@ class MitModel(PromptedModel):
                 "(padding_side='right') behind at least one token"
             )
         return replace(prefix, text=text)
+
+    def logits_and_penalty(self, prefix: Prefix) -> tuple[Tensor, Tensor | None]:
+        if self.problem_type != SEGMENTATION:
+            return super().logits_and_penalty(prefix)
+        levels, prefix = self.see(prefix)
+        return self.head(levels, self.features(prefix), size=self.mask_size), None
+
+    @torch.no_grad()
+    def see(self, prefix: Prefix) -> tuple[list[Tensor], Prefix]:
+        """The vision tower's hidden states that the decoder reads, the deepest first, and the prefix above them.
+
+        A prefix whose ``sequences`` have them under :data:`LEVELS`, ``(B, levels, N, C)``, is taken at its word.
+        """
+        if LEVELS in prefix.sequences:
+            return list(prefix.sequences[LEVELS].unbind(dim=1)), prefix
+        vision, state, found = self.backbone.vision, prefix.vision, []
+        for layer in reversed(self.decoder_layers):
+            state = vision.advance(state, layer, self.engine)
+            found.insert(0, state.hidden)
+        return found, replace(prefix, vision=state)
 
     def features(self, prefix: Prefix) -> Tensor:
         """h, ``(B, D)``: the last valid token behind the final norm."""
@@ -401,6 +531,9 @@ class MitModel(PromptedModel):
         return tower.features(text, READS)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.problem_type == SEGMENTATION:
+            weights = (self.config.mask_class_weights[0], self.config.mask_class_weights[1])
+            return segmentation_loss(logits, labels, kind=self.config.mask_loss, class_weights=weights)
         if self.problem_type == "regression" and self.config.regression_loss == "l1":
             self._check_labels(logits, labels)
             return nn.functional.l1_loss(logits, labels.to(logits.dtype).reshape(logits.shape))

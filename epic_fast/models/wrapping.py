@@ -46,7 +46,8 @@ def wrap(
             :func:`epic_fast.load_backbone` takes: a name, a folder, ``"vision=PATH,text=PATH"``, ``"demo"``.
         config: the method's configuration, ``EpicConfig``, ``MopeConfig`` or ``MitConfig``; default ``EpicConfig()``.
         num_labels: K, outputs of the head.
-        problem_type: ``"single_label_classification"``, ``"multi_label_classification"`` or ``"regression"``.
+        problem_type: ``"single_label_classification"``, ``"multi_label_classification"`` or ``"regression"``; with MiT
+            also ``"segmentation"``, whose ``num_labels`` is 2 and whose labels are masks ``(B, height, width)``.
         labels: K names, saved with the adapter.
         pos_weight: of the multi-label loss: K numbers, None, or ``"auto"``.
         image_processor, tokenizer: take the place of those beside the backbone's weights.

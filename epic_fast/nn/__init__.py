@@ -10,10 +10,13 @@ from epic_fast.nn.prompt_experts import (
     importance_loss,
     routing_entropy,
 )
+from epic_fast.nn.segmentation import SEGMENTATION_LOSSES, FilmDecoder, segmentation_loss
 
 __all__ = [
+    "SEGMENTATION_LOSSES",
     "ExpertRouter",
     "FeatureNorm",
+    "FilmDecoder",
     "Head",
     "Infusion",
     "InteractionHub",
@@ -23,4 +26,5 @@ __all__ = [
     "SequenceEncoder",
     "importance_loss",
     "routing_entropy",
+    "segmentation_loss",
 ]

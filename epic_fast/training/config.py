@@ -40,8 +40,8 @@ class TrainingConfig:
         num_workers: processes that load data; 0 loads in the training process.  It does not change the result.
         bucket_by_length: put samples with texts of similar length into a batch, so that less padding is computed.  It
             changes which samples share a batch, and with it the result; every epoch still has every sample once.
-        metric: the validation metric that says which epoch is the best; None takes "accuracy", "f1_micro" or
-            "mae" by problem type; "loss" is always there.
+        metric: the validation metric that says which epoch is the best; None takes "accuracy", "f1_micro",
+            "mae" or "oiou" by problem type; "loss" is always there.
         checkpoint_every_steps: write the state to resume from every so many steps too; None: after each epoch.
         log_every_steps: a line in the log every so many steps.
         load_best: leave the model with the weights of the best epoch; False: with those of the last.

@@ -36,6 +36,7 @@ from epic_fast.training.graphs import NO_LABELS, CapturedStep, why_not_captured
 from epic_fast.training.guard import first_non_finite
 from epic_fast.training.launch import launched
 from epic_fast.training.log import RunLog, finite
+from epic_fast.training.masks import mask_metrics
 from epic_fast.training.metrics import choose_metric, compute_metrics, is_better, tune_threshold
 from epic_fast.training.optim import learning_rates, make_optimizer, make_schedule, moments, restore_moments
 from epic_fast.training.pos_weight import resolve_pos_weight
@@ -462,6 +463,7 @@ class _Run:
 
         size = self.config.eval_batch_size or self.config.batch_size
         size = max(1, size // self.ranks)
+        problem = self.model.problem_type
         found = infer(
             self.model,
             self._loader(
@@ -472,6 +474,7 @@ class _Run:
             reporter=self.reporter,
             description="validation",
             with_loss=True,
+            count_masks=problem == "segmentation",
         )
         shares = [found] if self.ranks == 1 else gather_object([found])
         logits = torch.cat([each for share in shares for each in share.logits])
@@ -483,9 +486,11 @@ class _Run:
         labels = torch.cat(parts)
         order = torch.tensor([index for share in shares for index in share.indices]).argsort()
         logits, labels = logits[order], labels[order]
-        problem = self.model.problem_type
         threshold = tune_threshold(logits, labels) if problem == "multi_label_classification" else None
-        measured = compute_metrics(logits, labels, problem, num_labels=self.model.num_labels, threshold=threshold)
+        if problem == "segmentation":
+            measured = mask_metrics(logits)
+        else:
+            measured = compute_metrics(logits, labels, problem, num_labels=self.model.num_labels, threshold=threshold)
         measured["loss"] = sum(share.loss_sum for share in shares) / self.validation_length
         return measured
 

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from epic_fast.errors import ConfigError
+from epic_fast.training.masks import MASK_METRICS, mask_counts, mask_metrics
 
 # The names by problem type; the first one chooses the best epoch unless the configuration names another.
 METRICS = {
     "single_label_classification": ("accuracy", "f1_macro"),
     "multi_label_classification": ("f1_micro", "f1_macro"),
     "regression": ("mae", "mse", "pearson"),
+    "segmentation": MASK_METRICS,
 }
 LOWER_IS_BETTER = ("loss", "mae", "mse")
 
@@ -25,9 +27,11 @@ def compute_metrics(
     """The metrics of predictions.
 
     Args:
-        logits: ``(N, K)`` scores before softmax or sigmoid; for regression the values, ``(N, K)`` or ``(N,)``.
-        labels: class ids ``(N,)``; 0/1 ``(N, K)`` for multi-label; values ``(N,)`` or ``(N, K)`` for regression.
-        problem_type: one of Hugging Face's three.
+        logits: ``(N, K)`` scores before softmax or sigmoid; for regression the values, ``(N, K)`` or ``(N,)``; for
+            segmentation ``(N, 2, H, W)``.
+        labels: class ids ``(N,)``; 0/1 ``(N, K)`` for multi-label; values ``(N,)`` or ``(N, K)`` for regression; masks
+            ``(N, H, W)`` for segmentation.
+        problem_type: one of Hugging Face's three, or ``"segmentation"``.
         num_labels: K.
         threshold: multi-label: a class is said where its probability is above this; None is 0.5.
 
@@ -35,7 +39,7 @@ def compute_metrics(
         Single-label: ``accuracy`` (share of samples that are right) and ``f1_macro`` (mean over the classes that
         occur among labels or predictions).  Multi-label: ``f1_micro``, ``f1_macro`` (mean over all K classes; one
         that is neither there nor said counts 0) and the ``threshold``.  Regression: ``mae``, ``mse`` and
-        ``pearson`` (mean over the columns; NaN where a column does not vary).
+        ``pearson`` (mean over the columns; NaN where a column does not vary).  Segmentation: see :func:`mask_metrics`.
 
     Raises:
         ConfigError: shapes that do not fit, an unknown problem type, no sample.
@@ -48,6 +52,8 @@ def compute_metrics(
             f"metrics of {len(logits)} predictions and {len(labels)} labels; wanted as many of one as of the other, "
             "and at least one"
         )
+    if problem_type == "segmentation":
+        return mask_metrics(mask_counts(logits, labels))
     if problem_type == "regression":
         return _regression(logits, labels.float())
     if logits.ndim != 2 or logits.shape[1] != num_labels:

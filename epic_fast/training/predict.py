@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from epic_fast.engine.graphs import graphed, prepared
-from epic_fast.errors import ConfigError
+from epic_fast.errors import ConfigError, DataError
 from epic_fast.training.batches import Batch, collator_for, length_of, loader, ordered_batches
 from epic_fast.training.config import PRECISIONS
+from epic_fast.training.masks import mask_counts
 from epic_fast.training.progress import ProgressLike, Reporter, make_reporter
 
 
 @dataclass
 class Predictions:
-    """``logits``: ``(N, K)`` float32 on the CPU, in the data set's order; ``labels``: as the collator gives them,
-    or None where the data has none."""
+    """``logits``: ``(N, K)`` (of masks ``(N, 2, H, W)``) float32 on the CPU, in the data set's order; ``labels``: as
+    the collator gives them, or None where the data has none."""
 
     logits: Tensor
     labels: Tensor | None
@@ -28,7 +30,11 @@ class Predictions:
 
 @dataclass
 class Inference:
-    """What one process computed of its share of a data set; the loss is a sum over samples."""
+    """What one process computed of its share of a data set; the loss is a sum over samples.
+
+    Of masks that are only counted, ``logits`` are :func:`~epic_fast.training.masks.mask_counts` and ``labels`` the
+    objects' pixels.
+    """
 
     indices: list[int]
     logits: list[Tensor]
@@ -73,6 +79,86 @@ def predict(
         with_loss=False,
     )
     return Predictions(torch.cat(result.logits), torch.cat(result.labels) if result.labels else None)
+
+
+def count_masks(
+    model: Any,
+    dataset: Any,
+    *,
+    collator: Callable[[list[Any]], Mapping[str, Any]] | None = None,
+    batch_size: int = 64,
+    progress: ProgressLike = None,
+    num_workers: int = 0,
+    precision: str = "auto",
+) -> Tensor:
+    """Pixels that predicted and true mask share, and those of either, ``(N, 2)``, in order; no mask is kept.
+
+    Masks are compared at the model's ``mask_size``; arguments as for :func:`predict`.
+
+    Raises:
+        DataError: the data set is empty, has no masks, or a sample cannot be read.
+        ConfigError: a model of another task, a batch size below 1 or an unknown precision.
+    """
+    _check_makes_masks(model, "count_masks")
+    device = device_of(model)
+    kind = resolve_precision(precision, device)
+    found = infer(
+        model,
+        _in_order(model, dataset, collator, batch_size, num_workers),
+        device=device,
+        autocast=lambda: passes(kind, device),
+        reporter=make_reporter(progress),
+        description="predicting",
+        with_loss=False,
+        count_masks=True,
+    )
+    if not found.labels:
+        raise DataError("count_masks: these samples have no masks to compare with; predict_masks needs none")
+    return torch.cat(found.logits)
+
+
+def _check_makes_masks(model: Any, name: str) -> None:
+    problem = getattr(model, "problem_type", None)
+    if problem != "segmentation":
+        raise ConfigError(f"{name}: this model's problem_type is {problem!r}; wanted 'segmentation'")
+
+
+def predict_masks(
+    model: Any, dataset: Any, *, collator: Any = None, batch_size: int = 64, precision: str = "auto"
+) -> Iterator[np.ndarray]:
+    """The mask of each sample in order, booleans of the size of its own picture.
+
+    Args:
+        model: of segmentation.
+        dataset: of :class:`epic_fast.data.Example`, or anything with ``len``, ``[i]`` and ``.image`` of a sample.
+        collator, batch_size, precision: as for :func:`predict`.
+
+    Raises:
+        DataError: the data set is empty or a sample cannot be read.
+        ConfigError: a model of another task, a batch size below 1 or an unknown precision.
+    """
+    _check_makes_masks(model, "predict_masks")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"predict_masks: batch_size is {batch_size!r}; wanted a whole number of at least 1")
+    device = device_of(model)
+    kind = resolve_precision(precision, device)
+    collator = collator or collator_for(model, dataset)
+    was_training = model.training
+    model.eval()
+    try:
+        for start in range(0, length_of(dataset, "given"), batch_size):
+            examples = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
+            batch = {name: each for name, each in collator(examples).items() if name != "labels"}
+            batch = {name: each.to(device) for name, each in prepared(model, batch).items()}
+            with torch.no_grad(), passes(kind, device):
+                logits = model(**batch).logits.float()
+            for example, each in zip(examples, logits, strict=True):
+                size = (example.image.height, example.image.width)
+                margin = (each[1] - each[0])[None, None]
+                margin = torch.nn.functional.interpolate(margin, size, mode="bilinear", align_corners=True)
+                yield (margin[0, 0] > 0).cpu().numpy()
+    finally:
+        model.train(was_training)
 
 
 def predict_routing(
@@ -147,8 +233,12 @@ def infer(
     reporter: Reporter,
     description: str,
     with_loss: bool,
+    count_masks: bool = False,
 ) -> Inference:
-    """The model in ``eval()`` over loaded batches; its mode is as before at the end."""
+    """The model in ``eval()`` over loaded batches; its mode is as before at the end.
+
+    ``count_masks`` keeps of each mask what metrics need, two numbers in the place of its pixels.
+    """
     from accelerate.utils import send_to_device
 
     found = Inference([], [], [], 0.0)
@@ -167,9 +257,13 @@ def infer(
                 with autocast():
                     out = forward(**inputs)
                 found.indices.extend(which.indices)
-                found.logits.append(out.logits.float().cpu())
-                if labels is not None:
-                    found.labels.append(labels.cpu())
+                if count_masks and labels is not None:
+                    found.logits.append(mask_counts(out.logits, labels.to(device)).cpu())
+                    found.labels.append(labels.flatten(1).sum(dim=1).cpu())
+                else:
+                    found.logits.append(out.logits.float().cpu())
+                    if labels is not None:
+                        found.labels.append(labels.cpu())
                 if with_loss and out.loss is not None:
                     found.loss_sum += float(out.loss) * which.count
                 reporter.advance()

@@ -1,0 +1,132 @@
+"""The study of MiT's two further tasks, on tiny towers: prefixes out of the frozen parts, rows, tables, the sheet."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import mit_tasks
+from benchmarks.mit_tasks import FromFrozen, Frozen, Job, Plan, jobs_of, read_scenes, read_utterances, report, run_tasks
+from epic_fast.data import Collator, Example, make_sentiment, read_folder
+from epic_fast.data.scenes import draw_scene
+from epic_fast.models import wrap
+from epic_fast.testing import tiny_llama, tiny_vit
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    folder = tmp_path_factory.mktemp("towers")
+    tiny_vit(folder / "vit")
+    tiny_llama(folder / "llama")
+    return Plan(
+        scenes=(12, 4, 6),
+        utterances=(40, 10, 12),
+        epochs=(1, 1),
+        batch=8,
+        seeds=(0, 1),
+        layers=(2, 3),
+        mlp_size=32,
+        language_model=str(folder / "llama"),
+        vision=str(folder / "vit"),
+    )
+
+
+@pytest.mark.parametrize("arm", ["mit", "frozen"])
+def test_what_is_cached_of_scenes_is_what_the_model_would_compute(plan: Plan, tmp_path: Path, arm: str) -> None:
+    backbone = mit_tasks.towers(plan, "segmentation", CPU)
+    frozen = read_scenes(plan, backbone, CPU, 1)
+    frozen.save(tmp_path / "file")
+    frozen = Frozen.load(tmp_path / "file", CPU)
+    model = wrap(backbone, plan.config("segmentation", arm), 2, "segmentation", self_check=False).eval()
+    with torch.no_grad():
+        for infusion in model.infusions.values():
+            infusion.transform.weight.add_(0.1 * torch.randn_like(infusion.transform.weight))
+    rows = [0, 5, 13, 17, 21]
+    drawn = [draw_scene(0, *next((s, row - a) for s, (a, b) in frozen.rows.items() if a <= row < b)) for row in rows]
+    batch = Collator.for_model(model)(
+        [
+            Example(
+                each.picture,
+                each.scene.text,
+                (torch.tensor(list(each.mask.get_flattened_data())) > 0).reshape(160, 160).numpy(),
+                "",
+            )
+            for each in drawn
+        ]
+    )
+    found = FromFrozen(frozen, model)(rows)
+    assert torch.equal(found["labels"], batch["labels"])
+    # The picture's tokens are kept in bfloat16.
+    torch.testing.assert_close(model(**found).logits, model(**batch).logits, rtol=0.05, atol=0.05)
+    assert (found["prefix"].text.hidden.shape[1] == 1) == (arm == "frozen")
+    model.unwrap()
+
+
+@pytest.mark.parametrize("arm", ["both", "facial", "text"])
+def test_what_is_cached_of_utterances_is_what_the_model_would_compute(plan: Plan, tmp_path: Path, arm: str) -> None:
+    backbone = mit_tasks.towers(plan, "sentiment", CPU)
+    frozen = read_utterances(plan, backbone, CPU)
+    config = replace(plan.config("sentiment", arm), feature_norm="none")
+    model = wrap(backbone, config, 1, "regression", self_check=False).eval()
+    with torch.no_grad():
+        for infusion in model.infusions.values():
+            infusion.transform.weight.add_(0.1 * torch.randn_like(infusion.transform.weight))
+    data = read_folder(make_sentiment(tmp_path / "made", train=40, validation=10, test=12))
+    first = frozen.rows["test"][0]
+    batch = Collator.for_model(model)([data.splits["test"][each] for each in (0, 3, 7)])
+    found = FromFrozen(frozen, model)([first, first + 3, first + 7])
+    torch.testing.assert_close(found["labels"], batch["labels"])
+    torch.testing.assert_close(model(**found).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
+    model.unwrap()
+
+
+def test_a_whole_run_and_its_tables(plan: Plan, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    arguments = {"command": "python -m benchmarks.mit_tasks run", "sheet": tmp_path / "sheet.png"}
+    assert run_tasks(plan, ["segmentation", "sentiment"], rows, **arguments)
+    made = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row.get("why") for row in made] == [None] * len(jobs_of(plan, list(mit_tasks.ARMS)))
+    assert Image.open(tmp_path / "sheet.png").width > 300
+    one = made[0]
+    assert set(one["run"]) >= {"command", "commit", "gpu", "torch", "transformers", "plan"}
+    assert one["parts"]["seen"]["samples"] == one["parts"]["held out"]["samples"] == 3
+    text = report(made)
+    assert "a shape at random" in text
+    assert "The target, an oIoU of 0.60 on held-out scenes, is missed" in text
+    assert "MiT, voice and face" in text
+    before = rows.read_text()
+    assert run_tasks(plan, ["segmentation", "sentiment"], rows, **arguments)  # nothing is made again
+    assert rows.read_text() == before
+    assert not run_tasks(replace(plan, seeds=(0, 1, 2)), ["sentiment"], rows, seconds=-1.0, **arguments)
+
+
+def test_every_arm_has_every_seed_but_what_draws_nothing() -> None:
+    jobs = jobs_of(Plan(), ["sentiment", "segmentation"])
+    assert len(jobs) == 4 * 5 + 1 + 2 * 5
+    assert jobs.count(Job("sentiment", "ridge", 0)) == 1
+
+
+def test_the_report_says_whether_both_beat_each() -> None:
+    def row(arm: str, seed: int, mae: float) -> dict:
+        test = dict.fromkeys(("pearson", "acc7", "acc2_non0", "f1_non0", "acc2_has0", "f1_has0"), 0.5)
+        return {
+            "kind": "train",
+            "task": "sentiment",
+            "arm": arm,
+            "seed": seed,
+            "test": {"mae": mae, **test},
+            "trainable": 1,
+        }
+
+    rows = [row("both", 0, 0.4), row("both", 1, 0.5), row("acoustic", 0, 0.7), row("facial", 0, 0.6)]
+    text = report(rows)
+    assert "MAE -0.250 against MiT, voice, -0.150 against MiT, face; every seed of it beats" in text
+    assert "0.450 ± 0.071" in text
+    assert "not every seed" in report([*rows, row("both", 2, 0.65)])
