@@ -134,14 +134,15 @@ def leaves_of(inputs: dict[str, Tensor | None]) -> list[Tensor]:
     return [each.requires_grad_() for each in inputs.values() if each is not None]
 
 
-def _tuple(result: Tensor | tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def as_tuple(result: Tensor | tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Outputs as a tuple, one alone too."""
     return (result,) if isinstance(result, Tensor) else result
 
 
 def _ours(function: Callable[..., Any], impl: str) -> Callable[..., Call]:
     def prepare(case: Any, inputs: dict[str, Tensor | None], options: dict[str, Any]) -> Call:
         leaves = leaves_of(inputs)
-        return Call(lambda: _tuple(function(**inputs, **options, impl=impl)), leaves)
+        return Call(lambda: as_tuple(function(**inputs, **options, impl=impl)), leaves)
 
     return prepare
 
@@ -151,7 +152,7 @@ def _compiled_reference(function: Callable[..., Any]) -> Callable[..., Call]:
         leaves = leaves_of(inputs)
         torch._dynamo.reset()
         compiled = torch.compile(function, fullgraph=True, dynamic=False)
-        return Call(lambda: _tuple(compiled(**inputs, **options, impl="reference")), leaves)
+        return Call(lambda: as_tuple(compiled(**inputs, **options, impl="reference")), leaves)
 
     return prepare
 

@@ -4,6 +4,7 @@
     python -m benchmarks.run interaction --output benchmarks/results/interaction.jsonl
     python -m benchmarks.run windows --output benchmarks/results/windows.jsonl
     python -m benchmarks.run experts --output benchmarks/results/experts.jsonl
+    python -m benchmarks.run infused --output benchmarks/results/infused.jsonl       # and gate, swiglu
     python -m benchmarks.run table benchmarks/results/attention.jsonl       # the README's table, in Markdown
 
 At every case ours is held against its error budget first (``epic_fast.testing.numerics``).  Where it fails, no
@@ -32,7 +33,7 @@ from typing import Any
 import torch
 
 from benchmarks import timing
-from benchmarks.registry import MODES, OPERATIONS, OURS, Call, CannotRun, Operation, Provider
+from benchmarks.registry import MODES, OPERATIONS, OURS, Call, CannotRun, Operation, Provider, as_tuple
 from epic_fast.testing.cases import LAYOUTS, AttentionCase, Case, WindowCase
 from epic_fast.testing.numerics import Measured, measure_operation
 
@@ -140,7 +141,7 @@ def check_same(
     with torch.no_grad():
         wanted = operation.reference(**case.make(dtype, device), **case.options(device))
         found = call.outputs(call.forward())
-    for want, got in zip(wanted, found, strict=True):
+    for want, got in zip(as_tuple(wanted), found, strict=True):
         if want is None or got is None or not want.numel():
             continue
         off = ((got - want).float().norm() / want.float().norm()).item()
