@@ -29,10 +29,16 @@ from epic_fast.files import atomic_file
 from epic_fast.testing.cases import (
     ATTENTION_PRODUCTION,
     ATTENTION_SMOKE,
+    GATE_PRODUCTION,
+    GATE_SMOKE,
+    INFUSED_PRODUCTION,
+    INFUSED_SMOKE,
     INTERACTION_PRODUCTION,
     INTERACTION_SMOKE,
     MIX_PRODUCTION,
     MIX_SMOKE,
+    SWIGLU_PRODUCTION,
+    SWIGLU_SMOKE,
     WINDOW_PRODUCTION,
     WINDOW_SMOKE,
     AttentionCase,
@@ -80,6 +86,9 @@ CASES: dict[str, tuple[Case, ...]] = {
         WindowCase(2, 4, 2, 49, 0, mask=True, name="no prompts"),
     ),
     "experts": MIX_PRODUCTION,
+    "infused": INFUSED_PRODUCTION,
+    "gate": GATE_PRODUCTION,
+    "swiglu": SWIGLU_PRODUCTION,
 }
 HEAD = """# Numerics
 
@@ -98,6 +107,9 @@ SMOKE: dict[str, tuple[Case, ...]] = {
     "interaction": INTERACTION_SMOKE,
     "windows": WINDOW_SMOKE,
     "experts": MIX_SMOKE,
+    "infused": INFUSED_SMOKE,
+    "gate": GATE_SMOKE,
+    "swiglu": SWIGLU_SMOKE,
 }
 
 

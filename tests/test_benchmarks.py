@@ -240,7 +240,7 @@ def test_the_numerics_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert numerics.main([*command, "--impl", "reference", "--dtype", "fp32", "bf16"]) == 0
     found = json.loads(rows.read_text())
     assert {row["dtype"] for row in found["rows"]} == {"float32", "bfloat16"}
-    assert {row["operation"] for row in found["rows"]} == {"attention", "interaction", "windows", "experts"}
+    assert {row["operation"] for row in found["rows"]} == set(numerics.CASES) == set(registry.OPERATIONS)
     text = page.read_text()
     assert text == numerics.page(found)
     for part in (
@@ -248,6 +248,9 @@ def test_the_numerics_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "## prompt_interaction",
         "## window_prompt_attention",
         "## mix_prompt_experts",
+        "## infused_attention",
+        "## infusion_gate",
+        "## infused_swiglu",
         "| bfloat16 | gradient of temperature |",
         "CPU; torch",
     ):
