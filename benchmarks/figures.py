@@ -177,8 +177,9 @@ def draw_step(rows: Sequence[dict[str, Any]], output: str | Path, cases: Sequenc
         figure.legend(handles=parts, loc="outside upper right", ncols=len(parts), fontsize=8)
         run = timed[0]["run"]
         place = f"{run['gpu']}, {timed[0]['frozen_dtype']}, torch {run['torch']}" if run["gpu"] else "CPU"
+        commits = " and ".join(dict.fromkeys((row["run"]["commit"] or "unknown")[:10] for row in timed))
         figure.supxlabel(
-            f"{timed[0]['towers']}, {place}, commit {(run['commit'] or 'unknown')[:10]}; medians; memory that the step "
+            f"{timed[0]['towers']}, {place}, commit {commits}; medians; memory that the step "
             "adds" + ("; dotted: the method's operations at the rate of a large product" if run["ceilings"] else ""),
             fontsize=7,
             color=QUIET,

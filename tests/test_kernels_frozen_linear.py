@@ -45,7 +45,7 @@ DESCRIPTORS = {
     "four parts": ProductTile(32, 64, 16, 4, 2, group=2, descriptors=True, parts=4),
     "persistent": ProductTile(32, 64, 16, 4, 2, group=3, descriptors=True, parts=2, persistent=True),
 }
-HAS_DESCRIPTORS = DEVICE == "cpu" or tiles.has_descriptors(torch.device("cuda"))
+HAS_DESCRIPTORS = DEVICE == "cpu" or cards.has_descriptors(torch.device("cuda"))
 TILES = {"pointers": POINTERS, **(DESCRIPTORS if HAS_DESCRIPTORS else {})}
 
 
