@@ -2,7 +2,7 @@
 
     python -m benchmarks.mope_step --cases step-64 --seconds 280        # goes on where the last call stopped
     python -m benchmarks.mope_step --cases forward-64 forward-8 step-8
-    python -m benchmarks.mope_step --table                              # the README's tables, in Markdown
+    python -m benchmarks.mope_step --table                              # the tables of docs/speed.md
     python -m benchmarks.mope_step --profile step-64 ours               # where the time goes, by kinds of kernels
     python -m benchmarks.mope_step --tiny                               # does everything run?  Seconds on a CPU
 

@@ -5,7 +5,7 @@
     python -m benchmarks.run windows --output benchmarks/results/windows.jsonl
     python -m benchmarks.run experts --output benchmarks/results/experts.jsonl
     python -m benchmarks.run infused --output benchmarks/results/infused.jsonl       # and gate, swiglu
-    python -m benchmarks.run table benchmarks/results/attention.jsonl       # the README's table, in Markdown
+    python -m benchmarks.run table benchmarks/results/attention.jsonl       # the tables of docs/speed.md
 
 At every case ours is held against its error budget first (``epic_fast.testing.numerics``).  Where it fails, no
 speed-up is printed, and the command ends with status 1.  A row is one case, provider and mode:

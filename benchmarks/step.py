@@ -2,7 +2,7 @@
 
     python -m benchmarks.step --cases late-64 --providers eager hub blocks pooled --seconds 240
     python -m benchmarks.step --cases late-64 deep-64 --seconds 280     # goes on where the last call stopped
-    python -m benchmarks.step --table                                   # the README's tables, in Markdown
+    python -m benchmarks.step --table                                   # the tables of docs/speed.md
     python -m benchmarks.step --figure docs/images/speed_step.png
     python -m benchmarks.step --profile late-64 graphs                  # where the time goes, by kinds of kernels
 

@@ -20,7 +20,7 @@ pytest.importorskip("triton")
 # The root is no place to import from for longer than this: the folder `kernels` lies there.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import figures, gpu_tests, numerics, registry, run, timing
+from benchmarks import figures, gpu_tests, numerics, registry, run, summary, timing
 from benchmarks.test_dispatch import no_kernels, test_dispatch_stays_cheap  # noqa: F401  (collected here as well)
 
 sys.path.pop()
@@ -328,9 +328,37 @@ def test_the_command_runs_from_the_root_without_installing(operation: str, tmp_p
     assert {row["mode"] for row in rows if row["provider"] == "compiled"} == {"forward", "forward+backward"}
 
 
-def test_the_readme_shows_the_recorded_speed() -> None:
+def test_the_readme_shows_what_the_rows_say() -> None:
+    """Its table is what the command prints, line by line, and each line can be found in the rows."""
+    shown = [
+        line for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines() if re.search(r"× \|$", line)
+    ]
+    assert shown == summary.table().splitlines()[2:]
+    attention = run.read(ROOT / "benchmarks/results/attention.jsonl")
+    times = {
+        row["provider"]: row["graph_ms"]
+        for row in attention
+        if row["kind"] == "time" and row["case"] == "vision L/14" and row["mode"] == "forward+backward"
+    }
+    best = min(time for name, time in times.items() if name not in ("ours", "xformers") and not name.startswith("sdpa"))
+    assert f"| {best / times['ours']:.2f}× |" in shown[0]
+    assert f"| {times['ours']:.3f} ms, " in shown[0]
+
+
+def test_no_speed_is_shown_of_wrong_numbers(tmp_path: Path) -> None:
+    for name in ("attention", "interaction", "windows"):
+        rows = run.read(ROOT / f"benchmarks/results/{name}.jsonl")
+        for row in rows:
+            if row["kind"] == "gate" and row["case"] == "text L":
+                row["passes"] = False
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    with pytest.raises(SystemExit, match="text L: its numerics fail"):
+        summary.table(tmp_path)
+
+
+def test_the_page_of_speed_shows_the_recorded_speed() -> None:
     root = Path(__file__).resolve().parent.parent
-    readme = (root / "README.md").read_text(encoding="utf-8").splitlines()
+    page = (root / "docs/speed.md").read_text(encoding="utf-8").splitlines()
     for name, columns in (
         ("attention", ("graph_ms", "launched_ms", "launched_one_thread_ms", "peak_mib")),
         ("interaction", ("graph_ms", "launched_ms", "launched_one_thread_ms")),
@@ -339,7 +367,7 @@ def test_the_readme_shows_the_recorded_speed() -> None:
         assert all(row["run"]["gpu"] and row["run"]["commit"] and not row["run"]["modified"] for row in rows)
         assert all(row["passes"] for row in rows if row["kind"] == "gate")
         printed = {column: run.tables(rows, column).splitlines() for column in columns}
-        shown = [line for line in readme if any(line.startswith(f"| {row['case']}, bfloat16 |") for row in rows)]
+        shown = [line for line in page if any(line.startswith(f"| {row['case']}, bfloat16 |") for row in rows)]
         assert len(shown) >= 4 * len({row["case"] for row in rows}) - 4
         assert [line for line in shown if not any(line in lines for lines in printed.values())] == []
 

@@ -222,11 +222,11 @@ def test_tables_print_the_ratios_of_the_rows(tmp_path: Path, capsys: pytest.Capt
     assert lines[-1].startswith("a card, driver 1")
 
 
-def test_the_readme_shows_the_recorded_steps() -> None:
+def test_the_page_of_speed_shows_the_recorded_steps() -> None:
     rows = read(mope_step.ROWS)
     assert all(row["run"]["gpu"] and row["run"]["commit"] and not row["run"]["modified"] for row in rows)
-    readme = (Path(mope_step.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    _, _, section = readme.partition("| MoPE, one step |")
+    page = (Path(mope_step.__file__).parents[1] / "docs/speed.md").read_text(encoding="utf-8")
+    _, _, section = page.partition("| MoPE, one step |")
     shown = ("| MoPE, one step |" + section.split("\n\n")[0]).splitlines()
     printed = mope_step.tables(rows).splitlines()
     assert len(shown) > 2

@@ -179,14 +179,17 @@ def anchors_of(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{each.name}" for each in sorted(ROOT.glob("docs/*.md")))],
+)
 def test_every_picture_and_link_exists(document: str) -> None:
-    text = (ROOT / document).read_text(encoding="utf-8")
+    folder, text = (ROOT / document).parent, (ROOT / document).read_text(encoding="utf-8")
     for target in link_targets(text):
         path, _, anchor = target.partition("#")
         if re.match(r"[a-z]+:", target):
             continue
-        assert (ROOT / path).exists(), f"{document} points to {path}, which is not there"
+        assert (folder / path).exists(), f"{document} points to {path}, which is not there"
         if anchor and not path:
             assert anchor in anchors_of(text), f"{document} has no heading #{anchor}"
 
