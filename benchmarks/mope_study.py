@@ -5,9 +5,10 @@
     python -m benchmarks.mope_study show                                                   # the tables, from the rows
     python -m benchmarks.mope_study figure --output docs/images/mope_study.png             # the figure, from the rows
 
-``run`` reads every data set once, runs the frozen towers once, and trains many models at a time, a process each; it
-then times one training step of each model, alone on the machine.  Rows that are there already are not made again, and
-after ``--seconds`` no training is begun, so that several calls share the work: call it until it says that all is done.
+``run`` reads every data set once, runs the frozen towers once, and trains many models at a time, a process each, on
+all GPUs that it sees; it then times one training step of each model, alone on the machine.  Rows that are there already
+are not made again, and after ``--seconds`` no training is begun, so that several calls share the work: call it until it
+says that all is done.
 What has to travel to the GPU machine: the project, the data's folders (nothing for ``demo``) and the FILE of ``texts``,
 0.8 kB a sample in float16, in whose place the demo's text tower will do.
 
@@ -371,6 +372,15 @@ def train_one(
         model.unwrap()
 
 
+def device_of(number: int) -> torch.device:
+    """Processes take turns at the GPUs that are there; what a process makes without naming one lies on its own."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", number % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
 def work(
     number: int,
     jobs: Sequence[Job],
@@ -384,7 +394,7 @@ def work(
 ) -> None:
     """One process: the next job that nobody has taken, until there is none or the time is over."""
     torch.set_num_threads(1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(number)
     backbone = towers()
     backbone.to(device)
     held: dict[str, Frozen] = {}
