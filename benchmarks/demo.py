@@ -75,6 +75,7 @@ def work(
     backbone = load_backbone("demo")
     size = sum(parameter.numel() for parameter in backbone.parameters())
     layers, pairs = read(jobs) if pairs is None else pairs
+    pairs = demo_search.placed(pairs, timing.device_of(number))
     backbone.to(pairs.device)
     # Below the first prompts of each method, made once of what was read.
     held: dict[tuple[int, int], FrozenPairs] = {layers: pairs}

@@ -11,6 +11,7 @@ what the frozen towers made of them.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import time
 from dataclasses import dataclass, field, replace
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import multiprocessing
+from torch import Tensor, multiprocessing
 
 from benchmarks import timing
 
@@ -118,7 +119,7 @@ def work(
     allow_tf32(record.get("run", {}))
     backbone = load_backbone("demo")
     # Below the first prompts of each trial, made once.
-    held = {first: read(first, views) if pairs is None else pairs}
+    held = {first: read(first, views) if pairs is None else placed(pairs, timing.device_of(number))}
     backbone.to(held[first].device)
     for trial in trials[number::processes]:
         started = time.perf_counter()
@@ -296,6 +297,22 @@ def read(first: tuple[int, int], views: int) -> Any:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return read_frozen_pairs(load_backbone("demo"), first, views=views, device=device)
+
+
+def placed(pairs: Any, device: torch.device) -> Any:
+    """The same pairs on this device."""
+
+    def moved(tower: Any) -> Any:
+        there = copy.copy(tower)
+        vars(there).update({name: each.to(device) for name, each in vars(tower).items() if isinstance(each, Tensor)})
+        return there
+
+    return replace(
+        pairs,
+        cache=type(pairs.cache).from_towers(moved(pairs.cache.text), moved(pairs.cache.vision)),
+        rows={name: rows.to(device) for name, rows in pairs.rows.items()},
+        **{name: each.to(device) for name, each in vars(pairs).items() if isinstance(each, Tensor)},
+    )
 
 
 def allow_tf32(run: dict[str, Any]) -> None:

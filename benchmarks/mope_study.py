@@ -372,15 +372,6 @@ def train_one(
         model.unwrap()
 
 
-def device_of(number: int) -> torch.device:
-    """Processes take turns at the GPUs that are there; what a process makes without naming one lies on its own."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", number % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
 def work(
     number: int,
     jobs: Sequence[Job],
@@ -394,7 +385,7 @@ def work(
 ) -> None:
     """One process: the next job that nobody has taken, until there is none or the time is over."""
     torch.set_num_threads(1)
-    device = device_of(number)
+    device = timing.device_of(number)
     backbone = towers()
     backbone.to(device)
     held: dict[str, Frozen] = {}

@@ -156,6 +156,15 @@ def libraries() -> dict[str, str]:
     return {"transformers": transformers.__version__, "accelerate": accelerate.__version__}
 
 
+def device_of(number: int) -> torch.device:
+    """Processes take turns at the GPUs that are there; what a process makes without naming one lies on its own."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", number % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
 def ceilings(device: torch.device) -> dict[str, float] | None:
     """What the card does at best: TB/s of a copy, read and written, and TFLOP/s of a bf16 product.  None on a CPU."""
     if device.type != "cuda":
