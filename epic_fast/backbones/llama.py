@@ -22,6 +22,7 @@ from epic_fast.engine import EngineConfig, GatedInfusion, SourceInfusion, TowerS
 from epic_fast.engine.decoder import DecoderGeometry, FrozenDecoder, FrozenDecoderLayer
 from epic_fast.engine.infused import Form, infused_swiglu
 from epic_fast.engine.packed import say_plain
+from epic_fast.engine.rows import RowSelection
 from epic_fast.errors import ConfigError
 
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -134,8 +135,10 @@ class LlamaTower(TextTower):
 
     # -- fused layers ------------------------------------------------------------------------------------------
 
-    def fused_layers(self, state: TowerState, engine: EngineConfig | None) -> list[FrozenDecoderLayer] | None:
-        """The fused layers that run these tokens; None where the model's own do, saying why once."""
+    def fused_layers(
+        self, state: TowerState, stop: int, engine: EngineConfig | None
+    ) -> list[FrozenDecoderLayer] | None:
+        """All fused layers, to run these tokens up to ``stop``; None where the model's own do, saying why once."""
         if not self.runs_fused(engine):
             return None
         kind, tokens = state.hidden.device.type, state.hidden.shape[1]
@@ -150,12 +153,20 @@ class LlamaTower(TextTower):
         if reason is not None:
             say_plain(self.modality, reason)
             return None
-        return self.frozen.layers()
+        return self.frozen.layers(state.layer, stop)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def with_positions(self, state: TowerState) -> TowerState:
+        """The state with the tables of its positions."""
+        known, hidden = state.positions, state.hidden
+        if known is not None and len(known[0]) == hidden.shape[1] and known[0].device == hidden.device:
+            return state
+        cos, sin = self._rotary(hidden)
+        return replace(state, positions=(cos[0].contiguous(), sin[0].contiguous()))
 
     def geometry(self, state: TowerState) -> DecoderGeometry:
-        """What the fused layers have to know of the tokens."""
-        cos, sin = self._rotary(state.hidden)
-        return DecoderGeometry(state.lengths, cos[0], sin[0])
+        """What the fused layers have to know of the tokens, positions included."""
+        assert state.positions is not None
+        return DecoderGeometry(state.lengths, *state.positions)
 
     def advance(
         self, state: TowerState, stop: int, engine: EngineConfig | None, reads: str | None = None, *, more: bool = False
@@ -165,25 +176,42 @@ class LlamaTower(TextTower):
         Args:
             more: only this tower reads the result, so that the last sum may be left open.
         """
-        fused = self.fused_layers(state, engine) if state.layer < stop else None
+        fused = self.fused_layers(state, stop, engine) if state.layer < stop else None
         if fused is None:
-            return self.run(state.settled(), stop)
+            return self.run(state if more and state.layer == stop else state.settled(), stop)
         assert engine is not None
         rows = self.rows_read(state, reads, engine) if stop == self.num_layers else None
-        hidden, branch, geometry = state.hidden, state.branch, self.geometry(state)
-        for index in range(state.layer, stop):
-            last = replace(geometry, rows=rows) if index + 1 == stop else geometry
-            hidden, branch = fused[index](hidden, branch, last, (), save=engine.save)
-        state = state if rows is None else state.one_row(hidden)
-        state = state.after(hidden, stop, branch)
+        state = self._walk(fused, state, stop, engine, rows)
         return state if more else state.settled()
+
+    def _walk(
+        self,
+        fused: Sequence[FrozenDecoderLayer],
+        state: TowerState,
+        stop: int,
+        engine: EngineConfig,
+        rows: RowSelection | None = None,
+        sources: Sequence[SourceInfusion] = (),
+        form: Form = "residual",
+    ) -> TowerState:
+        """Fused layers up to ``stop - 1``, the last of them with an infusion where there are sources."""
+        if state.layer >= stop:
+            return self.run(state, stop)
+        state = self.with_positions(state)
+        hidden, branch, geometry = state.hidden, state.branch, self.geometry(state)
+        for index in range(state.layer, stop - 1):
+            hidden, branch = fused[index](hidden, branch, geometry, (), save=engine.save)
+        last = replace(geometry, rows=rows)
+        hidden, branch = fused[stop - 1](hidden, branch, last, sources, form=form, save=engine.save)
+        state = state if rows is None else state.one_row(hidden)
+        return state.after(hidden, stop, branch)
 
     @torch.no_grad()
     def _fused_error(self, layer: FrozenDecoderLayer) -> float:
         """How far the first fused layer is from its own on a few rows, relative: what names of modules do not tell."""
         weight = layer.weights().output
         rows = torch.arange(4 * self.hidden_size, device=weight.device).view(1, 4, -1).sin().to(weight.dtype)
-        state = TowerState(rows)
+        state = self.with_positions(TowerState(rows))
         with torch.autocast(weight.device.type, enabled=False):
             wanted = self.run(state, 1).hidden.double() - rows
             hidden, branch = layer(rows, None, self.geometry(state), ())
@@ -217,15 +245,11 @@ class LlamaTower(TextTower):
             reads: the features that are read of the last layer; None: all rows.
             more: only this tower reads the result, so that the last sum may be left open.
         """
-        fused = None if gate_reads_padding else self.fused_layers(state, engine)
+        fused = None if gate_reads_padding else self.fused_layers(state, index + 1, engine)
         if fused is not None:
             assert engine is not None
-            state = self.advance(state, index, engine, more=True)
             rows = self.rows_read(state, reads, engine) if index + 1 == self.num_layers else None
-            geometry = replace(self.geometry(state), rows=rows)
-            hidden, branch = fused[index](state.hidden, state.branch, geometry, sources, form=form, save=engine.save)
-            state = state if rows is None else state.one_row(hidden)
-            state = state.after(hidden, index + 1, branch)
+            state = self._walk(fused, state, index + 1, engine, rows, sources, form)
             return state if more else state.settled()
         state = self.advance(state, index, engine)
         lengths = self._lengths(state)

@@ -110,9 +110,10 @@ def why_not(layer: nn.Module) -> str | None:
         return "its weights were made in inference mode, which does not tell of changes"
     if any(tensor.requires_grad for tensor in layer.parameters()):
         return "its weights are trained"
-    kinds = {(parts[part].weight.dtype, parts[part].weight.device) for part in LINEARS}
-    if len(kinds) > 1 or next(iter(kinds))[0] not in WEIGHT_TYPES:
-        return f"its weights are {', '.join(sorted(str(kind[0]) for kind in kinds))} or on several devices"
+    kinds = {f"{parts[part].weight.dtype} on {parts[part].weight.device}" for part in LINEARS}
+    if len(kinds) > 1 or parts["query"].weight.dtype not in WEIGHT_TYPES:
+        wanted = "wanted one type of float64, float32, bfloat16 and float16 on one device"
+        return f"its weights are {', '.join(sorted(kinds))}; {wanted}"
     return None
 
 
@@ -164,6 +165,7 @@ class FrozenDecoderLayer:
         self.mlp_width: int = self._parts["down"].in_features
         self._tensors = [(each._parameters, name) for each in self._parts.values() for name in ("weight", "bias")]
         self._made: tuple[Any, DecoderWeights] | None = None
+        self._vectors: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def unchanged(self) -> bool:
         """Whether the layer still is what it was when it was read: no module replaced, hooked or trained."""
@@ -187,8 +189,18 @@ class FrozenDecoderLayer:
         return self._made[1]
 
     def made(self) -> Any:
-        """What it has made of its weights."""
-        return self._made
+        """What it has made of its weights, and beside them."""
+        return self._made, dict(self._vectors)
+
+    def _nothing(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What infuses nothing: ``(1, 1, head_dim)`` zeros and ``(1, F)`` ones."""
+        if device not in self._vectors:
+            with torch.inference_mode(False):
+                self._vectors[device] = (
+                    torch.zeros(1, 1, self.head_dim, device=device),
+                    torch.ones(1, self.mlp_width, device=device),
+                )
+        return self._vectors[device]
 
     def _key(self) -> Any:
         given = [parameters.get(name) for parameters, name in self._tensors]
@@ -254,11 +266,11 @@ class FrozenDecoderLayer:
             gated = GatedInfusion.of(sources, value, geometry.lengths)
             multiplier = joint_mlp_multiplier(sources)
         else:
-            nothing = value.new_zeros(1, 1, 1, dtype=torch.float32)
-            vectors = nothing.expand(batch, self.kv_heads, self.head_dim)
-            # In either form the residual one with a gate of zero is the layer itself.
+            zeros, ones = self._nothing(value.device)
+            vectors = zeros.expand(batch, self.kv_heads, self.head_dim)
+            # A residual infusion with a gate of zero is the layer itself.
             form, gated = "residual", GatedInfusion(vectors, vectors, vectors, vectors[:, :, 0])
-            multiplier = value.new_ones(1, self.mlp_width, dtype=torch.float32).expand(batch, -1)
+            multiplier = ones.expand(batch, -1)
         mixed = gated.attention(query, key, value, form=form, lengths=geometry.lengths, scale=self.scale)
         branch = linear(mixed.transpose(1, 2).flatten(2), weights.output, weights.output_bias)
         total, normed = norm(total, branch, *weights.second_norm)
@@ -294,9 +306,10 @@ class FrozenDecoder:
         self._fused: list[FrozenDecoderLayer] | None = None
         self._error = 0.0
 
-    def layers(self) -> list[FrozenDecoderLayer] | None:
-        """The layers, read anew where one was changed; None, saying why once, where a layer cannot be fused."""
-        if self._fused is None or not all(each.unchanged() for each in self._fused):
+    def layers(self, start: int, stop: int) -> list[FrozenDecoderLayer] | None:
+        """All layers, read anew where one of those from ``start`` to ``stop - 1``, which are to run, was changed; None,
+        saying why once, where a layer cannot be fused."""
+        if self._fused is None or not all(each.unchanged() for each in self._fused[start:stop]):
             self._fused = None
             for layer in self._layers:
                 reason = why_not(layer)

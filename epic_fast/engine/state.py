@@ -26,6 +26,7 @@ class TowerState:
         grid: (rows, columns) that the tokens fill, where a tower needs to know and the input said so.
         branch: ``(B, N, D)`` what the last layer adds to ``hidden``, where that sum was left to whoever reads on; None:
             nothing.
+        positions: ``(N, D)`` cosines and sines of a decoder's positions, made once by the tower and carried along.
     """
 
     hidden: Tensor
@@ -38,6 +39,7 @@ class TowerState:
     irregular: bool = False
     grid: tuple[int, int] | None = None
     branch: Tensor | None = None
+    positions: tuple[Tensor, Tensor] | None = None
 
     def after(self, hidden: Tensor, layer: int, branch: Tensor | None = None) -> TowerState:
         """The same input, further along."""
