@@ -83,8 +83,8 @@ def test_a_kernel_rounds_the_specification_once(
     wide = [each.double() for each in sent]
     wanted_back = reference.join_rotated_back(wide[0] if queries else None, *wide[1:], cos.double(), sin.double())
     eps = torch.finfo(dtype).eps
-    torch.testing.assert_close(found.double(), wanted, rtol=eps, atol=4 * torch.finfo(torch.float32).eps)
-    torch.testing.assert_close(back.double(), wanted_back, rtol=eps, atol=4 * torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(found.double(), wanted, rtol=eps, atol=8 * torch.finfo(torch.float32).eps)
+    torch.testing.assert_close(back.double(), wanted_back, rtol=eps, atol=8 * torch.finfo(torch.float32).eps)
     assert torch.equal(found[:, :, queries + keys :], rows[:, :, queries + keys :])
     assert torch.equal(back[:, :, queries + keys :], sent[2].transpose(1, 2))
 

@@ -162,7 +162,7 @@ def forward(tape: Tape, rows: Tensor, cos: Tensor, sin: Tensor, rotated: int) ->
         facts = facts_of(tensors, integers, constants)
         arguments = (*tensors, *integers, *constants)
         tape.launch(_forward_kernel, batch * tokens * tiles, arguments, {"num_warps": WARPS}, facts)
-    return ()
+    return (rows,)
 
 
 def join_rotated_back(query: Tensor | None, key: Tensor, value: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
