@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -91,6 +92,14 @@ def test_the_frozen_model_reads_the_last_valid_token() -> None:
         torch.testing.assert_close(found[sample], hidden[0, -1], rtol=1e-4, atol=1e-5)
 
 
+def test_the_frozen_model_in_the_engine_is_the_frozen_model() -> None:
+    setting, case = made(), MitCase("mit", 3, "forward", tokens=40)
+    wanted = result(setting, "frozen", case)["logits"]
+    without_graph = dataclasses.replace(PROVIDERS["frozen-ours"], graph=False)
+    found = without_graph.prepare(setting, case).call()[0]
+    assert 0 < float((found - wanted).norm() / wanted.norm()) < 1e-5
+
+
 def test_visual_tokens_stand_in_front_of_the_text() -> None:
     setting = made()
     found = result(setting, "visual")
@@ -120,7 +129,7 @@ def test_every_provider_leaves_a_row_that_passes_its_gate(
         assert row["infused_layers"] == ([1, 3] if row["method"] == "mit" else [])
         assert row["run"]["command"].startswith("python -m benchmarks.mit_step --tiny")
         assert min(row["flops"], row["floor_bytes"]) > 0
-        if row["provider"] in ("graphs", "recompute-graphs", "frozen-graph"):
+        if PROVIDERS[row["provider"]].graphed:
             assert row["why"] == "CUDA graphs need a GPU; this is cpu"
             continue
         assert row["kind"] == "time", row
@@ -212,12 +221,12 @@ def test_tables_print_the_ratios_of_the_rows(tmp_path: Path, capsys: pytest.Capt
     assert step.main(["--output", str(output), "--table"], MIT) == 0
     lines = capsys.readouterr().out.splitlines()
     over = "over the frozen model, eager"
-    assert lines[0] == f"| MiT, forward, B=8 | n=40, ms | n=40: {over} | compiled | CUDA graph |"
+    assert lines[0] == f"| MiT, forward, B=8 | n=40, ms | n=40: {over} | compiled | CUDA graph | engine and graph |"
     assert lines[2:6] == [
-        "| the frozen model, eager | 10.0 | – | – | +25.0 % |",
-        "| the frozen model, CUDA graph | 8.00 | -20.0 % | – | – |",
-        "| PyTorch, keys and values infused, eager | 12.0 | +20.0 % | – | +50.0 % |",
-        "| + CUDA graph | 8.20 | -18.0 % | – | +2.5 % |",
+        "| the frozen model, eager | 10.0 | – | – | +25.0 % | – |",
+        "| the frozen model, CUDA graph | 8.00 | -20.0 % | – | – | – |",
+        "| PyTorch, keys and values infused, eager | 12.0 | +20.0 % | – | +50.0 % | – |",
+        "| + CUDA graph | 8.20 | -18.0 % | – | +2.5 % | – |",
     ]
     assert lines[7].startswith("| MiT, one step, B=8 | n=40, ms | n=64, ms | n=40: compiled / this | 576 visual tokens")
     assert lines[9:13] == [

@@ -173,6 +173,39 @@ def test_the_kernels_give_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None
     assert relative(*[torch.cat([each.flatten() for each in grads]) for grads in (found, gradients)]) < 2e-5
 
 
+@torch.no_grad()
+def test_without_a_source_either_form_is_the_layer_itself() -> None:
+    tower = tower_of()
+    state = tower.with_positions(tokens(tower))
+    layer = FrozenDecoderLayer(tower.layers[0])
+    one, other = (
+        layer(state.hidden, None, tower.geometry(state), (), form=form)[1] for form in ("residual", "replace")
+    )
+    assert torch.equal(one, other)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("save", ["full", "recompute"])
+def test_a_captured_step_has_the_bits_of_an_eager_one(save: Any) -> None:
+    from epic_fast.engine.graphs import CudaBackend, GraphCache
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    batch = batch_of()
+    wanted, gradients = step_of(model_of(None), batch)
+    model = model_of(EngineConfig(blocks="fused", save=save)).to(device)
+    given = {name: each.to(device) for name, each in batch.items()}
+    given["text_lengths"] = given["attention_mask"].sum(dim=1, dtype=torch.int32)
+    logits, found = step_of(model, given)
+    assert relative(logits.cpu(), wanted) < 1e-4
+    assert relative(*[torch.cat([each.flatten().cpu() for each in grads]) for grads in (found, gradients)]) < 1e-3
+    graphs = GraphCache("a step", lambda inputs: step_of(model, inputs), CudaBackend(device), device)
+    for _ in range(2):
+        replayed, captured = graphs(given)
+        assert (graphs.refused, len(graphs)) == (None, 1)
+        assert torch.equal(replayed, logits)
+        assert all(torch.equal(one, other) for one, other in zip(captured, found, strict=True))
+
+
 # -- what it keeps ----------------------------------------------------------------------------------------------
 
 
