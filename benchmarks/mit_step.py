@@ -459,8 +459,8 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
 
 def _visual(rows: dict[str, dict[str, Any]]) -> str:
     """The faster of the two with visual tokens."""
-    times = {name: rows.get(name, {}).get("p50_ms") for name in ("visual", "visual-compiled")}
-    return min((name for name, each in times.items() if each), key=lambda name: times[name], default="visual")
+    times = [(rows.get(name, {}).get("p50_ms") or float("inf"), name) for name in ("visual", "visual-compiled")]
+    return min(times)[1]
 
 
 def _ratio(rows: dict[str, dict[str, Any]], above: str, below: str, what: str, form: str) -> str:
