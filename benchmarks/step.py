@@ -154,7 +154,7 @@ def measure_case(
             if isinstance(step.model, PromptedModel) and device.type == "cuda":
                 row["held_mib"] = (mark - before) / 2**20
             if provider.graphed:
-                step = captured(step, device)
+                step = captured(step, device, copies=provider.copies)
                 row["peak_mib"] = _peak(mark, device)
             verdict = gate(provider, step, right, setting.dtype)
             row |= {"kind": "time" if verdict["passes"] else "failed", "gate": verdict}

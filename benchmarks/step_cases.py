@@ -35,7 +35,7 @@ class StepCase:
         lengths: ``"captions"`` (see :meth:`draw_lengths`) or ``"full"``, every text as long as the tower takes.
     """
 
-    layout: Literal["late", "deep", "mope"]
+    layout: Literal["late", "deep", "mope", "mit"]
     batch: int
     mode: Literal["step", "inference", "forward"] = "step"
     lengths: Literal["captions", "full"] = "captions"

@@ -49,9 +49,10 @@ def kind_of(name: str) -> str:
         ("experts.", "complement_prompts.")
     ):
         return "prompts"
-    if name.endswith(("_gate", "log_temperature")):
+    if name.endswith(("_gate", "log_temperature", ".head_bias")):
         return "gates"
-    return "projections" if name.startswith(("hub.", "router.", "mapper.")) else "backbone"
+    mapping = ("hub.", "router.", "mapper.", "infusions.", "projector.")
+    return "projections" if name.startswith(mapping) else "backbone"
 
 
 @dataclass(frozen=True)
@@ -101,19 +102,19 @@ def held_against(
 
     Args:
         exact, plain: make the same model in float32 and in the case's type, one after the other.
-        inputs: of a step; pictures are given to ``exact`` in float32.
+        inputs: of a step, all with a sample a row; what is no integer is given to ``exact`` in float32.
         gradients: whether those of the trainable tensors are wanted; without them labels are left out.
         part: samples that ``exact`` takes at once.  The loss has to be a mean over samples, or this the whole batch.
     """
-    pictures = inputs["pixel_values"]
-    batch, device = len(pictures), pictures.device
+    first = next(iter(inputs.values()))
+    batch, device = len(first), first.device
     with ieee():
         model = exact()
         parts, summed = [], {}
         for start in range(0, batch, part):
             few = {name: value[start : start + part] for name, value in inputs.items()}
-            few["pixel_values"] = few["pixel_values"].float()
-            share = len(few["pixel_values"]) / batch
+            few = {name: value.float() if value.is_floating_point() else value for name, value in few.items()}
+            share = min(part, batch - start) / batch
             step = step_call(model, _for_mode(few, gradients), gradients=gradients)
             logits, found = step.call()
             parts.append(logits)

@@ -39,7 +39,7 @@ def profile(setting: Setting, case: StepCase, provider: StepProvider) -> str:
     with provider.settings():
         step = provider.prepare(setting, case)
         if provider.graphed:
-            step = captured(step, setting.device)
+            step = captured(step, setting.device, copies=provider.copies)
         for _ in range(3):
             step.call()
         gpu = setting.device.type == "cuda"

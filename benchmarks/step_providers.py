@@ -66,6 +66,7 @@ class StepProvider:
             is exact.
         modes: what it is measured in.
         seconds: about what one case costs on a GPU, for the command's time budget.
+        copies: whether a graph's results are copied out of its memory; where not, the next call overwrites them.
     """
 
     name: str
@@ -79,6 +80,7 @@ class StepProvider:
     slack: tuple[float, float] = (0.0, 0.0)
     modes: tuple[str, ...] = ("step", "inference")
     seconds: float = 8.0
+    copies: bool = True
 
     @property
     def graphed(self) -> bool:
@@ -330,15 +332,16 @@ def _refuse_if_unchanged(setting: Setting, case: StepCase, engine: EngineConfig,
         raise CannotRun(f"{what} changes no bit of the result: this version does not run it here")
 
 
-def captured(step: Step, device: torch.device) -> Step:
-    """The whole step as a CUDA graph of the engine's: inputs are copied in, results are copied out.
+def captured(step: Step, device: torch.device, *, copies: bool = True) -> Step:
+    """The whole step as a CUDA graph of the engine's: inputs are copied in, results are copied out (if ``copies``).
 
     Raises:
         CannotRun: something in the step cannot be captured.
     """
     backend = backend_for(device)
     assert backend is not None
-    graphs = GraphCache("benchmarks.step", step.compute, backend, device)
+    take = None if copies else (lambda result: result)
+    graphs = GraphCache("benchmarks.step", step.compute, backend, device, take=take)
     graphs(step.inputs)
     if graphs.refused or not len(graphs):
         raise CannotRun(f"no graph of this step: {graphs.refused or 'no memory for it'}")

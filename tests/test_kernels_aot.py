@@ -141,7 +141,7 @@ def test_a_kernel_named_by_hand(toys: list[Build]) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("operation", ["norm", "activation", "linear"])
+@pytest.mark.parametrize("operation", ["norm", "activation", "linear", "rotary"])
 def test_production_shapes_neither_spill_nor_overflow(operation: str, target: str) -> None:
     builds = build_production_elsewhere(operation, target)
     assert builds

@@ -168,6 +168,71 @@ def test_within_the_budget(
     )
 
 
+def rms_definition(stream: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = stream if branch is None else stream + branch
+    return total, total * ((total**2).sum(-1, keepdim=True) / total.shape[-1] + eps) ** -0.5 * weight
+
+
+def rms_eager(stream: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As transformers has it."""
+    total = stream if branch is None else stream + branch
+    wide = total.float()
+    return total, weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(total.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("width", [1, 21, 64, 300])
+@pytest.mark.parametrize("with_branch", [True, False])
+@pytest.mark.parametrize("with_total", [True, False])
+def test_without_a_bias_it_is_an_rms_norm(dtype: torch.dtype, width: int, with_branch: bool, with_total: bool) -> None:
+    # An offset that a layer norm would take out.
+    stream, weight = draw(2, 3, width, dtype=dtype) + 2, parameters(width, dtype)[0]
+    branch = draw(2, 3, width, dtype=dtype, seed=1) if with_branch else None
+    grad_normed, grad_total = (draw(2, 3, width, dtype=dtype, seed=seed) for seed in (2, 3))
+    wide = [None if each is None else each.double().requires_grad_() for each in (stream, branch)]
+    narrow = [None if each is None else each.clone().requires_grad_() for each in (stream, branch)]
+    want = rms_definition(*wide, weight.double(), 1e-5)
+    theirs = rms_eager(*narrow, weight, 1e-5)
+
+    def gradient(results: tuple[Tensor, Tensor], leaf: Tensor) -> Tensor:
+        sent = (results[1] * grad_normed.to(results[1].dtype)).sum()
+        if with_total:
+            sent = sent + (results[0] * grad_total.to(results[0].dtype)).sum()
+        return torch.autograd.grad(sent, leaf)[0]
+
+    exact, plain = gradient(want, wide[0]), gradient(theirs, narrow[0])
+    exact_rows = [None if each is None else each.detach() for each in wide]
+    total, normed, mean, rstd, _ = reference.residual_norm_forward(*exact_rows, weight.double(), None, 1e-5)
+    assert mean is None
+    torch.testing.assert_close(normed, want[1].detach(), rtol=1e-12, atol=1e-12)
+    above = grad_total.double() if with_total else None
+    found = reference.residual_norm_backward(grad_normed.double(), above, total, weight.double(), None, rstd)
+    torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
+    total, normed, mean, rstd, scale = residual_norm_forward(stream, branch, weight, None, 1e-5, impl="triton")
+    assert mean is None
+    assert scale is None
+    settings: dict[str, Any] = {"dtype": dtype, "reduction": width, "operands": 8}
+    budget(normed, want[1], theirs[1], factor=OUTPUT_FACTOR, name="normed", **settings)
+    grad = residual_norm_backward(
+        grad_normed, grad_total if with_total else None, total, weight, None, rstd, impl="triton"
+    )
+    budget(grad, exact, plain, factor=GRADIENT_FACTOR, name="gradient", **settings)
+    checks: Any = ("test_schema", "test_faketensor")
+    options = (weight, None, 1e-5, None, None)
+    if branch is None:
+        torch.library.opcheck(residual_norm.NORM, (stream, *options), test_utils=checks)
+    else:
+        torch.library.opcheck(residual_norm.FORWARD, (stream, branch, *options), test_utils=checks)
+    torch.library.opcheck(
+        residual_norm.BACKWARD, (grad_normed, None, total, weight, None, rstd, None), test_utils=checks
+    )
+
+
+def test_rows_of_an_rms_norm_are_not_kept_in_eight_bits() -> None:
+    with pytest.raises(ConfigError, match="bias=None is an RMS norm"):
+        residual_norm_forward_kept(draw(2, 8), None, torch.ones(8), None, 1e-5)
+
+
 @pytest.mark.parametrize("width", [16, 300, 768, 1024])
 def test_float32_is_within_a_millionth_of_pytorch(width: int) -> None:
     stream, branch, (weight, bias) = draw(3, width), draw(3, width, seed=1), parameters(width)

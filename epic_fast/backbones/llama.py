@@ -6,8 +6,9 @@ RMSNorm, SwiGLU, rotary positions.  No prompt rows: :meth:`LlamaTower.run_infuse
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ from transformers.models.llama.modeling_llama import eager_attention_forward, ro
 
 from epic_fast.backbones.towers import TOWERS, TextTower
 from epic_fast.engine import EngineConfig, GatedInfusion, SourceInfusion, TowerState, call_layer
+from epic_fast.engine.decoder import DecoderGeometry, FrozenDecoder, FrozenDecoderLayer
 from epic_fast.engine.infused import Form, infused_swiglu
 from epic_fast.engine.packed import say_plain
+from epic_fast.engine.rows import RowSelection
 from epic_fast.errors import ConfigError
 
 LANGUAGE_MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -41,6 +44,7 @@ class LlamaTower(TextTower):
                 f"this language model's feed-forward has hidden_act={activation!r}; wanted 'silu', which the infusion "
                 "knows (SwiGLU)"
             )
+        self.frozen = FrozenDecoder(self.layers, self.modality, self._fused_error)  # pyright: ignore
 
     def find_layers(self) -> Sequence[nn.Module]:
         return list(self.model.layers)
@@ -61,6 +65,7 @@ class LlamaTower(TextTower):
         return self.model.norm(hidden)
 
     def pool(self, state: TowerState) -> Tensor:
+        state = state.settled()
         if state.pool_index is None:
             return self.normalise(state.hidden[:, 0])
         rows = torch.arange(len(state.hidden), device=state.hidden.device)
@@ -88,7 +93,7 @@ class LlamaTower(TextTower):
     def run(self, state: TowerState, stop: int) -> TowerState:
         if state.layer >= stop:
             return super().run(state, stop)
-        state = self.with_native_mask(state)
+        state = self.with_native_mask(state.settled())
         hidden, rotary = state.hidden, self._rotary(state.hidden)
         for index in range(state.layer, stop):
             mask = state.native_mask[self._window(index)]
@@ -126,7 +131,93 @@ class LlamaTower(TextTower):
         raise _no_prompts(self.config.model_type)
 
     def fused_blocks(self, state: TowerState, engine: EngineConfig | None) -> None:
-        """None: layers without an infusion are the model's own; what is fused is the infusion."""
+        """None: no prompt rows run here; :meth:`fused_layers` has the layers."""
+
+    # -- fused layers ------------------------------------------------------------------------------------------
+
+    def fused_layers(
+        self, state: TowerState, stop: int, engine: EngineConfig | None
+    ) -> list[FrozenDecoderLayer] | None:
+        """All fused layers, to run these tokens up to ``stop``; None where the model's own do, saying why once."""
+        if not self.runs_fused(engine):
+            return None
+        kind, tokens = state.hidden.device.type, state.hidden.shape[1]
+        windows = [window for window in map(self._window, range(self.num_layers)) if window is not None]
+        reason = None
+        if state.valid is not None and state.lengths is None:
+            reason = "it is not known where texts end, or padding is not on the right"
+        elif any(tokens > window for window in windows):
+            reason = f"texts are longer than its window of {min(windows)} tokens"
+        elif torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != self.dtype:
+            reason = f"autocast asks for {torch.get_autocast_dtype(kind)}, its weights are {self.dtype}"
+        if reason is not None:
+            say_plain(self.modality, reason)
+            return None
+        return self.frozen.layers(state.layer, stop)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def with_positions(self, state: TowerState) -> TowerState:
+        """The state with the tables of its positions."""
+        known, hidden = state.positions, state.hidden
+        if known is not None and len(known[0]) == hidden.shape[1] and known[0].device == hidden.device:
+            return state
+        cos, sin = self._rotary(hidden)
+        return replace(state, positions=(cos[0].contiguous(), sin[0].contiguous()))
+
+    def geometry(self, state: TowerState) -> DecoderGeometry:
+        """What the fused layers have to know of the tokens, positions included."""
+        assert state.positions is not None
+        return DecoderGeometry(state.lengths, *state.positions)
+
+    def advance(
+        self, state: TowerState, stop: int, engine: EngineConfig | None, reads: str | None = None, *, more: bool = False
+    ) -> TowerState:
+        """:meth:`Tower.advance`.
+
+        Args:
+            more: only this tower reads the result, so that the last sum may be left open.
+        """
+        fused = self.fused_layers(state, stop, engine) if state.layer < stop else None
+        if fused is None:
+            return self.run(state if more and state.layer == stop else state.settled(), stop)
+        assert engine is not None
+        rows = self.rows_read(state, reads, engine) if stop == self.num_layers else None
+        state = self._walk(fused, state, stop, engine, rows)
+        return state if more else state.settled()
+
+    def _walk(
+        self,
+        fused: Sequence[FrozenDecoderLayer],
+        state: TowerState,
+        stop: int,
+        engine: EngineConfig,
+        rows: RowSelection | None = None,
+        sources: Sequence[SourceInfusion] = (),
+        form: Form = "residual",
+    ) -> TowerState:
+        """Fused layers up to ``stop - 1``, the last of them with an infusion where there are sources."""
+        if state.layer >= stop:
+            return self.run(state, stop)
+        state = self.with_positions(state)
+        hidden, branch, geometry = state.hidden, state.branch, self.geometry(state)
+        for index in range(state.layer, stop - 1):
+            hidden, branch = fused[index](hidden, branch, geometry, (), save=engine.save)
+        last = replace(geometry, rows=rows)
+        hidden, branch = fused[stop - 1](hidden, branch, last, sources, form=form, save=engine.save)
+        state = state if rows is None else state.one_row(hidden)
+        return state.after(hidden, stop, branch)
+
+    @torch.no_grad()
+    def _fused_error(self, layer: FrozenDecoderLayer) -> float:
+        """How far the first fused layer is from its own on a few rows, relative: what names of modules do not tell."""
+        weight = layer.weights().output
+        rows = torch.arange(4 * self.hidden_size, device=weight.device).view(1, 4, -1).sin().to(weight.dtype)
+        state = self.with_positions(TowerState(rows))
+        with torch.autocast(weight.device.type, enabled=False):
+            wanted = self.run(state, 1).hidden.double() - rows
+            hidden, branch = layer(rows, None, self.geometry(state), ())
+            found = (hidden + branch).double() - rows
+        error = float((found - wanted).norm() / wanted.norm())
+        return error if math.isfinite(error) else math.inf
 
     # -- layers with an infusion -------------------------------------------------------------------------------
 
@@ -140,6 +231,7 @@ class LlamaTower(TextTower):
         form: Form = "residual",
         gate_reads_padding: bool = False,
         reads: str | None = None,
+        more: bool = False,
     ) -> TowerState:
         """The tokens alone up to layer ``index``, then that layer with an infusion.
 
@@ -151,7 +243,14 @@ class LlamaTower(TextTower):
             form: of :func:`epic_fast.functional.infused_attention`.
             gate_reads_padding: the gates' cosines run over padding too, as in the released code.
             reads: the features that are read of the last layer; None: all rows.
+            more: only this tower reads the result, so that the last sum may be left open.
         """
+        fused = None if gate_reads_padding else self.fused_layers(state, index + 1, engine)
+        if fused is not None:
+            assert engine is not None
+            rows = self.rows_read(state, reads, engine) if index + 1 == self.num_layers else None
+            state = self._walk(fused, state, index + 1, engine, rows, sources, form)
+            return state if more else state.settled()
         state = self.advance(state, index, engine)
         lengths = self._lengths(state)
         window = self._window(index)

@@ -2,8 +2,9 @@
 
 ``EngineConfig`` switches the parts.  ``blocks`` reads layers and says which can be fused, ``fused`` computes them with
 a backward pass that knows no weight gradients (``products``, ``rows``), ``packed`` leads prompts and tokens through
-them in one buffer, ``prefix`` and ``store`` keep what lies below the first prompts, ``graphs`` captures whole calls.
-``plain`` is the other way: the backbone's modules.  docs/engine.md tells it from outside.
+them in one buffer, ``decoder`` is all of that for language models, ``prefix`` and ``store`` keep what lies below the
+first prompts, ``graphs`` captures whole calls.  ``plain`` is the other way: the backbone's modules.  docs/engine.md
+tells it from outside.
 """
 
 from epic_fast.engine.config import EngineConfig

@@ -21,8 +21,8 @@ class EngineConfig:
             backbone's own modules; ``"auto"`` is fused on a GPU, and plain on a CPU but with ``weights`` in 8 bits.
         save: what a fused block keeps for its backward pass: ``"full"`` (the MLP's pre-activation and the inputs of
             the norms), ``"eight_bit"`` (the activation's derivative and the normalised rows, both in 8 bits: a quarter
-            of the memory of float32, half of that of bfloat16) or ``"recompute"`` (of the MLP nothing: one more product
-            in the backward pass).
+            of the memory of float32, half of that of bfloat16; in a language model as ``"full"``) or ``"recompute"``
+            (of the MLP nothing, in a language model its input: one more product in the backward pass).
         pooled_rows: in the last layer only rows that the head reads get queries, output projection and MLP.
         trim_text: texts are cut to the longest of the batch.
         prefix_cache: None; ``"memory"``; or a folder, for what the layers below the first prompts compute, filled in

@@ -426,6 +426,11 @@ class GraphCache:
                 return
             finally:
                 self.backend.restore(position)
+        state = self.depends()
+        if state != self._state:
+            # The first call of all may move weights; no graph from before knows where they are now.
+            self.clear()
+            self._state = state
         try:
             recorded = self.backend.record(lambda: self.work(static))
         except torch.cuda.OutOfMemoryError as error:

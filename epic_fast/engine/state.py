@@ -24,6 +24,9 @@ class TowerState:
         lengths: ``(B,)`` int32, how many tokens of each sample are valid, where those are known to come first.
         irregular: whether it is known that they do not: padding on the left or in the middle.
         grid: (rows, columns) that the tokens fill, where a tower needs to know and the input said so.
+        branch: ``(B, N, D)`` what the last layer adds to ``hidden``, where that sum was left to whoever reads on; None:
+            nothing.
+        positions: ``(N, D)`` cosines and sines of a decoder's positions, made once by the tower and carried along.
     """
 
     hidden: Tensor
@@ -35,10 +38,16 @@ class TowerState:
     lengths: Tensor | None = None
     irregular: bool = False
     grid: tuple[int, int] | None = None
+    branch: Tensor | None = None
+    positions: tuple[Tensor, Tensor] | None = None
 
-    def after(self, hidden: Tensor, layer: int) -> TowerState:
+    def after(self, hidden: Tensor, layer: int, branch: Tensor | None = None) -> TowerState:
         """The same input, further along."""
-        return replace(self, hidden=hidden, layer=layer)
+        return replace(self, hidden=hidden, layer=layer, branch=branch)
+
+    def settled(self) -> TowerState:
+        """With ``hidden`` as the whole sum."""
+        return self if self.branch is None else replace(self, hidden=self.hidden + self.branch, branch=None)
 
     def one_row(self, hidden: Tensor) -> TowerState:
         """The same input with one token a sample left, ``(B, 1, D)``: the one that is pooled."""
@@ -55,7 +64,7 @@ class TowerState:
         """On another device; the native mask is made anew there."""
         hidden, valid, pool_index, lengths = (
             None if each is None else each.to(device, non_blocking=non_blocking)
-            for each in (self.hidden, self.valid, self.pool_index, self.lengths)
+            for each in (self.settled().hidden, self.valid, self.pool_index, self.lengths)
         )
         assert hidden is not None
         return TowerState(

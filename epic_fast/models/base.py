@@ -201,7 +201,12 @@ class PromptedModel(nn.Module, ABC):
             tokens = replace(tokens, lengths=text_lengths)
         elif text.runs_fused(self.engine):
             tokens = tokens.measured()
-        return text.advance(tokens, self.first_layers()[0], self.engine)
+        return text.advance(tokens, self.first_layers()[0], self.text_engine)
+
+    @property
+    def text_engine(self) -> EngineConfig | None:
+        """How the text tower's layers are executed."""
+        return self.engine
 
     @property
     def _trims(self) -> bool:

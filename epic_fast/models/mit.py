@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from epic_fast.backbones import LANGUAGE_MODELS, DualEncoder, LlamaTower, NoVisionTower
-from epic_fast.engine import Prefix, TowerState
+from epic_fast.engine import EngineConfig, Prefix, TowerState
 from epic_fast.errors import ConfigError
 from epic_fast.models.base import PROBLEM_TYPES, SEGMENTATION, PromptedModel, PromptedModelOutput
 from epic_fast.models.configuration import MethodConfig, check_choice, check_range
@@ -359,6 +359,13 @@ class MitModel(PromptedModel):
             )
         return self.config.resolve_decoder_layers(vision.num_layers)
 
+    @property
+    def text_engine(self) -> EngineConfig | None:
+        """:attr:`engine`; but a gate that reads padding wants it as the model's own layers leave it."""
+        if self.engine is None or not self.config.gate_reads_padding:
+            return self.engine
+        return replace(self.engine, blocks="plain", weights="frozen")
+
     def _resolve_picture(self) -> bool:
         absent = isinstance(self.backbone.vision, NoVisionTower)
         if self.config.picture and absent:
@@ -522,12 +529,13 @@ class MitModel(PromptedModel):
                 text,
                 layer,
                 sources,
-                self.engine,
+                self.text_engine,
                 form=config.form,
                 gate_reads_padding=config.gate_reads_padding,
                 reads=READS,
+                more=True,
             )
-        text = tower.advance(text, tower.num_layers, self.engine, READS)
+        text = tower.advance(text, tower.num_layers, self.text_engine, READS, more=True)
         return tower.features(text, READS)
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Residual sum and layer norm of a frozen layer, forward and backward.
+"""Residual sum and layer norm or RMS norm of a frozen layer, forward and backward.
 
 Raw operations, tensors in and tensors out: whoever calls them owns the graph.  The weights are frozen, so that there
 is no gradient but one, for both terms of the sum.
@@ -29,20 +29,20 @@ def residual_norm_forward(
     stream: Tensor,
     branch: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     *,
     normed_dtype: torch.dtype | None = None,
     in_place: bool = False,
     eight_bit: str | None = None,
     impl: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """``stream + branch`` and its layer norm.
 
     Args:
         stream: ``(..., D)`` with unit last stride; rows may lie anywhere, as those of a slice ``[:, :P]`` do.
         branch: ``(..., D)``, of the same or another type; None: the norm alone.
-        weight, bias: ``(D,)``.
+        weight, bias: ``(D,)``; no bias: an RMS norm, without a mean, ``x / sqrt(mean(x²) + eps) * weight``.
         eps: added to the variance.
         normed_dtype: of the norm; that of ``branch`` if None, or of ``stream`` without a branch.
         in_place: the sum is written into the memory of ``stream``.
@@ -50,16 +50,17 @@ def residual_norm_forward(
 
     Returns:
         ``(total, normed, mean, rstd, scale)``: the sum in the type of ``stream`` (``stream`` itself where there is no
-        branch, or in place); its norm; mean and reciprocal standard deviation ``(rows,)`` in float32, of the rounded
-        sum; and the scale ``(rows,)`` in float32, ``norm ≈ normed * scale``, or None.  A row that is not finite has
-        the scale NaN.
+        branch, or in place); its norm; mean (None of an RMS norm) and reciprocal standard deviation ``(rows,)`` in
+        float32, of the rounded sum; and the scale ``(rows,)`` in float32, ``norm ≈ normed * scale``, or None.  A row
+        that is not finite has the scale NaN.
 
     Raises:
         ConfigError: shapes that do not fit, or an ``eight_bit`` that does not exist.
     """
-    if weight.shape != stream.shape[-1:] or bias.shape != weight.shape:
+    if weight.shape != stream.shape[-1:] or (bias is not None and bias.shape != weight.shape):
         raise ConfigError(
-            f"residual_norm_forward: weight has shape {tuple(weight.shape)} and bias {tuple(bias.shape)}; wanted "
+            f"residual_norm_forward: weight has shape {tuple(weight.shape)} and bias "
+            f"{None if bias is None else tuple(bias.shape)}; wanted "
             f"({stream.shape[-1]},) for a stream of shape {tuple(stream.shape)}"
         )
     if branch is not None and branch.shape != stream.shape:
@@ -79,7 +80,7 @@ def residual_norm_forward_kept(
     stream: Tensor,
     branch: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     *,
     normed_dtype: torch.dtype | None = None,
@@ -97,6 +98,11 @@ def residual_norm_forward_kept(
         and step ``(rows,)`` float32; the others as :func:`residual_norm_forward` has them.  Give data, step and rstd to
         :func:`residual_norm_backward` as ``total``, ``mean`` and ``rstd``.
     """
+    if bias is None:
+        raise ConfigError(
+            "residual_norm_forward_kept: bias=None is an RMS norm, whose rows are not kept in 8 bits; wanted a "
+            "bias, or residual_norm_forward"
+        )
     operation = _KEPT.get(eight_bit)
     if operation is None:
         raise ConfigError(f"residual_norm_forward_kept: eight_bit={eight_bit!r} is not one of None, 'fp8', 'int8'")
@@ -110,7 +116,7 @@ def residual_norm_backward(
     grad_total: Tensor | None,
     total: Tensor,
     weight: Tensor,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     *,
     grad_dtype: torch.dtype | None = None,
@@ -121,8 +127,8 @@ def residual_norm_backward(
     Args:
         grad_normed: ``(..., D)``, of the norm.
         grad_total: ``(..., D)``, of the sum where something else read it too; None: nothing did.
-        total, mean, rstd: what :func:`residual_norm_forward` gave; or data, step and rstd of
-            :func:`residual_norm_forward_kept`.
+        total, mean, rstd: what :func:`residual_norm_forward` gave (no mean: an RMS norm); or data, step and rstd
+            of :func:`residual_norm_forward_kept`.
         weight: ``(D,)``.
         grad_dtype: of the result, where it is not that of ``total`` (of ``grad_normed`` for rows in 8 bits).
     """
@@ -141,48 +147,48 @@ def _launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return triton_forward.residual_norm_forward, triton_backward.residual_norm_backward
 
 
+def _no_none(like: Tensor, found: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0) if each is None else each for each in found)
+
+
 def _op_forward(
     stream: Tensor,
     branch: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     normed_dtype: torch.dtype | None,
     eight_bit: str | None,
 ) -> tuple[Tensor, ...]:
-    *found, scale = _launchers()[0](
-        stream, branch, weight, bias, eps, normed_dtype=normed_dtype, eight_bit=eight_bit
-    )  # fmt: skip
-    return (*found, stream.new_empty(0) if scale is None else scale)
+    found = _launchers()[0](stream, branch, weight, bias, eps, normed_dtype=normed_dtype, eight_bit=eight_bit)
+    return _no_none(stream, found)
 
 
 def _op_forward_in_place(
     stream: Tensor,
     branch: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     normed_dtype: torch.dtype | None,
     eight_bit: str | None,
 ) -> tuple[Tensor, ...]:
-    _, *found, scale = _launchers()[0](
+    _, *found = _launchers()[0](
         stream, branch, weight, bias, eps, normed_dtype=normed_dtype, in_place=True, eight_bit=eight_bit
     )  # fmt: skip
-    return (*found, stream.new_empty(0) if scale is None else scale)
+    return _no_none(stream, found)
 
 
 def _op_norm(
     stream: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     normed_dtype: torch.dtype | None,
     eight_bit: str | None,
 ) -> tuple[Tensor, ...]:
-    _, *found, scale = _launchers()[0](
-        stream, None, weight, bias, eps, normed_dtype=normed_dtype, eight_bit=eight_bit
-    )  # fmt: skip
-    return (*found, stream.new_empty(0) if scale is None else scale)
+    _, *found = _launchers()[0](stream, None, weight, bias, eps, normed_dtype=normed_dtype, eight_bit=eight_bit)
+    return _no_none(stream, found)
 
 
 def _op_backward(
@@ -190,7 +196,7 @@ def _op_backward(
     grad_total: Tensor | None,
     total: Tensor,
     weight: Tensor,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     grad_dtype: torch.dtype | None = None,
 ) -> Tensor:
@@ -201,7 +207,7 @@ def _op_kept(
     stream: Tensor,
     branch: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     normed_dtype: torch.dtype | None,
     eight_bit: str | None,
@@ -217,7 +223,7 @@ def _op_kept_in_place(
     stream: Tensor,
     branch: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     normed_dtype: torch.dtype | None,
     eight_bit: str | None,
@@ -229,41 +235,41 @@ def _op_kept_in_place(
 
 
 def _fake_kept(stream: Tensor, dtype: torch.dtype, eight_bit: str | None) -> tuple[Tensor, ...]:
-    normed, *statistics = _fake_norm(stream, dtype, eight_bit)
+    normed, *statistics = _fake_norm(stream, stream, dtype, eight_bit)
     return normed, stream.new_empty(stream.shape, dtype=torch.int8), *statistics
 
 
-def _fake_norm(stream: Tensor, dtype: torch.dtype, eight_bit: str | None) -> tuple[Tensor, ...]:
+def _fake_norm(stream: Tensor, bias: Tensor | None, dtype: torch.dtype, eight_bit: str | None) -> tuple[Tensor, ...]:
     rows = math.prod(stream.shape[:-1])
     return (
         stream.new_empty(stream.shape, dtype=dtype if eight_bit is None else EIGHT_BIT_TYPES[eight_bit]),
-        stream.new_empty(rows, dtype=torch.float32),
+        stream.new_empty(0) if bias is None else stream.new_empty(rows, dtype=torch.float32),
         stream.new_empty(rows, dtype=torch.float32),
         stream.new_empty(0) if eight_bit is None else stream.new_empty(rows, dtype=torch.float32),
     )
 
 
-_OPTIONS = "Tensor weight, Tensor bias, float eps, ScalarType? normed_dtype, str? eight_bit"
+_OPTIONS = "Tensor weight, Tensor? bias, float eps, ScalarType? normed_dtype, str? eight_bit"
 FORWARD = library.register(
     f"residual_norm_forward(Tensor stream, Tensor branch, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _op_forward,
     lambda stream, branch, weight, bias, eps, normed_dtype, eight_bit: (
         stream.new_empty(stream.shape),
-        *_fake_norm(stream, normed_dtype or branch.dtype, eight_bit),
+        *_fake_norm(stream, bias, normed_dtype or branch.dtype, eight_bit),
     ),
 )
 FORWARD_IN_PLACE = library.register(
     f"residual_norm_forward_(Tensor(a!) stream, Tensor branch, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _op_forward_in_place,
     lambda stream, branch, weight, bias, eps, normed_dtype, eight_bit: _fake_norm(
-        stream, normed_dtype or branch.dtype, eight_bit
+        stream, bias, normed_dtype or branch.dtype, eight_bit
     ),
 )
 NORM = library.register(
     f"norm_forward(Tensor stream, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _op_norm,
     lambda stream, weight, bias, eps, normed_dtype, eight_bit: _fake_norm(
-        stream, normed_dtype or stream.dtype, eight_bit
+        stream, bias, normed_dtype or stream.dtype, eight_bit
     ),
 )
 KEPT = library.register(
@@ -283,7 +289,7 @@ KEPT_IN_PLACE = library.register(
     ),
 )
 BACKWARD = library.register(
-    "residual_norm_backward(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor weight, Tensor mean, "
+    "residual_norm_backward(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor weight, Tensor? mean, "
     "Tensor rstd, ScalarType? grad_dtype=None) -> Tensor",
     _op_backward,
     lambda grad_normed, grad_total, total, weight, mean, rstd, grad_dtype=None: grad_normed.new_empty(
@@ -296,13 +302,13 @@ def _triton_forward(
     stream: Tensor,
     branch: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     *,
     normed_dtype: torch.dtype | None,
     in_place: bool,
     eight_bit: str | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     if library.direct(stream, branch, weight, bias):
         return _launchers()[0](
             stream, branch, weight, bias, eps, normed_dtype=normed_dtype, in_place=in_place, eight_bit=eight_bit
@@ -314,14 +320,14 @@ def _triton_forward(
         normed, mean, rstd, scale = FORWARD_IN_PLACE(stream, branch, weight, bias, eps, normed_dtype, eight_bit)
     else:
         total, normed, mean, rstd, scale = FORWARD(stream, branch, weight, bias, eps, normed_dtype, eight_bit)
-    return total, normed, mean, rstd, None if eight_bit is None else scale
+    return total, normed, None if bias is None else mean, rstd, None if eight_bit is None else scale
 
 
 def _triton_kept(
     stream: Tensor,
     branch: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     *,
     normed_dtype: torch.dtype | None,

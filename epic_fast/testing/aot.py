@@ -539,7 +539,8 @@ class RowsCase:
 
 
 def launch_norm(case: RowsCase, dtype: torch.dtype) -> None:
-    """Residual sum and layer norm on tensors without memory: whole and sliced, with and without a branch, in 8 bits."""
+    """Residual sum and layer norm on tensors without memory: whole and sliced, with and without a branch, in
+    8 bits; and the RMS norm."""
     from epic_fast.kernels.residual_norm.triton_backward import (  # pyright: ignore[reportMissingImports]
         residual_norm_backward,
     )
@@ -563,6 +564,26 @@ def launch_norm(case: RowsCase, dtype: torch.dtype) -> None:
             above = None if other is None else total
             residual_norm_backward(grad, above, total, weight, mean, rstd)
             residual_norm_backward(grad, above, data, weight, step, rstd, grad_dtype=total.dtype)
+            total, _, mean, rstd, _ = residual_norm_forward(stream, other, weight, None, 1e-5, normed_dtype=dtype)
+            residual_norm_backward(grad, above, total, weight, mean, rstd)
+
+
+def launch_rotary(case: RowsCase, dtype: torch.dtype) -> None:
+    """Packed heads of 128 channels on tensors without memory: as many key heads as query heads, a quarter, none."""
+    from epic_fast.kernels.rotary.triton_kernels import (  # pyright: ignore[reportMissingImports]
+        join_rotated_back,
+        rotate_heads,
+    )
+
+    depth = 128
+    queries = case.width // depth
+    for keys in (queries, queries // 4):
+        table = torch.empty(case.rows, depth, dtype=dtype, device="meta")
+        for heads in (queries, 0):
+            rows = torch.empty(case.batch, case.rows, heads + 2 * keys, depth, dtype=dtype, device="meta")
+            rotate_heads(rows, table, table, heads + keys)
+            query, key, value = rows.transpose(1, 2).split([heads, keys, keys], dim=1)
+            join_rotated_back(query if heads else None, key, value, table, table)
 
 
 def launch_activation(case: RowsCase, dtype: torch.dtype) -> None:
@@ -646,6 +667,7 @@ OPERATIONS: dict[str, tuple[Callable[[Any, torch.dtype], None], tuple[Case | Row
     "infused": (launch_infused_attention, (*INFUSED_MEASURED, *INFUSED_PRODUCTION)),
     "gate": (launch_gate, (*GATE_MEASURED, *GATE_PRODUCTION)),
     "swiglu": (launch_swiglu, (*SWIGLU_MEASURED, *SWIGLU_PRODUCTION)),
+    "rotary": (launch_rotary, (RowsCase(8, 40, 4096, "LLaMA-2-7B, n 40"),)),
     "norm": (
         launch_norm,
         (

@@ -1,4 +1,4 @@
-"""The specification of residual sum + layer norm and of its gradient, in plain PyTorch."""
+"""The specification of residual sum + layer norm or RMS norm and of its gradient, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ def residual_norm_forward(
     stream: Tensor,
     branch: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     *,
     normed_dtype: torch.dtype | None = None,
     in_place: bool = False,
     eight_bit: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """The public contract is that of :func:`epic_fast.ops.residual_norm.residual_norm_forward`.
 
     Statistics, and everything between the rounded sum and the rounded norm, in float32 (float64 for float64).
@@ -30,10 +30,16 @@ def residual_norm_forward(
         total = stream.copy_(stream.to(wide) + branch) if stream.dtype != wide else stream.add_(branch)
     else:
         total = (stream.to(wide) + branch.to(wide)).to(stream.dtype)
-    normed, mean, rstd = torch.native_layer_norm(
-        total.to(wide), (total.shape[-1],), weight.to(wide), bias.to(wide), eps
-    )
-    mean, rstd = mean.reshape(-1), rstd.reshape(-1)
+    if bias is None:
+        rows = total.to(wide)
+        rstd = (rows.square().mean(dim=-1, keepdim=True) + eps).rsqrt()
+        mean, normed = None, rows * rstd * weight.to(wide)
+    else:
+        normed, mean, rstd = torch.native_layer_norm(
+            total.to(wide), (total.shape[-1],), weight.to(wide), bias.to(wide), eps
+        )
+        mean = mean.reshape(-1)
+    rstd = rstd.reshape(-1)
     if eight_bit is not None:
         data, scale = quantise_rows(normed, eight_bit)
         return total, data, mean, rstd, scale
@@ -57,6 +63,7 @@ def residual_norm_forward_kept(
     total, normed, mean, rstd, scale = residual_norm_forward(
         stream, branch, weight, bias, eps, normed_dtype=normed_dtype, in_place=in_place, eight_bit=eight_bit
     )
+    assert mean is not None
     statistics = (*total.shape[:-1], 1)
     data, step = quantise_rows((total.to(mean.dtype) - mean.view(statistics)) * rstd.view(statistics), "int8")
     return total, normed, data, step.to(rstd.dtype), rstd, scale
@@ -67,16 +74,23 @@ def residual_norm_backward(
     grad_total: Tensor | None,
     total: Tensor,
     weight: Tensor,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     *,
     grad_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """``grad_total`` + the norm's gradient, in the type of ``total``; README.md has the equation.
 
-    ``total`` as int8 is the normalised rows, and ``mean`` their scales; the type is then ``grad_dtype``.
+    ``total`` as int8 is the normalised rows, and ``mean`` their scales; the type is then ``grad_dtype``.  Without a
+    mean it is an RMS norm.
     """
     statistics = (*total.shape[:-1], 1)
+    if mean is None:
+        wide = rstd.dtype
+        rows = total.to(wide) * rstd.view(statistics)
+        scaled = grad_normed.to(wide) * weight.to(wide)
+        grad = (scaled - rows * (scaled * rows).mean(dim=-1, keepdim=True)) * rstd.view(statistics)
+        return (grad if grad_total is None else grad + grad_total.to(wide)).to(grad_dtype or total.dtype)
     if total.dtype == torch.int8:
         grad_dtype = grad_dtype or grad_normed.dtype
         rows, center = total.to(rstd.dtype) * mean.view(statistics), torch.zeros_like(rstd)

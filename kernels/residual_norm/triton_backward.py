@@ -37,7 +37,7 @@ def backward_kernel(
     grad_total,  # (rows, D) or None
     total,  # (rows, D); or the normalised rows in 8 bits
     weight,  # (D,)
-    mean,  # (rows,) float32; or the scales of these rows
+    mean,  # (rows,) float32; or the scales of these rows; None: RMS norm
     rstd,  # (rows,) float32
     grad,  # (rows, D), contiguous, written
     rows,
@@ -54,7 +54,10 @@ def backward_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``grad = grad_total + rstd (g - mean(g) - x mean(g x))``, ``g = grad_normed weight``, x the normalised row."""
+    """``grad = grad_total + rstd (g - mean(g) - x mean(g x))``, ``g = grad_normed weight``, x the normalised row.
+
+    Of an RMS norm without ``mean(g)``.
+    """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)[None, :]
     column_exists = column < D
@@ -67,7 +70,8 @@ def backward_kernel(
     if grad_total is not None:
         start = row_offsets(row, inner_rows, residual_outer, residual_inner, UNIT)
         residual = tl.load(grad_total + start + column, mask=exists, other=0.0).to(tl.float32)
-    first = tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
+    if mean is not None:
+        first = tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
     inverse = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
     gain = tl.load(weight + column, mask=column_exists, other=0.0).to(tl.float32)  # [1, BLOCK_D]
 
@@ -75,11 +79,14 @@ def backward_kernel(
     g *= gain
     if KEPT:
         x *= first
-    else:
+    elif mean is not None:
         x = (x - first) * inverse
-    along_one = tl.sum(g, axis=1) * (1.0 / D)  # [ROWS]
-    along_x = tl.sum(g * x, axis=1) * (1.0 / D)
-    result = (g - along_one[:, None] - x * along_x[:, None]) * inverse
+    else:
+        x *= inverse
+    along_x = tl.sum(g * x, axis=1) * (1.0 / D)  # [ROWS]
+    if mean is not None:
+        g -= (tl.sum(g, axis=1) * (1.0 / D))[:, None]
+    result = (g - x * along_x[:, None]) * inverse
     if grad_total is not None:
         result += residual
     tl.store(grad + row.to(tl.int64)[:, None] * D + column, result.to(grad.dtype.element_ty), mask=exists)
@@ -90,7 +97,7 @@ def residual_norm_backward(
     grad_total: Tensor | None,
     total: Tensor,
     weight: Tensor,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     *,
     grad_dtype: torch.dtype | None = None,
@@ -110,7 +117,7 @@ def backward(
     grad_total: Tensor | None,
     total: Tensor,
     weight: Tensor,
-    mean: Tensor,
+    mean: Tensor | None,
     rstd: Tensor,
     grad_dtype: torch.dtype,
     tile: RowTile | None,
@@ -128,7 +135,7 @@ def backward(
         grad_total = rows_of(tape, grad_total)
     inner_rows, strides, unit = row_strides((grad_normed, grad_total, total))
     constants = (width, unit, total.dtype == torch.int8, tile.rows, tile.block)
-    per_row = contiguous(tape, mean), contiguous(tape, rstd)
+    per_row = None if mean is None else contiguous(tape, mean), contiguous(tape, rstd)
     tensors = (grad_normed, grad_total, total, contiguous(tape, weight), *per_row, grad)
     integers = (rows, inner_rows, *strides)
     facts = facts_of(tensors, integers, (constants, tile.warps))

@@ -1,4 +1,4 @@
-"""Residual sum and layer norm, forward: a row is read once, held in registers, and written once.
+"""Residual sum and layer norm or RMS norm, forward: a row is read once, held in registers, and written once.
 
 README.md beside this file has the derivation, the floors and what was tried.
 """
@@ -39,9 +39,9 @@ def forward_kernel(
     branch,  # (rows, D) or None
     total,  # (rows, D), written; None without branch; the stream itself in place
     weight,  # (D,)
-    bias,  # (D,)
+    bias,  # (D,); None: RMS norm, without a mean
     normed,  # (rows, D), contiguous, written
-    mean,  # (rows,) float32, written; None with kept
+    mean,  # (rows,) float32, written; None with kept, and without bias
     rstd,  # (rows,) float32, written
     scale,  # (rows,) float32, written; None unless EIGHT_BIT
     kept,  # (rows, D) int8, contiguous, written: the row before weight and bias; or None
@@ -61,7 +61,7 @@ def forward_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``total = stream + branch`` and its layer norm, ``ROWS`` rows a program."""
+    """``total = stream + branch`` and its norm, ``ROWS`` rows a program."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)[None, :]
     column_exists = column < D
@@ -77,11 +77,12 @@ def forward_kernel(
         x = rounded.to(tl.float32)
         tl.store(total + row_offsets(row, inner_rows, total_outer, total_inner, UNIT) + column, rounded, mask=exists)
 
-    center = tl.sum(x, axis=1) * (1.0 / D)  # [ROWS]
-    x = tl.where(column_exists, x - center[:, None], 0.0)
+    if bias is not None:
+        center = tl.sum(x, axis=1) * (1.0 / D)  # [ROWS]
+        x = tl.where(column_exists, x - center[:, None], 0.0)
     variance = tl.sum(x * x, axis=1) * (1.0 / D)
     inverse = tl.div_rn(tl.full(variance.shape, 1.0, tl.float32), tl.sqrt_rn(variance + eps))
-    if kept is None:
+    if mean is not None:
         tl.store(mean + row, center, mask=row < rows)
     tl.store(rstd + row, inverse, mask=row < rows)
     x *= inverse[:, None]
@@ -91,8 +92,9 @@ def forward_kernel(
         tl.store(step + row, size, mask=row < rows)
 
     gain = tl.load(weight + column, mask=column_exists, other=0.0).to(tl.float32)  # [1, BLOCK_D]
-    shift = tl.load(bias + column, mask=column_exists, other=0.0).to(tl.float32)
-    y = x * gain + shift
+    y = x * gain
+    if bias is not None:
+        y += tl.load(bias + column, mask=column_exists, other=0.0).to(tl.float32)
     start = row.to(tl.int64)[:, None] * D
     if EIGHT_BIT is None:
         tl.store(normed + start + column, y.to(normed.dtype.element_ty), mask=exists)
@@ -106,7 +108,7 @@ def residual_norm_forward(
     stream: Tensor,
     branch: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     *,
     normed_dtype: torch.dtype | None = None,
@@ -135,7 +137,7 @@ def forward(
     stream: Tensor,
     branch: Tensor | None,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     eps: float,
     normed_dtype: torch.dtype,
     in_place: bool,
@@ -149,7 +151,8 @@ def forward(
     normed = tape.empty(shape, normed_dtype)
     data = tape.empty(shape, torch.int8) if keep else None
     # The mean, or where the rows are kept their scales.
-    first, rstd = tape.empty((rows,), torch.float32), tape.empty((rows,), torch.float32)
+    first = tape.empty((rows,), torch.float32) if keep or bias is not None else None
+    rstd = tape.empty((rows,), torch.float32)
     scale = None if eight_bit is None else tape.empty((rows,), torch.float32)
     total = stream if branch is None or in_place else tape.empty(shape, stream.dtype)
     results = (total, normed, data, first, rstd, scale) if keep else (total, normed, first, rstd, scale)
@@ -169,7 +172,7 @@ def forward(
     inner_rows, strides, unit = row_strides((read, branch, written))
     constants = (width, unit, eight_bit, tile.rows, tile.block)
     mean, step = (None, first) if keep else (first, None)
-    frozen = contiguous(tape, weight), contiguous(tape, bias)
+    frozen = contiguous(tape, weight), None if bias is None else contiguous(tape, bias)
     tensors = (read, branch, written, *frozen, normed, mean, rstd, scale, data, step)
     integers = (rows, inner_rows, *strides)
     facts = facts_of(tensors, integers, (constants, tile.warps))

@@ -1,0 +1,1 @@
+"""Rotary positions of packed heads; README.md beside this file has the derivation."""
