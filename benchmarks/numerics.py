@@ -201,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, required=True, help="the page")
     parser.add_argument("--rows", type=Path, help="the numbers; default: benchmarks/results/numerics.json")
-    parser.add_argument("--operations", nargs="+", default=list(OPERATIONS), choices=OPERATIONS)
+    parser.add_argument("--operations", nargs="+", default=list(CASES), choices=CASES)
     parser.add_argument("--dtype", nargs="+", default=list(KINDS), choices=KINDS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--impl", default="triton", choices=["triton", "reference"])

@@ -20,14 +20,21 @@ from epic_fast.kernels.prompt_attention.reference import visibility  # pyright: 
 from epic_fast.testing.cases import (
     ATTENTION_MEASURED,
     ATTENTION_SMOKE,
+    GATE_MEASURED,
+    GATE_SMOKE,
+    INFUSED_MEASURED,
+    INFUSED_SMOKE,
     INTERACTION_MEASURED,
     INTERACTION_SMOKE,
     MIX_MEASURED,
     MIX_SMOKE,
+    SWIGLU_MEASURED,
+    SWIGLU_SMOKE,
     WINDOW_MEASURED,
     WINDOW_SMOKE,
     AttentionCase,
     Case,
+    InfusedAttentionCase,
     WindowCase,
 )
 from epic_fast.testing.numerics import make_cotangents
@@ -127,10 +134,14 @@ def leaves_of(inputs: dict[str, Tensor | None]) -> list[Tensor]:
     return [each.requires_grad_() for each in inputs.values() if each is not None]
 
 
+def _tuple(result: Tensor | tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    return (result,) if isinstance(result, Tensor) else result
+
+
 def _ours(function: Callable[..., Any], impl: str) -> Callable[..., Call]:
     def prepare(case: Any, inputs: dict[str, Tensor | None], options: dict[str, Any]) -> Call:
         leaves = leaves_of(inputs)
-        return Call(lambda: function(**inputs, **options, impl=impl), leaves)
+        return Call(lambda: _tuple(function(**inputs, **options, impl=impl)), leaves)
 
     return prepare
 
@@ -140,7 +151,7 @@ def _compiled_reference(function: Callable[..., Any]) -> Callable[..., Call]:
         leaves = leaves_of(inputs)
         torch._dynamo.reset()
         compiled = torch.compile(function, fullgraph=True, dynamic=False)
-        return Call(lambda: compiled(**inputs, **options, impl="reference"), leaves)
+        return Call(lambda: _tuple(compiled(**inputs, **options, impl="reference")), leaves)
 
     return prepare
 
@@ -424,4 +435,86 @@ EXPERTS = Operation(
     ),
 )
 
-OPERATIONS = {each.name: each for each in (ATTENTION, INTERACTION, WINDOWS, EXPERTS)}
+
+def _infusion_sdpa(*, folded: bool) -> Callable[..., Call]:
+    """PyTorch's own choice among its attentions: over keys and values that were infused before, or over those as they
+    are with a rescaled query and an affine map of the output.  What goes into it is rounded to the tokens' type."""
+
+    def prepare(case: InfusedAttentionCase, inputs: dict[str, Tensor | None], options: dict[str, Any]) -> Call:
+        leaves = leaves_of(inputs)
+        query, key, value, of_key, of_value, shift, gate = leaves
+        mask, residual, group = _infused_mask(case, options, key), case.form == "residual", case.heads // case.key_heads
+
+        def attend(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            causal = mask is None and case.causal and not case.last
+            return scaled_dot_product_attention(
+                queries, keys, values, mask, is_causal=causal, scale=case.scale, enable_gqa=group > 1
+            )
+
+        def naive() -> tuple[Tensor]:
+            amount = gate[:, :, None, None]
+            keys = amount * (key * of_key[:, :, None])
+            values = amount * (value * of_value[:, :, None] + shift[:, :, None])
+            if residual:
+                keys, values = key + keys, value + values
+            return (attend(query, keys.to(key.dtype), values.to(value.dtype)),)
+
+        def fold() -> tuple[Tensor]:
+            amount, base = gate[:, :, None, None], 1.0 if residual else 0.0
+            factors = [base + amount * each[:, :, None] for each in (of_key, of_value)]
+            factors.append(amount * shift[:, :, None])
+            of_query, of_output, added = (each.repeat_interleave(group, dim=1) for each in factors)
+            plain = attend((query * of_query).to(query.dtype), key, value)
+            return ((plain * of_output + added).to(query.dtype),)
+
+        return Call(fold if folded else naive, leaves, lambda result: (_valid_rows(case, options, result[0]),))
+
+    return prepare
+
+
+def _infused_mask(case: InfusedAttentionCase, options: dict[str, Any], key: Tensor) -> Tensor | None:
+    """The mask ``(B, 1, rows, N)``, padded rows seeing the first token; None where there are no lengths."""
+    if case.lengths is None:
+        return None
+    position = torch.arange(case.tokens, device=key.device)
+    visible = (position < options["lengths"][:, None])[:, None, None, :].expand(-1, 1, case.rows, -1)
+    if case.causal and not case.last:
+        visible = visible & (position <= position[:, None])
+    return visible | (position == 0)
+
+
+def _valid_rows(case: InfusedAttentionCase, options: dict[str, Any], result: Tensor | None) -> Tensor:
+    assert result is not None
+    if case.lengths is None:
+        return result
+    position = torch.arange(case.rows, device=result.device)
+    return torch.where((position < options["lengths"][:, None])[:, None, :, None], result, 0.0)
+
+
+def _implementations(function: Callable[..., Any]) -> tuple[Provider, ...]:
+    return (
+        Provider(OURS, "epic_fast", _ours(function, "triton")),
+        Provider(EAGER, "PyTorch, eager", _ours(function, "reference")),
+        Provider("compiled", "PyTorch, compiled", _compiled_reference(function), compiled=True),
+    )
+
+
+INFUSED = Operation(
+    "infused",
+    functional.infused_attention,
+    INFUSED_MEASURED,
+    INFUSED_SMOKE,
+    (
+        *_implementations(functional.infused_attention),
+        Provider("naive+sdpa", "infused keys and values + SDPA", _infusion_sdpa(folded=False)),
+        Provider("folded+sdpa", "folded + SDPA", _infusion_sdpa(folded=True)),
+    ),
+)
+GATE = Operation(
+    "gate", functional.infusion_gate, GATE_MEASURED, GATE_SMOKE, _implementations(functional.infusion_gate)
+)
+SWIGLU = Operation(
+    "swiglu", functional.infused_swiglu, SWIGLU_MEASURED, SWIGLU_SMOKE, _implementations(functional.infused_swiglu)
+)
+
+OPERATIONS = {each.name: each for each in (ATTENTION, INTERACTION, WINDOWS, EXPERTS, INFUSED, GATE, SWIGLU)}

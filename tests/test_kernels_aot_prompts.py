@@ -17,7 +17,7 @@ def problems_of(builds: list[Build]) -> str:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("operation", ["attention", "interaction", "windows", "experts"])
+@pytest.mark.parametrize("operation", ["attention", "interaction", "windows", "experts", "infused", "gate", "swiglu"])
 def test_production_shapes_neither_spill_nor_overflow(operation: str, target: str) -> None:
     assert not problems_of(build_production_elsewhere(operation, target))
 
@@ -29,7 +29,7 @@ def test_float32_on_tensor_cores_neither_spills_nor_overflows(operation: str, ta
     assert not problems_of(builds)
 
 
-@pytest.mark.parametrize("operation", ["attention-wide", "windows-wide"])
+@pytest.mark.parametrize("operation", ["attention-wide", "windows-wide", "infused-wide"])
 @pytest.mark.parametrize("target", ["cuda:80", "hip:gfx942"])
 def test_wide_heads_fit_into_small_cards(target: str, operation: str) -> None:
     builds = build_production_elsewhere(operation, target, ("bf16", "fp32"))

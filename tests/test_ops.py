@@ -14,6 +14,9 @@ from torch._dynamo.testing import CompileCounter
 from epic_fast import ops
 from epic_fast.errors import ConfigError, ImplementationError
 from epic_fast.functional import (
+    infused_attention,
+    infused_swiglu,
+    infusion_gate,
     mix_prompt_experts,
     prompt_attention,
     prompt_interaction,
@@ -55,7 +58,28 @@ def expert_inputs(batch: int = 2, experts: int = 4, length: int = 3) -> list[Ten
     return [torch.randn(shape, generator=random, requires_grad=True) for shape in shapes]
 
 
+def infused_attention_inputs(batch: int = 2, tokens: int = 4, width: int = 8) -> list[Tensor]:
+    random = torch.Generator().manual_seed(0)
+    shapes = [(batch, 4, tokens, width), *[(batch, 2, tokens, width)] * 2, *[(batch, 2, width)] * 3, (batch, 2)]
+    return [torch.randn(shape, generator=random, requires_grad=True) for shape in shapes]
+
+
+def infusion_gate_inputs(batch: int = 2, tokens: int = 4, width: int = 8) -> list[Tensor]:
+    random = torch.Generator().manual_seed(0)
+    shapes = [(batch, 2, tokens, width), (batch, 2, width), (2,)]
+    return [torch.randn(shape, generator=random, requires_grad=True) for shape in shapes]
+
+
+def infused_swiglu_inputs(batch: int = 2, tokens: int = 4, width: int = 8) -> list[Tensor]:
+    random = torch.Generator().manual_seed(0)
+    shapes = [(batch, tokens, width), (batch, tokens, width), (batch, width)]
+    return [torch.randn(shape, generator=random, requires_grad=True) for shape in shapes]
+
+
 CALLS = {
+    "infused_attention": (infused_attention, infused_attention_inputs),
+    "infusion_gate": (infusion_gate, infusion_gate_inputs),
+    "infused_swiglu": (infused_swiglu, infused_swiglu_inputs),
     "prompt_attention": (prompt_attention, attention_inputs),
     "prompt_interaction": (prompt_interaction, interaction_inputs),
     "window_prompt_attention": (window_prompt_attention, window_inputs),

@@ -24,7 +24,15 @@ from epic_fast.functional import prompt_attention, prompt_interaction
 from epic_fast.ops import frozen_linear, library
 from epic_fast.ops import prompt_attention as attention_operation
 from epic_fast.ops import prompt_interaction as interaction_operation
-from epic_fast.testing.cases import AttentionCase, InteractionCase, MixCase, WindowCase
+from epic_fast.testing.cases import (
+    AttentionCase,
+    GateCase,
+    InfusedAttentionCase,
+    InteractionCase,
+    MixCase,
+    SwigluCase,
+    WindowCase,
+)
 from epic_fast.testing.numerics import assert_bits_equal, check_operation
 
 if not library.TRITON_INSTALLED:
@@ -235,6 +243,84 @@ def mix_prompt_experts_backward() -> Any:
 @operator
 def mix_prompt_experts_backward_of_some() -> Any:
     return (torch.randn(3, 2, 16), None, *MixCase(3, 4, 2, 16).make().values(), 0.1, 3, [False, True]), {}
+
+
+INFUSED = InfusedAttentionCase(2, 4, 2, 5, 16, lengths=(5, 3), wide_vectors=True)
+
+
+def infused_arguments(case: InfusedAttentionCase) -> list[Any]:
+    return [*case.make().values(), case.options()["lengths"]]
+
+
+@operator
+def infused_attention_forward() -> Any:
+    return (*infused_arguments(INFUSED), False, True, 0.25, True), {}
+
+
+@operator
+def infused_attention_forward_without_statistics() -> Any:
+    case = InfusedAttentionCase(2, 2, 2, 5, 16, last=True, layout="heads")
+    return (*infused_arguments(case), True, True, 0.25, False), {}
+
+
+def infused_backward_arguments(needs: list[bool]) -> Any:
+    inputs = infused_arguments(INFUSED)
+    output, lse = torch.ops.epic_fast.infused_attention_forward(*inputs, False, True, 0.25, True)
+    return (torch.randn_like(output), *inputs, lse, False, True, 0.25, needs), {}
+
+
+@operator
+def infused_attention_backward() -> Any:
+    return infused_backward_arguments([True] * 7)
+
+
+@operator
+def infused_attention_backward_of_some() -> Any:
+    return infused_backward_arguments([False, True, False, True, False, True, False])
+
+
+GATE = GateCase(2, 3, 5, 16, lengths=(5, 3), wide_vectors=True)
+
+
+@operator
+def infusion_gate_forward() -> Any:
+    return (*GATE.make().values(), GATE.options()["lengths"], True), {}
+
+
+@operator
+def infusion_gate_forward_without_statistics() -> Any:
+    return (*GATE.make().values(), None, False), {}
+
+
+@operator
+def infusion_gate_backward() -> Any:
+    inputs, lengths = GATE.make().values(), GATE.options()["lengths"]
+    gate, *statistics = torch.ops.epic_fast.infusion_gate_forward(*inputs, lengths, True)
+    return (torch.randn_like(gate), *inputs, lengths, *statistics, [True] * 3), {}
+
+
+@operator
+def infusion_gate_backward_of_some() -> Any:
+    value, *others = GATE.make().values()
+    gate, *statistics = torch.ops.epic_fast.infusion_gate_forward(value, *others, None, True)
+    return (torch.randn_like(gate), None, *others, None, *statistics, [False, True, False]), {}
+
+
+@operator
+def infused_swiglu_forward() -> Any:
+    return tuple(SwigluCase(2, 5, 16, packed=True).make(torch.float16).values()), {}
+
+
+@operator
+def infused_swiglu_backward() -> Any:
+    inputs = SwigluCase(2, 5, 16, packed=True, wide_vectors=True).make(torch.float16)
+    return (torch.randn(2, 5, 16).half(), *inputs.values(), torch.float32, [True] * 3), {}
+
+
+@operator
+def infused_swiglu_backward_of_some() -> Any:
+    gate, up, _ = SwigluCase(2, 5, 16).make().values()
+    return (torch.randn(2, 5, 16), gate, up, None, torch.float32, [False, False, True]), {}
 
 
 @operator

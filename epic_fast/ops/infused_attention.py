@@ -208,7 +208,10 @@ def _triton(
     if torch.is_grad_enabled() and any(each.requires_grad for each in differentiable):
         apply = _apply_directly if direct else _InfusedAttention.apply
         return apply(*inputs, *flags, direct)  # pyright: ignore[reportReturnType]
-    return (_forward if direct else FORWARD)(*inputs, *flags, False)[0]
+    if direct:
+        replace, causal, scale = flags
+        return _launchers()[0](*inputs, replace=replace, causal=causal, scale=scale, save_lse=False)[0]
+    return FORWARD(*inputs, *flags, False)[0]
 
 
 def _limits(*tensors: Tensor) -> Sequence[str]:

@@ -72,12 +72,9 @@ def _backward_fake(
     norms: Tensor,
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    nothing = shift.new_empty(0)
-    of_value = library.empty_rows(value) if needs[0] and value is not None else nothing
-    others = [
-        each.new_empty(each.shape) if needed else nothing for each, needed in zip((shift, bias), needs[1:], strict=True)
-    ]
-    return of_value, others[0], others[1]
+    of_value = shift.new_empty(0) if value is None or not needs[0] else library.empty_rows(value)
+    of_shift = shift.new_empty(shift.shape if needs[1] else (0,))
+    return of_value, of_shift, bias.new_empty(bias.shape) if needs[2] else shift.new_empty(0)
 
 
 FORWARD = library.register(
@@ -137,7 +134,7 @@ def _triton(value: Tensor, value_shift: Tensor, head_bias: Tensor, *, lengths: T
     if torch.is_grad_enabled() and (value.requires_grad or value_shift.requires_grad or head_bias.requires_grad):
         apply = _apply_directly if direct else _InfusionGate.apply
         return apply(*tensors, value.requires_grad, direct)  # pyright: ignore[reportReturnType]
-    return (_forward if direct else FORWARD)(*tensors, False)[0]
+    return _launchers()[0](*tensors, save=False)[0] if direct else FORWARD(*tensors, False)[0]
 
 
 def _limits(value: Tensor, value_shift: Tensor, head_bias: Tensor) -> Sequence[str]:

@@ -522,7 +522,7 @@ def launch_swiglu(case: SwigluCase, dtype: torch.dtype) -> None:
     )
 
     gate, up, multiplier = tuple(case.make(dtype, "meta").values())
-    hidden, kind = infused_swiglu_forward(gate, up, multiplier), multiplier.dtype
+    hidden, kind = infused_swiglu_forward(gate, up, multiplier), torch.float32 if case.wide_vectors else dtype
     for projections in (True, False):
         needs = (projections, projections, True)
         infused_swiglu_backward(hidden, gate, up, multiplier, multiplier_dtype=kind, needs=needs)
