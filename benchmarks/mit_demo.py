@@ -264,7 +264,7 @@ GGUF_NAMES = {
 def packed_weights(language: DualEncoder, first_layer: int) -> dict[str, Tensor]:
     """Layers from ``first_layer`` on, numbered from 0, and the final norm: where the published 4-bit blocks give a
     weight bit for bit these blocks, else the weight."""
-    blocks = _published_blocks(language)
+    blocks = _published_blocks(language, first_layer)
     found = {}
     for name, weight in language.text.model.state_dict().items():
         part, _, rest = name.partition(".")
@@ -278,8 +278,8 @@ def packed_weights(language: DualEncoder, first_layer: int) -> dict[str, Tensor]
     return found
 
 
-def _published_blocks(language: DualEncoder) -> dict[str, Tensor]:
-    """Names to rows of Q4_1 blocks ``(rows, bytes)``, of a language model that comes in a GGUF file."""
+def _published_blocks(language: DualEncoder, first_layer: int) -> dict[str, Tensor]:
+    """Names to rows of Q4_1 blocks ``(rows, bytes)``, of a language model that comes in a GGUF file; else nothing."""
     folder, options = locate((language.source or "").removeprefix("text="), "text")
     if "gguf_file" not in options:
         return {}
@@ -287,7 +287,7 @@ def _published_blocks(language: DualEncoder) -> dict[str, Tensor]:
 
     config, found = language.text.model.config, {}
     tensors = {each.name: each for each in GGUFReader(str(Path(folder) / options["gguf_file"])).tensors}
-    for layer in range(config.num_hidden_layers):
+    for layer in range(first_layer, config.num_hidden_layers):
         for name, short in GGUF_NAMES.items():
             tensor = tensors[f"blk.{layer}.{short}.weight"]
             if tensor.tensor_type != GGMLQuantizationType.Q4_1:
@@ -395,7 +395,7 @@ class Study:
 
     layers: tuple[tuple[int, ...], ...] = (tuple(range(FIRST_LAYER, 30)), tuple(range(25, 30)))
     rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
-    epochs: tuple[int, ...] = (8, 20)
+    epochs: tuple[int, ...] = (8, 16)
     shifts: tuple[float, ...] = (0.0, 0.02)
     head_rates: tuple[float, ...] = (5e-4, 2e-3)
     head_epochs: tuple[int, ...] = (8, 20)
