@@ -23,6 +23,7 @@ are those of :mod:`epic_fast.demo.rivals` on the same picture feature and on Smo
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import os
@@ -283,14 +284,13 @@ def _published_blocks(language: DualEncoder, first_layer: int) -> dict[str, Tens
     folder, options = locate((language.source or "").removeprefix("text="), "text")
     if "gguf_file" not in options:
         return {}
-    from gguf import GGMLQuantizationType, GGUFReader
-
+    gguf: Any = importlib.import_module("gguf")
     config, found = language.text.model.config, {}
-    tensors = {each.name: each for each in GGUFReader(str(Path(folder) / options["gguf_file"])).tensors}
+    tensors = {each.name: each for each in gguf.GGUFReader(str(Path(folder) / options["gguf_file"])).tensors}
     for layer in range(first_layer, config.num_hidden_layers):
         for name, short in GGUF_NAMES.items():
             tensor = tensors[f"blk.{layer}.{short}.weight"]
-            if tensor.tensor_type != GGMLQuantizationType.Q4_1:
+            if tensor.tensor_type != gguf.GGMLQuantizationType.Q4_1:
                 continue
             rows = torch.from_numpy(np.array(tensor.data))
             heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(short)
