@@ -68,7 +68,7 @@ TEMPLATES = {
     "match": "Title of a drawing: {text}\nMatch:",
 }
 BATCH = {"classify": 64, "match": 128}
-HEAD_RATE = 1e-3
+HEAD_RATE = 2e-3
 MIT, NO_PICTURE = "MiT", "MiT, no picture"
 # What a rival reads, by task and method.
 RIVALS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -240,7 +240,7 @@ def prepare(pictures: FrozenPairs, towers: DualEncoder, language: DualEncoder, f
             "names": pictures.names,
             "titles": pictures.titles,
             "first_layer": first_layer,
-            "language_model": {**config, "vocab_size": 1, "pad_token_id": None, "dtype": "float32"},
+            "language_model": {**config, "dtype": "float32"},
             "frozen_parameters": sum(
                 each.numel() for tower in (towers.vision.model, model) for each in tower.parameters()
             ),
@@ -342,7 +342,9 @@ def upper_model(prepared: Prepared, device: torch.device, dtype: torch.dtype) ->
     """The language model's layers from the first that may be infused on, beside :class:`PictureFeatures`."""
     from transformers import AutoConfig, AutoModel
 
-    about = dict(prepared.about["language_model"])
+    # Words are no longer asked of it.
+    about = {**prepared.about["language_model"], "vocab_size": 1}
+    about |= dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
     model = AutoModel.from_config(AutoConfig.for_model(about.pop("model_type"), **about))
     weights = {
         name: dequantised(each) if each.dtype == torch.uint8 else each for name, each in prepared.weights.items()
@@ -397,8 +399,8 @@ class Study:
     rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
     epochs: tuple[int, ...] = (8, 16)
     shifts: tuple[float, ...] = (0.0, 0.02)
-    head_rates: tuple[float, ...] = (5e-4, 2e-3)
-    head_epochs: tuple[int, ...] = (8, 20)
+    head_rates: tuple[float, ...] = (2e-3, 8e-3)
+    head_epochs: tuple[int, ...] = (8, 16)
     seeds: tuple[int, ...] = SEEDS
     most: int | None = None
 
@@ -489,7 +491,8 @@ class Bench:
             if layer == 0:
                 found = self.prepared.pairs(task, self.device, self.dtype, most=self.most)
             else:
-                found = self.pairs(task, 0).advanced(self.backbone, (layer, 0))
+                below = max((known for name, known in self._pairs if name == task and known < layer), default=0)
+                found = self.pairs(task, below).advanced(self.backbone, (layer, 0))
             self._pairs[task, layer] = found
         return self._pairs[task, layer]
 
