@@ -29,8 +29,8 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +69,7 @@ TEMPLATES = {
 }
 BATCH = {"classify": 64, "match": 128}
 HEAD_RATE = 2e-3
+EPOCHS = {"classify": (8, 20), "match": (16, 40)}
 MIT, NO_PICTURE = "MiT", "MiT, no picture"
 # What a rival reads, by task and method.
 RIVALS: dict[str, dict[str, tuple[str, ...]]] = {
@@ -384,20 +385,21 @@ def key_of(row: dict[str, Any]) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Study:
-    """The declared grid.
+    """The declared grid.  MiT is trained with the first layers, epochs and shift at every rate, and with each of the
+    others in their place at the middle rate.
 
     Attributes:
-        layers: lists of infused layers, numbered as in the whole language model; the first is the base.
+        layers: lists of infused layers, numbered as in the whole language model.
         rates: of the transforms.
-        epochs, shifts: the first is the base; MiT is trained with each list of layers, and with each of the others of
-            these in the base's place, at every rate.
+        epochs: by task.
+        shifts: standard deviations of W_a at the start.
         head_rates, head_epochs: of the language model without a picture.
         most: pictures of each split; None: all.
     """
 
     layers: tuple[tuple[int, ...], ...] = (tuple(range(FIRST_LAYER, 30)), tuple(range(25, 30)))
     rates: tuple[float, ...] = (3e-5, 1e-4, 3e-4)
-    epochs: tuple[int, ...] = (8, 16)
+    epochs: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: EPOCHS)
     shifts: tuple[float, ...] = (0.0, 0.02)
     head_rates: tuple[float, ...] = (2e-3, 8e-3)
     head_epochs: tuple[int, ...] = (8, 16)
@@ -406,16 +408,18 @@ class Study:
 
     def settings(self, task: str) -> dict[str, list[dict[str, Any]]]:
         """Each method's settings."""
-        base = {"layers": list(self.layers[0]), "epochs": self.epochs[0], "value_shift_std": self.shifts[0]}
-        variants = [
-            base,
+        middle = self.rates[len(self.rates) // 2]
+        epochs, *longer = self.epochs[task]
+        base = {"layers": list(self.layers[0]), "epochs": epochs, "value_shift_std": self.shifts[0], "rate": middle}
+        infused = [
+            *({**base, "rate": rate} for rate in self.rates),
             *({**base, "layers": list(each)} for each in self.layers[1:]),
-            *({**base, "epochs": each} for each in self.epochs[1:]),
+            *({**base, "epochs": each} for each in longer),
             *({**base, "value_shift_std": each} for each in self.shifts[1:]),
         ]
         features = [{"text": each} for each in TEXT_FEATURES]
         return {
-            MIT: [{**each, "rate": rate} for each in variants for rate in self.rates],
+            MIT: infused,
             NO_PICTURE: [{"rate": rate, "epochs": each} for each in self.head_epochs for rate in self.head_rates],
             **{method: features if "title" in reads else [{}] for method, reads in RIVALS[task].items()},
             MAJORITY: [{}],
@@ -435,7 +439,7 @@ class Study:
 SMOKE = Study(
     layers=(tuple(range(25, 30)), (29,)),
     rates=(1e-3,),
-    epochs=(1,),
+    epochs=dict.fromkeys(EPOCHS, (1,)),
     shifts=(0.0,),
     head_rates=(1e-3,),
     head_epochs=(1,),

@@ -53,7 +53,7 @@ TITLES = [f"{color} {shape}" for color in ("red", "green", "blue") for shape in 
 SMALL = Study(
     layers=((2, 3), (3,)),
     rates=(1e-3,),
-    epochs=(1,),
+    epochs=dict.fromkeys(TEMPLATES, (1,)),
     shifts=(0.0,),
     head_rates=(1e-3,),
     head_epochs=(1,),
@@ -214,6 +214,14 @@ def test_the_study_runs_is_resumed_and_is_shown(
     picture = tmp_path / "mit_demo.png"
     assert main(["figure", "--rows", str(rows), "--output", str(picture)]) == 0
     assert len(set(Image.open(picture).convert("L").tobytes())) > 20, "blank"
+
+
+def test_the_grid_changes_one_thing_at_a_time() -> None:
+    for task in TEMPLATES:
+        first, middle, last, *others = Study().settings(task)[MIT]
+        assert (first["rate"], middle["rate"], last["rate"]) == Study().rates
+        for other, name in zip(others, ("layers", "epochs", "value_shift_std"), strict=True):
+            assert [key for key in middle if middle[key] != other[key]] == [name]
 
 
 def test_without_a_picture_only_the_head_is_trained(file: Path) -> None:
