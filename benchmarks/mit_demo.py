@@ -23,6 +23,7 @@ are those of :mod:`epic_fast.demo.rivals` on the same picture feature and on Smo
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import json
 import math
@@ -630,6 +631,7 @@ def run_study(
         **timing.libraries(),
         "processes": processes,
         "engine": engine and engine.to_dict(),
+        "file_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
     }
     rows.parent.mkdir(parents=True, exist_ok=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import sys
@@ -192,6 +193,7 @@ def test_the_study_runs_is_resumed_and_is_shown(
     }
     for row in trained:
         assert row["run"]["command"].startswith("python -m benchmarks.mit_demo run --smoke --processes 1")
+        assert row["run"]["file_sha256"] == hashlib.sha256(file.read_bytes()).hexdigest()
         assert str(tmp_path) not in json.dumps(row)
         assert len(row["right"]) == (36 if row["task"] == "match" else 9)
         assert row["accuracy"] == pytest.approx(row["right"].count("1") / len(row["right"]))
