@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -142,10 +143,12 @@ def bootstrap(first: np.ndarray, second: np.ndarray, pictures: np.ndarray, draws
     }
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(
+    rows: list[dict[str, Any]], compared: Mapping[str, Sequence[tuple[str, str]]] | None = None
+) -> dict[str, Any]:
     """By task: every method's mean and standard deviation over seeds, and the compared pairs."""
     tasks: dict[str, Any] = {}
-    for name, pairs in COMPARED.items():
+    for name, pairs in (COMPARED if compared is None else compared).items():
         methods = list(dict.fromkeys(row["method"] for row in rows if row["task"] == name))
         right, table = {}, []
         pictures = np.array(next(row["pictures"] for row in rows if row["task"] == name))

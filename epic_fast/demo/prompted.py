@@ -1,4 +1,4 @@
-"""EPIC and MoPE on the demo's cached pairs, trained by the library's own loop."""
+"""EPIC, MoPE and MiT on the demo's cached pairs, trained by the library's own loop."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from epic_fast.demo.pairs import CacheCollator
 from epic_fast.demo.recipes import Recipe
 from epic_fast.demo.rivals import Result
 from epic_fast.demo.tasks import Task
+from epic_fast.engine import EngineConfig
 from epic_fast.models import wrap
 from epic_fast.training import fit, predict
 
@@ -28,18 +29,21 @@ def train_prompted(
     seed: int,
     output: Path | None = None,
     progress: Any = False,
+    engine: EngineConfig | None = None,
 ) -> tuple[Result, dict[str, Any]]:
     """Train on cached prefixes, keep the epoch that is best on validation, and answer the test pairs.
 
     Args:
         backbone: the demo's towers; free again afterwards.
         output: run folder, or None.
+        engine: how the frozen towers are executed; None runs their own modules.
 
     Returns:
         the table's row, and the run's ``history`` and ``diagnostics``.
     """
     torch.manual_seed(seed)
-    model = wrap(backbone, recipe.config, num_labels=len(task.labels), labels=task.labels, self_check=False)
+    labels = task.labels
+    model = wrap(backbone, recipe.config, num_labels=len(labels), labels=labels, self_check=False, engine=engine)
     try:
         collator = CacheCollator(frozen.cache)
         started = time.perf_counter()

@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from epic_fast.models import EpicConfig, MopeConfig
+from epic_fast.models import EpicConfig, MitConfig, MopeConfig
 from epic_fast.training import TrainingConfig
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """One EPIC or MoPE of the demo's table.
+    """One EPIC or MoPE of the demo's table, or a MiT beside it.
 
     Attributes:
         name: as the table prints it.
@@ -24,11 +24,14 @@ class Recipe:
     """
 
     name: str
-    config: EpicConfig | MopeConfig
+    config: EpicConfig | MopeConfig | MitConfig
     training: TrainingConfig
 
     def control(self) -> Recipe:
-        """The same, of EPIC the hub taken away, of MoPE all experts but one and with them the router."""
+        """The same, of EPIC the hub taken away, of MoPE all experts but one and with them the router,
+        of MiT the infusion."""
+        if isinstance(self.config, MitConfig):
+            return Recipe(f"{self.name}, no picture", replace(self.config, layers=[]), self.training)
         if isinstance(self.config, MopeConfig):
             return Recipe(f"{self.name}, one expert", replace(self.config, num_experts=1, top_k=None), self.training)
         return Recipe(f"{self.name}, interaction off", replace(self.config, interaction=False), self.training)
