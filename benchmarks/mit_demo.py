@@ -578,7 +578,7 @@ def work(
 ) -> None:
     """One process: the next job that nobody has taken, until there is none or the time is over."""
     torch.set_num_threads(1)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = timing.device_of(number)
     bench = None
     while time.time() < end:
         with taken.get_lock():

@@ -431,10 +431,7 @@ def work(
     taken: Any,
 ) -> None:
     """Trainings from the common list until none is left or the time is up."""
-    gpus = torch.cuda.device_count()
-    if gpus > 1 and not torch.cuda.is_initialized():
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(place % gpus)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = timing.device_of(place)
     held: dict[str, tuple[Frozen, DualEncoder]] = {}
     while True:
         with taken.get_lock():

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from epic_fast import functional
 from epic_fast.ops import library
 from epic_fast.ops.packed_attention import packed_attention_backward, packed_attention_forward
+from epic_fast.testing.numerics import assert_bits_equal
 
 BATCH, TOKENS, HEADS, HEAD_DIM = 3, 7, 2, 8
 LENGTHS = (7, 3, 1)
@@ -84,9 +86,26 @@ def test_the_reference_is_the_specification(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=ident)
 def test_the_kernels_are_the_specification(case: dict[str, Any]) -> None:
+    """Called directly, and by the operators where somebody watches."""
     if not library.interpreting():
         pytest.skip("Triton's interpreter is off")
     check(case, "triton")
+    seen: list[str] = []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    qkv, grad, options = make(case)
+    wanted = packed_attention_forward(qkv, **options, impl="triton")
+    wanted_grad = packed_attention_backward(grad, qkv, *wanted, **options, impl="triton")
+    with Watching():
+        found = packed_attention_forward(qkv, **options, impl="triton")
+        found_grad = packed_attention_backward(grad, qkv, *found, **options, impl="triton")
+    assert any("packed_attention_forward" in name for name in seen)
+    assert any("packed_attention_backward" in name for name in seen)
+    assert_bits_equal((*found, found_grad), (*wanted, wanted_grad))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -202,13 +202,18 @@ BACKWARD = library.register(
 )
 
 
-def _triton_forward(*args: Any, save_lse: bool) -> tuple[Tensor, Tensor | None]:
-    output, lse = FORWARD(*args, save_lse)
+def _triton_forward(
+    qkv: Tensor, prompts: int, lengths: Tensor | None, *flags: Any, save_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    forward: Any = _kernel_forward if library.direct(qkv, lengths) else FORWARD
+    output, lse = forward(qkv, prompts, lengths, *flags, save_lse)
     return output, lse if save_lse else None
 
 
 def _triton_backward(*args: Any, prompt_rows_only: bool) -> Tensor:
-    return BACKWARD(*args, prompt_rows_only)
+    *tensors, _, lengths, _, _, _ = args
+    backward: Any = _kernel_backward if library.direct(*tensors, lengths) else BACKWARD
+    return backward(*args, prompt_rows_only)
 
 
 # -- reference: PyTorch's own attention with a mask -------------------------------------------------------------------
