@@ -86,6 +86,16 @@ def test_the_replacing_form_starts_from_it_too() -> None:
     assert 0.01 < errors[1] < 0.2 * errors[2]
 
 
+@pytest.mark.parametrize("form", ["residual", "replace"])
+@torch.no_grad()
+def test_with_several_sources_it_starts_from_it_too(form: Any) -> None:
+    batch = make_batch(LENGTHS, width=11)
+    sequences = {"acoustic": torch.randn(3, 5, 7), "facial": torch.randn(3, 6, 3)}
+    model = make(form=form, value_shift_std=0.0, sequences={"acoustic": 7, "facial": 3})
+    found = model.features(model.extract(**batch, **sequences))
+    torch.testing.assert_close(found, last_of(model, batch), rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 def test_the_released_start_does_not() -> None:
     model = make(init="released")
@@ -340,6 +350,10 @@ def test_layer_32_of_32_raises() -> None:
         ({"value_shift_std": "small"}, "wanted a number, or None"),
         ({"sequences": {"labels": 3}}, "has the name 'labels'"),
         ({"sequences": {"a b": 3}}, "wanted an identifier"),
+        ({"sequences": {"picture_levels": 3}}, "has the name 'picture_levels'"),
+        ({"sequences": {"self": 3}}, "has the name 'self'"),
+        ({"sequences": {"values": 3}}, "wanted another, such as 'values_features'"),
+        ({"sequences": {"training": 3}}, "wanted another, such as 'training_features'"),
         ({"sequences": {"sound": 0}}, "at least 1"),
         ({"sequences": 5}, "wanted names and widths"),
         ({"picture": 1}, "wanted true, false, or None"),
@@ -439,6 +453,8 @@ def test_a_language_model_alone_with_sequences() -> None:
         model(**texts, acoustic=sequences["acoustic"])
     with pytest.raises(ConfigError, match=r"acoustic has shape \(3, 7, 3\); wanted \(batch, frames, 5\)"):
         model(**texts, **{**sequences, "acoustic": torch.randn(3, 7, 3)})
+    with pytest.raises(ConfigError, match=r"facial_lengths has shape \(1,\); wanted \(3,\)"):
+        model(**texts, **{**sequences, "facial_lengths": torch.tensor([4])})
     with pytest.raises(ConfigError, match="smell was given; this model's sequences are acoustic, facial"):
         model(**texts, **sequences, smell=torch.zeros(3))
     with pytest.raises(ConfigError, match="this prefix comes without the sequence acoustic"):
@@ -447,6 +463,13 @@ def test_a_language_model_alone_with_sequences() -> None:
         epic_fast.wrap(tiny_llama(), MitConfig(), num_labels=2)
     with pytest.raises(ConfigError, match=r"picture=True, but this backbone has no vision tower"):
         epic_fast.wrap(tiny_llama(), MitConfig(picture=True), num_labels=2)
+
+
+def test_with_nothing_infused_sequences_train_nothing() -> None:
+    model = epic_fast.wrap(tiny_llama(), MitConfig(sequences={"sound": 5}, layers=[]), num_labels=2)
+    texts = {name: each for name, each in make_batch(LENGTHS).items() if name != "pixel_values"}
+    model(**texts, sound=torch.randn(3, 2, 5), labels=torch.tensor([0, 1, 0])).loss.backward()
+    assert {name for name, each in model.trainable_parameters() if each.grad is None} == set()
 
 
 @torch.no_grad()

@@ -131,3 +131,15 @@ def test_what_stands_behind_a_sequence_is_not_read() -> None:
     torch.testing.assert_close(found, wanted)
     found.sum().backward()
     assert all(bool(each.grad.isfinite().all()) for each in encoder.parameters() if each.grad is not None)
+
+
+def test_a_sequence_without_frames_gives_zeros() -> None:
+    encoder = SequenceEncoder(4, 6)
+    for lengths in (None, torch.tensor([0, 0])):
+        assert torch.equal(encoder(torch.zeros(2, 0, 4), lengths), torch.zeros(2, 6))
+
+
+def test_lengths_beyond_the_end_are_the_end() -> None:
+    encoder = SequenceEncoder(4, 6)
+    frames = torch.randn(2, 5, 4)
+    assert torch.equal(encoder(frames, torch.tensor([9, 3])), encoder(frames, torch.tensor([5, 3])))

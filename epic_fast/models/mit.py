@@ -160,12 +160,18 @@ class MitConfig(MethodConfig):
                 f"MitConfig.sequences={self.sequences!r}; wanted names and widths, such as {{'acoustic': 74}}, or None"
             )
         self.sequences = dict(self.sequences)
-        taken = (PICTURE, "labels", "prefix", "pixel_values", "input_ids", "attention_mask", "token_type_ids", "text")
+        taken = (PICTURE, LEVELS, "labels", "prefix", "pixel_values", "input_ids", "attention_mask", "token_type_ids")
+        taken = (*taken, "text", "self")
         for name, width in self.sequences.items():
             if not isinstance(name, str) or not name.isidentifier() or name in taken or name.endswith("_lengths"):
                 raise ConfigError(
                     f"MitConfig.sequences has the name {name!r}; wanted an identifier such as 'acoustic', none of "
                     f"{', '.join(taken)}, that does not end with _lengths"
+                )
+            if hasattr(nn.ModuleDict, name) or hasattr(nn.ModuleDict(), name):
+                raise ConfigError(
+                    f"MitConfig.sequences has the name {name!r}, which PyTorch's modules have a use for; wanted another, "
+                    f"such as {f'{name}_features'!r}"
                 )
             if not isinstance(width, int) or isinstance(width, bool) or width < 1:
                 raise ConfigError(f"MitConfig.sequences[{name!r}]={width!r}; wanted the width of a frame, at least 1")
@@ -240,7 +246,7 @@ class MitModel(PromptedModel):
         layers: infused ones, from 0.
         source_widths: names of the sources to the widths of their features.
         infusions: an :class:`~epic_fast.nn.Infusion` of each source.
-        encoders: a :class:`~epic_fast.nn.SequenceEncoder` of each sequence.
+        encoders: a :class:`~epic_fast.nn.SequenceEncoder` of each sequence; none where nothing is infused.
         decoder_layers: after how many layers of the vision tower the decoder of masks reads; empty without masks.
     """
 
@@ -264,8 +270,10 @@ class MitModel(PromptedModel):
                 "this model has no source to infuse: no picture and no MitConfig.sequences; wanted a backbone with a "
                 "vision tower ('vision=PATH,text=PATH'), sequences={'acoustic': 74}, or layers=[] for the frozen model"
             )
+        # With nothing infused nobody reads what they make.
+        encoded = sequences if self.layers else {}
         self.encoders = nn.ModuleDict(
-            {name: SequenceEncoder(width, config.sequence_size) for name, width in sequences.items()}
+            {name: SequenceEncoder(width, config.sequence_size) for name, width in encoded.items()}
         )
         shift = config.value_shift_std
         if shift is None:
@@ -283,6 +291,7 @@ class MitModel(PromptedModel):
                     value_shift_std=shift,
                     head_bias_init=config.head_bias_init,
                     key_shift=config.key_shift,
+                    sources=len(self.source_widths),
                 )
                 for name, width in (self.source_widths if self.layers else {}).items()
             }
@@ -456,6 +465,12 @@ class MitModel(PromptedModel):
             if sequences[name].dim() != 3 or sequences[name].shape[2] != width:
                 raise ConfigError(
                     f"the sequence {name} has shape {tuple(sequences[name].shape)}; wanted (batch, frames, {width})"
+                )
+            lengths = sequences.get(f"{name}_lengths")
+            if lengths is not None and lengths.shape != sequences[name].shape[:1]:
+                raise ConfigError(
+                    f"{name}_lengths has shape {tuple(lengths.shape)}; wanted ({len(sequences[name])},), the valid frames "
+                    "of each sample"
                 )
 
     def _measured(self, prefix: Prefix) -> Prefix:

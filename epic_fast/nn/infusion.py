@@ -44,6 +44,8 @@ class Infusion(nn.Module):
         value_shift_std: standard deviation of the value shift's weights under ``"identity"``.
         head_bias_init: L of every head at the start.
         key_shift: keep the transform without effect.
+        sources: how many sources add up.  In the form ``"replace"`` each starts with its part of the frozen model's keys
+            and values.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Infusion(nn.Module):
         value_shift_std: float = 0.0,
         head_bias_init: float = 1.0,
         key_shift: bool = False,
+        sources: int = 1,
     ):
         super().__init__()
         self.layers = layers
@@ -75,10 +78,10 @@ class Infusion(nn.Module):
         self.transform = nn.Linear(source_width, layers * sum(self.parts.values()))
         self.head_bias = nn.Parameter(torch.full((layers, kv_heads), float(head_bias_init)))
         if init == "identity":
-            self._start_from_identity(form, value_shift_std, head_bias_init)
+            self._start_from_identity(form, value_shift_std, head_bias_init, sources)
 
     @torch.no_grad()
-    def _start_from_identity(self, form: str, value_shift_std: float, head_bias_init: float) -> None:
+    def _start_from_identity(self, form: str, value_shift_std: float, head_bias_init: float, sources: int) -> None:
         nn.init.zeros_(self.transform.weight)
         nn.init.zeros_(self.transform.bias)
         # (layers, rows of a layer, S) and (layers, rows of a layer)
@@ -88,8 +91,8 @@ class Infusion(nn.Module):
         nn.init.normal_(named["value_shift"][0], std=value_shift_std)
         named["mlp_multiplier"][1].fill_(1.0)
         if form == "replace":
-            # What the gate takes away at the start: 1 / σ(L).
-            reopened = 1.0 + math.exp(-head_bias_init)
+            # What the gate takes away at the start, 1 / σ(L), dealt out to the sources, whose sum it is.
+            reopened = (1.0 + math.exp(-head_bias_init)) / sources
             named["key_multiplier"][1].fill_(reopened)
             named["value_multiplier"][1].fill_(reopened)
 
@@ -139,7 +142,8 @@ class SequenceEncoder(nn.Module):
         with torch.autocast(frames.device.type, enabled=False):
             frames = frames.to(self.linear.weight.dtype)
             if lengths is None:
-                return nn.functional.gelu(self.linear(self.norm(frames))).mean(dim=1)
+                return nn.functional.gelu(self.linear(self.norm(frames))).sum(dim=1) / max(frames.shape[1], 1)
+            lengths = lengths.clamp(0, frames.shape[1])
             valid = torch.arange(frames.shape[1], device=frames.device) < lengths[:, None]
             # What stands behind the end is never read, not even where it is no number.
             frames = torch.where(valid[:, :, None], frames, 0.0)
