@@ -179,6 +179,20 @@ def test_the_commands(here: Path, tmp_path: Path, answer: Callable[..., Any]) ->
     (tmp_path / "out_masks" / "mine.txt").write_text("")
     assert run("predict", tmp_path / "run", rows, tmp_path / "out.jsonl") == 2
     assert (tmp_path / "out_masks" / "mine.txt").exists()
+    (tmp_path / "out_masks" / "mine.txt").unlink()
+    assert run("predict", tmp_path / "run", rows, tmp_path / "out.jsonl") == 0
+    # Pictures of somebody's own, and masks that the rows name, are not replaced.
+    (tmp_path / "own_masks").mkdir()
+    Image.new("L", (4, 4)).save(tmp_path / "own_masks" / "truth.png")
+    assert run("predict", tmp_path / "run", rows, tmp_path / "own.jsonl") == 2
+    assert (tmp_path / "own_masks" / "truth.png").exists()
+    (tmp_path / "true_masks").mkdir()
+    Image.new("L", (32, 32)).save(tmp_path / "true_masks" / "000000.png")
+    (tmp_path / "0.png").write_bytes((here / "scenes" / lines[0]["file_name"]).read_bytes())
+    row = {"file_name": "0.png", "mask": "true_masks/000000.png", "text": "the circle"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    assert run("predict", tmp_path / "run", tmp_path / "rows.jsonl", tmp_path / "true.jsonl") == 2
+    assert not load_mask(tmp_path / "true_masks" / "000000.png").any()
 
 
 def test_the_prefix_cache_changes_nothing(here: Path) -> None:
@@ -321,8 +335,25 @@ def test_sentiment_by_the_commands(here: Path, tmp_path: Path, answer: Callable[
     assert set(lines[0]) == {"id", "text", "predicted"}
     epic = ("train", "--data", here / "sentiment", "--backbone", towers(here), "--method", "epic")
     assert run(*epic, "--output", tmp_path / "other") == 2
+    cached = ("train", *where, "--output", tmp_path / "cached", "--epochs", 1, "engine.prefix_cache=memory")
+    assert run(*cached) == 2
     pictures = ("train", "--data", here / "sentiment", "--backbone", towers(here), "--method", "mit")
     assert run(*pictures, "--output", tmp_path / "third") == 3
+
+
+def test_texts_alone_with_a_prefix_cache(here: Path) -> None:
+    data = read_folder(here / "sentiment")
+    few = [torch.utils.data.Subset(data.splits[split], range(24)) for split in ("train", "validation")]
+    losses = []
+    for cache in (None, "memory"):
+        torch.manual_seed(0)
+        model = epic_fast.wrap(
+            f"text={here / 'llama'}", MitConfig(layers=[]), 1, "regression", engine=EngineConfig(prefix_cache=cache)
+        )
+        training = TrainingConfig(epochs=2, batch_size=8, tensorboard=False)
+        found = fit(model, *few, config=training, progress=False)
+        losses.append([row["validation"]["loss"] for row in found.history])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 # -- npz files -------------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ def predict(
             model = load_model(run, backbone, device)
             records = _records(source, dataset)
             if model.problem_type == "segmentation":
-                _write_masks(model, dataset, records, target, batch_size)
+                _write_masks(model, source, dataset, records, target, batch_size)
                 answer({"rows": len(dataset), "skipped": len(dataset.skipped), "output": str(target)})
                 if not json:
                     say(f"{len(dataset)} masks: {target}, {_mask_folder(target)}")
@@ -74,7 +74,21 @@ def _mask_folder(target: Path) -> Path:
     return target.with_name(f"{target.stem}_masks")
 
 
-def _write_masks(model: Any, dataset: Any, records: list[dict[str, Any]], target: Path, batch_size: int) -> None:
+def _check_replaceable(folder: Path, source: Path, dataset: Any, records: list[dict[str, Any]]) -> None:
+    """Raise a ConfigError if a folder of masks holds what this command has not written, or what INPUT refers to."""
+    if not folder.exists():
+        return
+    if not folder.is_dir() or not all(re.fullmatch(r"\d{6,}\.png", each.name) for each in folder.iterdir()):
+        raise ConfigError(f"{folder} holds what is no predicted mask; remove it, or choose another OUTPUT")
+    named = [row.path for row in getattr(dataset, "rows", ())]
+    named += [source.parent / record["mask"] for record in records if isinstance(record.get("mask"), str)]
+    if any(each.resolve().is_relative_to(folder.resolve()) for each in named):
+        raise ConfigError(f"{folder}, where the masks go, holds files that INPUT names; choose another OUTPUT")
+
+
+def _write_masks(
+    model: Any, source: Path, dataset: Any, records: list[dict[str, Any]], target: Path, batch_size: int
+) -> None:
     """A PNG (0 and 255) of the picture's size for each row, and the rows with its name."""
     import numpy as np
     from PIL import Image
@@ -84,8 +98,7 @@ def _write_masks(model: Any, dataset: Any, records: list[dict[str, Any]], target
     from epic_fast.training import predict_masks
 
     folder = _mask_folder(target)
-    if folder.exists() and (not folder.is_dir() or any(each.suffix != ".png" for each in folder.iterdir())):
-        raise ConfigError(f"{folder} holds what is no mask; remove it, or choose another OUTPUT")
+    _check_replaceable(folder, source, dataset, records)
     lines = []
     masks = predict_masks(model, dataset, collator=Collator.for_model(model), batch_size=batch_size)
     with atomic_folder(folder) as place:

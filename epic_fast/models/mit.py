@@ -170,8 +170,8 @@ class MitConfig(MethodConfig):
                 )
             if hasattr(nn.ModuleDict, name) or hasattr(nn.ModuleDict(), name):
                 raise ConfigError(
-                    f"MitConfig.sequences has the name {name!r}, which PyTorch's modules have a use for; wanted another, "
-                    f"such as {f'{name}_features'!r}"
+                    f"MitConfig.sequences has the name {name!r}, which PyTorch's modules have a use for; wanted "
+                    f"another, such as {f'{name}_features'!r}"
                 )
             if not isinstance(width, int) or isinstance(width, bool) or width < 1:
                 raise ConfigError(f"MitConfig.sequences[{name!r}]={width!r}; wanted the width of a frame, at least 1")
@@ -469,8 +469,8 @@ class MitModel(PromptedModel):
             lengths = sequences.get(f"{name}_lengths")
             if lengths is not None and lengths.shape != sequences[name].shape[:1]:
                 raise ConfigError(
-                    f"{name}_lengths has shape {tuple(lengths.shape)}; wanted ({len(sequences[name])},), the valid frames "
-                    "of each sample"
+                    f"{name}_lengths has shape {tuple(lengths.shape)}; wanted ({len(sequences[name])},), the valid "
+                    "frames of each sample"
                 )
 
     def _measured(self, prefix: Prefix) -> Prefix:

@@ -44,8 +44,8 @@ class Infusion(nn.Module):
         value_shift_std: standard deviation of the value shift's weights under ``"identity"``.
         head_bias_init: L of every head at the start.
         key_shift: keep the transform without effect.
-        sources: how many sources add up.  In the form ``"replace"`` each starts with its part of the frozen model's keys
-            and values.
+        sources: how many sources add up.  In the form ``"replace"`` each starts with its part of the frozen model's
+            keys and values.
     """
 
     def __init__(

@@ -101,15 +101,15 @@ class PrefixFeed:
         """Run loaded samples through the layers and keep what comes out."""
         from accelerate.utils import send_to_device
 
-        keys = source.learn(indices, loaded)
-        if not anew and all(self.store.holds(key) for key in keys):
-            return
         strangers = [name for name in loaded if name not in (*MODEL_INPUTS, "labels")]
         if strangers:
             raise ConfigError(
                 f"the batches hold {', '.join(strangers)}, which a prefix cache cannot stand for; wanted "
                 f"{', '.join(MODEL_INPUTS)} and labels, or engine.prefix_cache=None"
             )
+        keys = source.learn(indices, loaded)
+        if not anew and all(self.store.holds(key) for key in keys):
+            return
         inputs = {name: value for name, value in loaded.items() if name != "labels"}
         moved: Any = send_to_device(inputs, self.device)
         with self.autocast():
@@ -373,7 +373,9 @@ class _Samples(_Source):
         for row, index in enumerate(indices):
             stop = None if lengths is None else lengths[row]
             texts = [loaded[name][row, :stop] for name in TEXT_INPUTS if name in loaded]
-            keys.append(SampleKey(_digest(*texts), _digest(loaded["pixel_values"][row])))
+            # A language model alone has no pictures.
+            picture = _digest(loaded["pixel_values"][row]) if "pixel_values" in loaded else _digest("")
+            keys.append(SampleKey(_digest(*texts), picture))
             self.keys[index] = keys[-1]
             if "labels" in loaded:
                 self._labels[index] = torch.as_tensor(loaded["labels"][row])
