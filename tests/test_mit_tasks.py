@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -407,7 +409,11 @@ def test_infinities_of_public_features_count_as_zero(tmp_path: Path, caplog: pyt
             {"facial_length": np.array([1, 2, 3]), "voice_lengths": np.array([1, 2, 3])},
             "voice_lengths without the sequence",
         ),
-        ({"id": np.array(["a"])}, "1 ids for 3 texts"),
+        ({"id": np.array(["a"])}, r"id has shape \(1,\); wanted \(3,\)"),
+        ({"id": np.array("a")}, r"id has shape \(\); wanted \(3,\)"),
+        ({"label": np.array([1.0, 1e300, 0.0])}, r"wanted \(3,\) finite numbers"),
+        ({"label": np.ones((1, 3))}, r"label has shape \(1, 3\)"),
+        ({"acoustic": np.zeros((3, 5, 0))}, r"acoustic has shape \(3, 5, 0\)"),
     ],
 )
 def test_arrays_that_do_not_fit(tmp_path: Path, change: dict[str, Any], said: str) -> None:
@@ -426,6 +432,48 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     (tmp_path / "one.npy").rename(tmp_path / "train.npz")
     with pytest.raises(DataError, match="one array, no npz file"):
         read_sequences(tmp_path / "train.npz")
+
+
+def test_damaged_files_are_errors_of_data_and_nothing_else(tmp_path: Path) -> None:
+    write_sequences(tmp_path / "train.npz", arrays())
+    whole = (tmp_path / "train.npz").read_bytes()
+    random = np.random.default_rng(0)
+    refused = 0
+    for _ in range(200):
+        broken = bytearray(whole)
+        for place in random.integers(len(whole), size=3):
+            broken[place] = random.integers(256)
+        (tmp_path / "broken.npz").write_bytes(broken)
+        try:
+            read_sequences(tmp_path / "broken.npz")
+        except DataError:
+            refused += 1
+    assert refused > 100
+
+
+def test_members_that_are_no_arrays_or_larger_than_the_memory(tmp_path: Path, monkeypatch: Any) -> None:
+    write_sequences(tmp_path / "train.npz", arrays())
+    with zipfile.ZipFile(tmp_path / "train.npz", "a") as file:
+        file.writestr("README.txt", "by somebody")
+    with pytest.raises(DataError, match="README.txt in it is no array"):
+        read_sequences(tmp_path / "train.npz")
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (3, 10**13, 7)})
+    write_sequences(tmp_path / "train.npz", arrays(acoustic=None, acoustic_lengths=None))
+    with zipfile.ZipFile(tmp_path / "train.npz", "a") as file:
+        file.writestr("acoustic.npy", header.getvalue())
+    with pytest.raises(DataError, match=r"train.npz: cannot be read"):
+        read_sequences(tmp_path / "train.npz")
+    write_sequences(tmp_path / "train.npz", arrays(acoustic=np.zeros((3, 10**4, 74))))
+    assert (tmp_path / "train.npz").stat().st_size < 10**5
+    monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 4096}.get(name, 1000))
+    with pytest.raises(DataError, match=r"its arrays take 0.0 GiB"):
+        read_sequences(tmp_path / "train.npz")
+
+
+def test_halves_of_characters_are_replaced(tmp_path: Path) -> None:
+    write_sequences(tmp_path / "train.npz", arrays(text=np.array(["a\ud83d", "b", "c"])))
+    assert read_sequences(tmp_path / "train.npz").texts() == ["a\ufffd", "b", "c"]
 
 
 def test_splits_have_the_same_sequences(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from epic_fast.data.metadata import (
     read_entries,
     read_label_names,
     refuse,
+    whole_characters,
 )
 from epic_fast.data.sequences import digest, read_sequences, sequence_files
 from epic_fast.errors import DataError
@@ -306,13 +307,7 @@ def _picture_error(row: Row) -> str | None:
 
 
 def _row(entry: Entry, label: Any) -> Row:
-    text = entry.text
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        # Half of a surrogate pair (a text cut in the middle of an emoji), which no tokenizer takes.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return Row(entry.name, entry.path, text, label, entry.where)
+    return Row(entry.name, entry.path, whole_characters(entry.text), label, entry.where)
 
 
 def _check_labelled(entries: Sequence[Entry], complain: Complain) -> None:

@@ -346,6 +346,15 @@ def read_label_names(folder: Path) -> list[str] | None:
     return names
 
 
+def whole_characters(text: str) -> str:
+    """A text without halves of surrogate pairs (cut in the middle of an emoji), which no tokenizer and no file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
 def is_number(value: Any) -> bool:
     """A finite int or float; not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

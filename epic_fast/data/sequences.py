@@ -15,13 +15,14 @@ from torch.utils.data import Dataset
 
 from epic_fast.data.dataset import Example
 from epic_fast.data.labels import REGRESSION
-from epic_fast.data.metadata import SPLIT_NAMES
+from epic_fast.data.metadata import SPLIT_NAMES, whole_characters
 from epic_fast.errors import DataError
 
 logger = logging.getLogger("epic_fast")
 
 LENGTHS = "_lengths"
 SENTIMENT_RANGE = (-3.0, 3.0)
+FLOAT32_END = 3.4e38
 EXPECTED_FILES = """\
 FOLDER/
   train.npz, validation.npz (or val, valid, dev), test.npz
@@ -132,6 +133,8 @@ def read_sequences(path: str | os.PathLike[str]) -> SequenceDataset:
     if not count:
         raise DataError(f"{where}: no utterances")
     ids = arrays.pop("id", None)
+    if ids is not None and ids.shape != (count,):
+        raise DataError(f"{where}: id has shape {ids.shape}; wanted ({count},), one a text")
     names = [f"{path.stem}[{place}]" for place in range(count)] if ids is None else [str(each) for each in ids]
     values = arrays.pop("label", None)
     if values is not None:
@@ -141,14 +144,12 @@ def read_sequences(path: str | os.PathLike[str]) -> SequenceDataset:
     left = [name for name, each in arrays.items() if each.ndim != 3]
     if left:
         logger.warning("%s: %s left alone, not (N, T, width)", where, ", ".join(left))
-    if len(names) != count:
-        raise DataError(f"{where}: {len(names)} ids for {count} texts; wanted as many")
     lengths = {}
     for name, each in sequences.items():
         lengths[name] = _lengths(name, given.pop(name + LENGTHS, None), each, where)
     if given:
         raise DataError(f"{where}: {', '.join(given)} without the sequence; there are {', '.join(sequences) or 'none'}")
-    return SequenceDataset([str(text) for text in texts], sequences, lengths, values, names)
+    return SequenceDataset([whole_characters(str(text)) for text in texts], sequences, lengths, values, names)
 
 
 def write_sequences(path: str | Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -172,17 +173,35 @@ def _load(path: Path) -> dict[str, np.ndarray]:
         if isinstance(file, np.ndarray):
             raise DataError(f"{path.name}: one array, no npz file. Wanted:\n{EXPECTED_FILES}")
         with file:
-            return {name: file[name] for name in file.files}
+            _check_size(path, file.zip)
+            arrays = {name: file[name] for name in file.files}
     except DataError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    # Damaged bytes raise nearly anything (zlib.error, NotImplementedError, tokenize's errors of a header), and an array
+    # that says to be larger than the memory a MemoryError.
+    except Exception as error:
         pickled = "pickle" in str(error)
         mend = "save strings with dtype=str, and padded arrays of numbers" if pickled else "write it again"
         raise DataError(f"{path.name}: cannot be read ({error}); {mend}. Wanted:\n{EXPECTED_FILES}") from error
+    strangers = [name for name, each in arrays.items() if not isinstance(each, np.ndarray)]
+    if strangers:
+        raise DataError(f"{path.name}: {', '.join(strangers)} in it is no array. Wanted:\n{EXPECTED_FILES}")
+    return arrays
+
+
+def _check_size(path: Path, archive: zipfile.ZipFile) -> None:
+    """Raise a DataError if the arrays, which a few compressed bytes can make any size, are larger than the memory."""
+    wanted = sum(member.file_size for member in archive.infolist())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else wanted
+    if wanted > memory:
+        raise DataError(
+            f"{path.name}: its arrays take {wanted / 2**30:,.1f} GiB, this machine has {memory / 2**30:,.1f}; wanted less"
+        )
 
 
 def _labels(values: np.ndarray, count: int, where: str) -> np.ndarray:
-    if values.size != count or values.dtype.kind not in "fiu" or not np.isfinite(values).all():
+    numbers = values.dtype.kind in "fiu" and values.shape in ((count,), (count, 1))
+    if not numbers or not (np.abs(values) < FLOAT32_END).all():
         raise DataError(
             f"{where}: label has shape {values.shape} and type {values.dtype}; wanted ({count},) finite numbers"
         )
@@ -197,12 +216,13 @@ def _labels(values: np.ndarray, count: int, where: str) -> np.ndarray:
 
 
 def _sequence(name: str, values: np.ndarray, count: int, where: str) -> np.ndarray:
-    if len(values) != count or values.dtype.kind not in "fiu" or not name.isidentifier():
+    if len(values) != count or not values.shape[2] or values.dtype.kind not in "fiu" or not name.isidentifier():
         raise DataError(
             f"{where}: {name} has shape {values.shape} and type {values.dtype}; wanted ({count}, T, width) numbers, "
             "one a text, and a name that is an identifier"
         )
-    values = values.astype(np.float32)
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
     wrong = ~np.isfinite(values)
     if wrong.any():
         logger.warning(
