@@ -74,8 +74,11 @@ def test_what_is_not_zero_is_the_object(tmp_path: Path, mode: str) -> None:
 
 def test_masks_that_are_none(tmp_path: Path) -> None:
     Image.new("L", (4, 4)).save(tmp_path / "mask.jpg")
-    with pytest.raises(DataError, match="is a JPEG, which keeps no exact values"):
+    with pytest.raises(DataError, match="is a JPEG, which need not keep exact values"):
         load_mask(tmp_path / "mask.jpg")
+    Image.new("RGB", (4, 4)).save(tmp_path / "mask.webp")
+    with pytest.raises(DataError, match="is a WEBP, which need not keep exact values"):
+        load_mask(tmp_path / "mask.webp")
     Image.new("RGBA", (4, 4)).save(tmp_path / "mask.png")
     with pytest.raises(DataError, match="of mode RGBA; wanted a PNG of one channel"):
         load_mask(tmp_path / "mask.png")

@@ -322,6 +322,8 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         ({"ann_id": 99}, "no annotation 99"),
         ({"split": "dev"}, "the split 'dev'"),
         ({"sentences": [{"raw": "a"}]}, "wanted a dict with 'sent'"),
+        ({"sentences": [{"sent": "a", "sent_id": [0]}]}, "wanted a dict with 'sent' and 'sent_id'"),
+        ({"sentences": []}, "has no expression that can be used"),
         ({"ref_id": "../../a"}, "wanted a dict with ref_id"),
     ],
 )
@@ -329,6 +331,78 @@ def test_references_that_cannot_be_used(tmp_path: Path, change: dict, said: str)
     ref = {"ref_id": 1, "ann_id": 7, "split": "train", "sentences": [{"sent": "a", "sent_id": 0}], **change}
     with pytest.raises(DataError, match=said):
         convert_refcoco(published(tmp_path, refs=[ref]), tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    ("image", "said"),
+    [
+        ({"height": -8}, "no picture 100 with its size"),
+        ({"height": 10**7, "width": 10**7}, "instances.json says otherwise"),
+        ({"id": 99}, "no picture 100"),
+    ],
+)
+def test_pictures_that_are_not_as_said(tmp_path: Path, image: dict, said: str) -> None:
+    source = published(tmp_path)
+    values = json.loads((source / "instances.json").read_text())
+    values["images"][0].update(image)
+    (source / "instances.json").write_text(json.dumps(values))
+    with pytest.raises(DataError, match=said):
+        convert_refcoco(source, tmp_path / "folder")
+
+
+def test_annotations_that_are_not_as_said(tmp_path: Path) -> None:
+    source = published(tmp_path)
+    values = json.loads((source / "instances.json").read_text())
+    whole = values["annotations"][0]
+    for change, said in (
+        ({"image_id": [100]}, "no picture"),
+        ({"segmentation": [[0, 0, 10**400, 0, 1, 1]]}, "polygon"),
+    ):
+        values["annotations"][0] = {**whole, **change}
+        (source / "instances.json").write_text(json.dumps(values))
+        with pytest.raises(DataError, match=said):
+            convert_refcoco(source, tmp_path / "folder")
+
+
+def test_a_picture_that_cannot_be_read_can_be_skipped(tmp_path: Path) -> None:
+    source = published(tmp_path)
+    (tmp_path / "images/mscoco/images/train2014/COCO_train2014_000000000001.jpg").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"ref 1: the picture .* cannot be read"):
+        convert_refcoco(source, tmp_path / "folder")
+    assert len(convert_refcoco(source, tmp_path / "folder", skip_bad=True).skipped) == 1
+
+
+def test_a_number_given_twice_does_not_replace_a_mask(tmp_path: Path) -> None:
+    ref = {"ref_id": 1, "ann_id": 7, "split": "train", "sentences": [{"sent": "a", "sent_id": 0}]}
+    source = published(tmp_path, refs=[ref, {**ref, "ann_id": 8}])
+    with pytest.raises(DataError, match="ref 1: ref_id 1 stands for another reference already"):
+        convert_refcoco(source, tmp_path / "folder")
+
+
+def test_a_mask_is_turned_as_its_picture_is(tmp_path: Path) -> None:
+    source = published(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = tmp_path / "images/mscoco/images/train2014/COCO_train2014_000000000000.jpg"
+    Image.new("RGB", (12, 8)).save(picture, exif=exif)
+    convert_refcoco(source, tmp_path / "folder")
+    example = read_folder(tmp_path / "folder").split("train")[0]
+    assert example.image.size == (8, 12)
+    assert drawn(example.label)[:4] == ["........", ".....##.", ".....##.", ".....##."]
+
+
+def test_halves_of_characters_are_replaced(tmp_path: Path) -> None:
+    ref = {"ref_id": 1, "ann_id": 7, "split": "train", "sentences": [{"sent": "a\ud83d", "sent_id": 0}]}
+    convert_refcoco(published(tmp_path, refs=[ref]), tmp_path / "folder")
+    assert read_folder(tmp_path / "folder").split("train").texts() == ["a\ufffd"]
+
+
+def test_a_value_that_grows_without_end_is_said_in_brief(tmp_path: Path) -> None:
+    value: list = []
+    for _ in range(60):
+        value = [value, value]
+    with pytest.raises(DataError, match="wanted a dict with ref_id"):
+        convert_refcoco(published(tmp_path, refs=[value]), tmp_path / "folder")
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

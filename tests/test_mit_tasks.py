@@ -455,7 +455,7 @@ def test_members_that_are_no_arrays_or_larger_than_the_memory(tmp_path: Path, mo
     write_sequences(tmp_path / "train.npz", arrays())
     with zipfile.ZipFile(tmp_path / "train.npz", "a") as file:
         file.writestr("README.txt", "by somebody")
-    with pytest.raises(DataError, match="README.txt in it is no array"):
+    with pytest.raises(DataError, match=r"README\.txt in it is no array"):
         read_sequences(tmp_path / "train.npz")
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (3, 10**13, 7)})

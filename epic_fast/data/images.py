@@ -21,6 +21,8 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Formats that lose something, or may.
+INEXACT = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 
 
@@ -62,7 +64,8 @@ def load_mask(source: str | os.PathLike[str]) -> np.ndarray:
             three channels, which are 0 together where the object is not.
 
     Raises:
-        DataError: no such file, none that can be read, a JPEG (whose zeros are not zeros), or one with transparency.
+        DataError: no such file, none that can be read, a JPEG or WebP (whose zeros are not zeros), or one with
+            transparency.
     """
     path = Path(source)
     if not path.is_file():
@@ -73,8 +76,8 @@ def load_mask(source: str | os.PathLike[str]) -> np.ndarray:
             kind, mode, pixels = image.format, image.mode, np.asarray(image)
     except Exception as error:
         raise _unreadable(repr(str(path)), error) from error
-    if kind in ("JPEG", "MPO") or mode not in ("1", "L", "P", "I", "RGB", *SIXTEEN_BIT):
-        what = "a JPEG, which keeps no exact values" if kind in ("JPEG", "MPO") else f"of mode {mode}"
+    if kind in INEXACT or mode not in ("1", "L", "P", "I", "RGB", *SIXTEEN_BIT):
+        what = f"a {kind}, which need not keep exact values" if kind in INEXACT else f"of mode {mode}"
         raise DataError(f"the mask {str(path)!r} is {what}; wanted a PNG of one channel, 0 where the object is not")
     return np.asarray(pixels.any(axis=2) if pixels.ndim == 3 else pixels != 0)
 
@@ -92,7 +95,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     # Decoders raise nearly anything on damaged bytes (OSError, SyntaxError, ValueError, struct.error, zlib.error).
     try:
         image.load()
-        orientation = _orientation(image)
+        orientation = exif_orientation(image)
         image = _to_rgb(image)
     except Exception as error:
         raise _unreadable(name, error) from error
@@ -102,7 +105,7 @@ def _decode(image: Image.Image, name: str) -> Image.Image:
     return image
 
 
-def _orientation(image: Image.Image) -> int:
+def exif_orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 (upright) where there is none or the EXIF block is damaged."""
     try:
         return image.getexif().get(ORIENTATION_TAG, 1)

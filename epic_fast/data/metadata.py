@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+import reprlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -347,7 +348,7 @@ def read_label_names(folder: Path) -> list[str] | None:
 
 
 def whole_characters(text: str) -> str:
-    """A text without halves of surrogate pairs (cut in the middle of an emoji), which no tokenizer and no file takes."""
+    """A text without halves of surrogate pairs (a cut emoji), which no tokenizer and no file takes."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -357,12 +358,24 @@ def whole_characters(text: str) -> str:
 
 def is_number(value: Any) -> bool:
     """A finite int or float; not a bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond every float
+        return False
+
+
+# A value may hold itself twice on each of many levels: to write all of it would take for ever.
+_BRIEF = reprlib.Repr()
+_BRIEF.maxlevel = 4
+_BRIEF.maxlist = _BRIEF.maxtuple = _BRIEF.maxdict = 16
+_BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 80
 
 
 def shorten(value: Any) -> str:
     """A value for a message, at most 60 characters."""
-    text = repr(value)
+    text = _BRIEF.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

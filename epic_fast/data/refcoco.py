@@ -14,7 +14,8 @@ from typing import Any
 from PIL import Image
 
 from epic_fast.data.coco import coco_mask
-from epic_fast.data.metadata import shorten
+from epic_fast.data.images import UPRIGHT, exif_orientation
+from epic_fast.data.metadata import shorten, whole_characters
 from epic_fast.data.plain_pickle import read_plain_pickle
 from epic_fast.errors import ConfigError, DataError
 from epic_fast.files import atomic_folder, atomic_write_text
@@ -95,8 +96,9 @@ def convert_refcoco(
         for number, ref in _refs(refs_file):
             where = f"{refs_file.name}, ref {number}"
             try:
-                lines += _convert_ref(ref, where, instances, place_of_pictures, place, test, copy)
-                found.masks += _is_wanted(ref, test)
+                rows = _convert_ref(ref, where, instances, place_of_pictures, place, test, copy)
+                lines += rows
+                found.masks += bool(rows)
             except DataError as error:
                 if not skip_bad:
                     raise DataError(f"{error}. To go on without such references: --skip-bad, skip_bad=True") from error
@@ -131,8 +133,10 @@ class _Instances:
         annotation = self.annotations.get(ref["ann_id"])
         if annotation is None:
             raise DataError(f"{where}: instances.json has no annotation {ref['ann_id']!r}")
-        image = self.images.get(annotation.get("image_id"))
-        if image is None or not all(type(image.get(name)) is int for name in ("height", "width")):
+        number = annotation.get("image_id")
+        image = self.images.get(number) if isinstance(number, (int, str)) else None
+        sides = () if image is None else (image.get("height"), image.get("width"))
+        if image is None or not all(type(side) is int and side > 0 for side in sides):
             raise DataError(f"{where}: instances.json has no picture {annotation.get('image_id')!r} with its size")
         if not isinstance(image.get("file_name"), str):
             raise DataError(f"{where}: the picture {image.get('id')!r} of instances.json has no 'file_name'")
@@ -192,19 +196,29 @@ def _convert_ref(
     name = Path(image["file_name"]).name
     if name != image["file_name"] or not file.is_file():
         raise DataError(f"{where}: the picture {image['file_name']!r} is not in {str(pictures)!r}")
-    mask = coco_mask(annotation.get("segmentation"), image["height"], image["width"], where)
-    with Image.open(file) as opened:
-        if opened.size != (image["width"], image["height"]):
-            raise DataError(f"{where}: {name!r} has {opened.size} pixels, instances.json says otherwise")
+    try:
+        with Image.open(file) as opened:
+            size, turn = opened.size, UPRIGHT.get(exif_orientation(opened))
+    except Exception as error:
+        raise DataError(f"{where}: the picture {name!r} cannot be read ({error}); fetch it again") from error
+    if size != (image["width"], image["height"]):
+        raise DataError(f"{where}: {name!r} has {size} pixels, instances.json says otherwise")
+    mask = Image.fromarray(coco_mask(annotation.get("segmentation"), image["height"], image["width"], where))
     mask_name = f"masks/{ref['ref_id']}.png"
+    if (place / mask_name).exists():
+        raise DataError(f"{where}: ref_id {ref['ref_id']} stands for another reference already; fetch the file again")
     rows = []
     for sentence in ref["sentences"]:
-        text = sentence.get("sent") if isinstance(sentence, dict) else None
-        if not isinstance(text, str):
-            raise DataError(f"{where}: the sentence {shorten(sentence)}; wanted a dict with 'sent'")
-        row = {"file_name": f"pictures/{name}", "mask": mask_name, "text": text, "split": SPLITS[ref["split"]]}
-        rows.append({**row, "part": ref["split"], "ref_id": ref["ref_id"], "sent_id": sentence.get("sent_id")})
-    Image.fromarray(mask).save(place / mask_name)
+        text, number = (sentence.get("sent"), sentence.get("sent_id")) if isinstance(sentence, dict) else (None, None)
+        if not isinstance(text, str) or not isinstance(number, (int, str, type(None))):
+            raise DataError(f"{where}: the sentence {shorten(sentence)}; wanted a dict with 'sent' and 'sent_id'")
+        row = {"file_name": f"pictures/{name}", "mask": mask_name, "text": whole_characters(text)}
+        row["split"] = SPLITS[ref["split"]]
+        rows.append({**row, "part": ref["split"], "ref_id": ref["ref_id"], "sent_id": number})
+    if not rows:
+        return []
+    # Outlines are given on the pixels as stored; whoever reads the picture turns it upright.
+    (mask if turn is None else mask.transpose(turn)).save(place / mask_name)
     if copy and not (place / "pictures" / name).exists():
         shutil.copyfile(file, place / "pictures" / name)
     return rows

@@ -195,7 +195,8 @@ def _check_size(path: Path, archive: zipfile.ZipFile) -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else wanted
     if wanted > memory:
         raise DataError(
-            f"{path.name}: its arrays take {wanted / 2**30:,.1f} GiB, this machine has {memory / 2**30:,.1f}; wanted less"
+            f"{path.name}: its arrays take {wanted / 2**30:,.1f} GiB, this machine has {memory / 2**30:,.1f}; wanted "
+            "fewer utterances a file"
         )
 
 
