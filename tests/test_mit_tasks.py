@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import epic_fast
 from epic_fast.cli import main
 from epic_fast.data import (
     Collator,
+    check_folder,
     load_mask,
     make_scenes,
     make_sentiment,
@@ -335,6 +338,12 @@ def test_sentiment_by_the_commands(here: Path, tmp_path: Path, answer: Callable[
     assert len(lines) == 300
     assert isinstance(lines[0]["predicted"], float)
     assert set(lines[0]) == {"id", "text", "predicted"}
+    # A model that went wrong says null, which JSON knows.
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    save_file({name: torch.full_like(each, math.nan) for name, each in weights.items()}, tmp_path / "run" / "new")
+    (tmp_path / "run" / "new").replace(tmp_path / "run" / "model.safetensors")
+    answer("predict", tmp_path / "run", here / "sentiment" / "test.npz", tmp_path / "out.jsonl")
+    assert '"predicted": null}' in (tmp_path / "out.jsonl").read_text().splitlines()[0]
     epic = ("train", "--data", here / "sentiment", "--backbone", towers(here), "--method", "epic")
     assert run(*epic, "--output", tmp_path / "other") == 2
     cached = ("train", *where, "--output", tmp_path / "cached", "--epochs", 1, "engine.prefix_cache=memory")
@@ -469,6 +478,17 @@ def test_members_that_are_no_arrays_or_larger_than_the_memory(tmp_path: Path, mo
     monkeypatch.setattr("os.sysconf", lambda name: {"SC_PAGE_SIZE": 4096}.get(name, 1000))
     with pytest.raises(DataError, match=r"its arrays take 0.0 GiB"):
         read_sequences(tmp_path / "train.npz")
+
+
+@pytest.mark.parametrize("metadata", ["metadata.csv", "train/metadata.csv"])
+def test_features_beside_pictures_are_no_utterances(tmp_path: Path, metadata: str) -> None:
+    write_sequences(tmp_path / "train.npz", arrays())
+    (tmp_path / "train").mkdir()
+    place = (tmp_path / metadata).parent
+    Image.new("RGB", (4, 4)).save(place / "1.png")
+    (tmp_path / metadata).write_text("file_name,text,label\n1.png,a,x\n1.png,b,y\n")
+    assert read_folder(tmp_path).labels == ["x", "y"]
+    assert check_folder(tmp_path).labels == ["x", "y"]
 
 
 def test_halves_of_characters_are_replaced(tmp_path: Path) -> None:

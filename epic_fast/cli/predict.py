@@ -33,7 +33,7 @@ def predict(
     OUTPUT appears whole or not at all. A run that makes masks writes them as PNGs into OUTPUT_masks/, and their names
     into the rows. INPUT may be an .npz of utterances.
     """
-    from epic_fast.cli.console import json_answer, say
+    from epic_fast.cli.console import json_answer, plain_json, say
     from epic_fast.cli.failures import Interrupted
     from epic_fast.cli.scoring import verdict
     from epic_fast.cli.sources import load_model, run_fields
@@ -60,7 +60,7 @@ def predict(
             found = run_model(model, dataset, collator=Collator.for_model(model), batch_size=batch_size)
             with atomic_file(target) as temporary, temporary.open("w", encoding="utf-8") as lines:
                 for record, logits in zip(records, found.logits, strict=True):
-                    row = {**record, **verdict(model, logits, top_k)}
+                    row = plain_json({**record, **verdict(model, logits, top_k)})
                     lines.write(jsonlib.dumps(row, ensure_ascii=False) + "\n")
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; {target} was not written") from None

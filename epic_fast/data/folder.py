@@ -22,7 +22,6 @@ from epic_fast.data.labels import (
     infer_problem_type,
 )
 from epic_fast.data.metadata import (
-    METADATA_NAMES,
     Complain,
     Entry,
     Fields,
@@ -133,7 +132,7 @@ def read_folder(
     """
     check_problem_type(problem_type)
     folder = Path(path)
-    if folder.is_dir() and not (folder / METADATA_NAMES[0]).is_file() and (found := sequence_files(folder)):
+    if folder.is_dir() and (found := sequence_files(folder)):
         return _sequence_folder(folder, found, problem_type)
     files = find_metadata(folder)
     fields = Fields(text=text_field, label=label_field, split=split_field)

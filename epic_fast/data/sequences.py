@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from epic_fast.data.dataset import Example
 from epic_fast.data.labels import REGRESSION
-from epic_fast.data.metadata import SPLIT_NAMES, whole_characters
+from epic_fast.data.metadata import METADATA_NAMES, SPLIT_NAMES, whole_characters
 from epic_fast.errors import DataError
 
 logger = logging.getLogger("epic_fast")
@@ -96,11 +96,14 @@ class SequenceDataset(Dataset[Example]):
 
 
 def sequence_files(folder: Path) -> dict[str, Path]:
-    """The npz file of each split in a folder; empty where there is none.
+    """The npz file of each split in a folder; empty where there is none, or where metadata name pictures.
 
     Raises:
         DataError: two files for one split.
     """
+    places = (folder, *(folder / name for name in SPLIT_NAMES))
+    if any((place / name).is_file() for place in places for name in METADATA_NAMES):
+        return {}
     found: dict[str, Path] = {}
     for path in sorted(folder.glob("*.npz")):
         split = SPLIT_NAMES.get(path.stem)
