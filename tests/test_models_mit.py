@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, silu
+from transformers import PreTrainedTokenizerFast
 
 import epic_fast
 from epic_fast import EngineConfig, MitConfig, functional
@@ -19,7 +23,7 @@ from epic_fast.backbones import load_backbone
 from epic_fast.cli import main
 from epic_fast.data import Collator, Example, truncation_report
 from epic_fast.engine import PrefixCache
-from epic_fast.errors import ConfigError
+from epic_fast.errors import ConfigError, DataError
 from epic_fast.testing import make_folder, tiny_bert, tiny_clip, tiny_llama, tiny_swin, tiny_vit
 from epic_fast.testing.pairs import RandomPairs
 from epic_fast.testing.probes import lively, make_batch, perturb
@@ -346,6 +350,8 @@ def test_layer_32_of_32_raises() -> None:
         ({"init": "zero"}, "wanted one of 'identity', 'released'"),
         ({"prompt_template": "Category:"}, "0 times; wanted it once"),
         ({"prompt_template": "{text} {text}"}, "2 times; wanted it once"),
+        ({"prompt_template": {"text": None}}, "wanted a string with {text} in the text's place"),
+        ({"mask_class_weights": [1.0, float("inf")]}, "wanted two positive numbers"),
         ({"value_shift_std": -1.0}, "wanted at least 0"),
         ({"value_shift_std": "small"}, "wanted a number, or None"),
         ({"sequences": {"labels": 3}}, "has the name 'labels'"),
@@ -619,6 +625,19 @@ def test_texts_stand_in_the_template() -> None:
     assert found["attention_mask"].tolist() == [[1] * 8, [1] * 7 + [0]]
     other = collator_of("a {text} and not")[1]
     assert collator.settings() != other.settings()
+
+
+def test_a_text_without_a_token_is_named() -> None:
+    words = Tokenizer(WordLevel({"<pad>": 0, "a": 1}, unk_token="a"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>")
+    for texts in (["a", ""], ["", ""]):
+        examples = [Example(None, text, None, f"row {place}") for place, text in enumerate(texts)]
+        collate = Collator(None, tokenizer, max_text_length=9, text_template="{text}", pictures=False)
+        with pytest.raises(DataError, match=f"the text of 'row {texts.index('')}' makes no token"):
+            collate(examples)
+        collate = Collator(None, tokenizer, max_text_length=9, text_template="{text} a", pictures=False)
+        assert collate(examples)["attention_mask"][1].sum() == 1
 
 
 def test_a_long_text_is_cut_and_the_template_stays() -> None:

@@ -116,6 +116,13 @@ class Collator:
             DataError: labels that do not fit the problem, or only in some of the examples.
         """
         batch = self.encode([example.text for example in examples])
+        masks = batch.get("attention_mask", batch["input_ids"] >= 0)
+        bare = [example.name for example, mask in zip(examples, masks, strict=True) if not mask.any()]
+        if bare:
+            raise DataError(
+                f"the text of {bare[0]!r} makes no token, nor does anything around it; wanted a text, or a "
+                "text_template (MitConfig.prompt_template) with words of its own"
+            )
         if self.pictures and self.image_processor is not None:
             without = next((example.name for example in examples if example.image is None), None)
             if without is not None:

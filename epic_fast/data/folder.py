@@ -301,7 +301,8 @@ def _picture_error(row: Row) -> str | None:
         if isinstance(row.label, Mask):
             check_sizes(read_mask(row.label), picture, row)
     except DataError as error:
-        return f"{row.where}: {error.__cause__ or error}"
+        said = str(error.__cause__ or error)
+        return said if said.startswith(row.where) else f"{row.where}: {said}"
     return None
 
 

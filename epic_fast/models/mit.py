@@ -20,6 +20,7 @@ norm is what a head reads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -132,6 +133,11 @@ class MitConfig(MethodConfig):
                 raise ConfigError(f"MitConfig.value_shift_std={self.value_shift_std!r}; wanted a number, or None")
             self.value_shift_std = float(self.value_shift_std)
             check_range(self, "value_shift_std", 0.0)
+        if not isinstance(self.prompt_template, (str, type(None))):
+            raise ConfigError(
+                f"MitConfig.prompt_template={self.prompt_template!r}; wanted a string with {TEXT_FIELD} in the text's "
+                "place, or None (in YAML and on the command line in quotes: 'prompt_template=\"{text}\"')"
+            )
         if self.prompt_template is not None and self.prompt_template.count(TEXT_FIELD) != 1:
             raise ConfigError(
                 f"MitConfig.prompt_template={self.prompt_template!r} has {TEXT_FIELD} "
@@ -181,7 +187,10 @@ class MitConfig(MethodConfig):
         if (
             not isinstance(weights, (list, tuple))
             or len(weights) != 2
-            or not all(isinstance(each, (int, float)) and not isinstance(each, bool) and each > 0 for each in weights)
+            or not all(
+                isinstance(each, (int, float)) and not isinstance(each, bool) and 0 < each < math.inf
+                for each in weights
+            )
         ):
             raise ConfigError(
                 f"MitConfig.mask_class_weights={weights!r}; wanted two positive numbers, of background and object"
