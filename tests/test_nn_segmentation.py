@@ -199,6 +199,15 @@ def test_losses_by_hand() -> None:
         assert math.isfinite(float(segmentation_loss(extreme, masks, kind=kind)))
 
 
+@pytest.mark.parametrize("kind", ["cross_entropy", "bce", "dice_cross_entropy", "focal"])
+def test_whatever_is_not_zero_is_the_object(kind: Any) -> None:
+    logits = torch.randn(2, 2, 4, 5)
+    masks = torch.rand(2, 4, 5) < 0.4
+    wanted = segmentation_loss(logits, masks, kind=kind)
+    for each in (masks.long(), masks.to(torch.uint8) * 255, masks * 0.5):
+        assert torch.equal(segmentation_loss(logits, each, kind=kind), wanted)
+
+
 def test_a_mask_of_another_size_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"masks \(1, 2, 3\)"):
         segmentation_loss(torch.zeros(1, 2, 2, 2), torch.zeros(1, 2, 3))

@@ -208,7 +208,7 @@ def segmentation_loss(
 
     Args:
         logits: ``(B, 2, H, W)``, background and object.
-        masks: ``(B, H, W)``, 1 (or True) where the object is.
+        masks: ``(B, H, W)``, not 0 where the object is.
         kind: ``"cross_entropy"`` of two classes; ``"bce"``, of the object's probability, unweighted;
             ``"dice_cross_entropy"``, the cross-entropy plus one minus Dice's coefficient of each sample;
             ``"focal"``, cross-entropy times ``(1 - p)^focal_gamma``, p the probability of the true class.
@@ -227,9 +227,10 @@ def segmentation_loss(
         )
     wide = torch.promote_types(logits.dtype, torch.float32)
     margin = (logits[:, 1] - logits[:, 0]).to(wide)
-    truth = masks.to(wide)
+    inside = masks.bool()
+    truth = inside.to(wide)
     # Two classes' cross-entropy is a logistic loss of the difference of their logits.
-    each = nn.functional.softplus(torch.where(masks.bool(), -margin, margin))
+    each = nn.functional.softplus(torch.where(inside, -margin, margin))
     if kind == "bce":
         return each.mean()
     weight = class_weights[0] + (class_weights[1] - class_weights[0]) * truth
