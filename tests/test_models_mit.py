@@ -473,6 +473,16 @@ def test_a_language_model_alone_with_sequences() -> None:
         epic_fast.wrap(tiny_llama(), MitConfig(picture=True), num_labels=2)
 
 
+@pytest.mark.parametrize("form", ["residual", "replace"])
+def test_a_sequence_without_a_frame_does_not_outweigh_all_else(form: Any) -> None:
+    torch.manual_seed(0)
+    model = epic_fast.wrap(lively(tiny_llama()), MitConfig(form=form, sequences={"sound": 5}), num_labels=2)
+    texts = {name: each for name, each in make_batch(LENGTHS).items() if name != "pixel_values"}
+    lengths = torch.tensor([4, 0, 2])
+    model(**texts, sound=torch.randn(3, 4, 5), sound_lengths=lengths, labels=torch.tensor([0, 1, 0])).loss.backward()
+    assert max(float(each.grad.abs().max()) for _, each in model.trainable_parameters()) < 1e3
+
+
 def test_with_nothing_infused_sequences_train_nothing() -> None:
     model = epic_fast.wrap(tiny_llama(), MitConfig(sequences={"sound": 5}, layers=[]), num_labels=2)
     texts = {name: each for name, each in make_batch(LENGTHS).items() if name != "pixel_values"}

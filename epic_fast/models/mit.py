@@ -69,8 +69,8 @@ class MitConfig(MethodConfig):
         sequence_size: width of the feature that a sequence's encoder makes.
         init: ``"identity"`` starts from the frozen model, ``"released"`` as ``nn.Linear`` does.
         value_shift_std: standard deviation of W_a's weights under ``"identity"``.  None: 0 in residual form, which is
-            the frozen model bit for bit; 0.001 in replacing form, which starts near it: there the cosine has a say from
-            the start, and at a W_a of zeros its slope of 1e8 would reach the weights.
+            the frozen model bit for bit; 0.001 in replacing form, of its biases too, which starts near it: there the
+            cosine has a say from the start, and at a W_a I of zeros its slope of 1e8 would reach them.
         head_bias_init: L at the start.
         key_shift: keep the transform without effect, for the published number of parameters.
         gate_reads_padding: the cosine runs over padding too, as released: results then depend on the batch.

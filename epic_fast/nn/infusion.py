@@ -41,7 +41,8 @@ class Infusion(nn.Module):
         form: ``"residual"`` or ``"replace"``, see :func:`epic_fast.functional.infused_attention`.
         init: ``"identity"`` starts from the frozen model (in the form ``"replace"`` up to rounding, and to the cosine
             in the gate if ``value_shift_std`` is not 0), ``"released"`` as ``nn.Linear`` does.
-        value_shift_std: standard deviation of the value shift's weights under ``"identity"``.
+        value_shift_std: standard deviation of the value shift's weights under ``"identity"``, in the form ``"replace"``
+            of its biases too.
         head_bias_init: L of every head at the start.
         key_shift: keep the transform without effect.
         sources: how many sources add up.  In the form ``"replace"`` each starts with its part of the frozen model's
@@ -95,6 +96,8 @@ class Infusion(nn.Module):
             reopened = (1.0 + math.exp(-head_bias_init)) / sources
             named["key_multiplier"][1].fill_(reopened)
             named["value_multiplier"][1].fill_(reopened)
+            # A feature of zeros (no frame at all) would leave a shift of zeros, where the cosine has a slope of 1e8.
+            nn.init.normal_(named["value_shift"][1], std=value_shift_std)
 
     @property
     def parameters_per_layer(self) -> int:
