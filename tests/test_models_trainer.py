@@ -11,8 +11,9 @@ import torch
 from torch.utils.data import Dataset
 
 import epic_fast
-from epic_fast import EpicConfig
-from epic_fast.testing import tiny_clip
+from epic_fast import EpicConfig, MitConfig
+from epic_fast.errors import ConfigError
+from epic_fast.testing import tiny_clip, tiny_llama, tiny_vit
 from epic_fast.testing.probes import lively, make_batch
 
 transformers = pytest.importorskip("transformers")
@@ -91,6 +92,24 @@ def test_the_trainer_trains_saves_and_resumes(multi_label: bool, tmp_path: Path)
     assert [entry["loss"] for entry in resumed.state.log_history if "loss" in entry] == losses
     predictions = trainer.predict(Pairs(multi_label))
     assert predictions.predictions.shape == (16, 2)
+
+
+@pytest.mark.parametrize("sequences", [None, {"sound": 3}])
+def test_the_trainer_trains_a_model_that_takes_sequences(sequences: dict[str, int] | None, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = MitConfig(sequences=sequences)
+    model = epic_fast.wrap(lively((tiny_vit(), tiny_llama())), config, num_labels=2)
+    trainer = make_trainer(model, tmp_path)
+    if sequences:
+        with pytest.raises(ConfigError, match=r"sound was not given.*remove_unused_columns=False"):
+            trainer.train()
+        batch = {**Pairs().batch, "sound": torch.randn(16, 4, 3)}
+        data = [{name: each[index] for name, each in batch.items()} for index in range(16)]
+        trainer = make_trainer(model, tmp_path, remove_unused_columns=False)
+        trainer.train_dataset = trainer.eval_dataset = data
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
 
 
 def test_the_trainer_survives_a_checkpoint_that_lacks_a_tensor(tmp_path: Path) -> None:

@@ -261,6 +261,8 @@ class MitModel(PromptedModel):
 
     config: MitConfig
     problem_types = (*PROBLEM_TYPES, SEGMENTATION)
+    # transformers' Trainer would take ``**sequences`` for a place to put its own arguments.
+    accepts_loss_kwargs = False
 
     def __init__(self, backbone: DualEncoder, config: MitConfig, **task: Any):
         super().__init__(backbone, config, **task)
@@ -472,7 +474,10 @@ class MitModel(PromptedModel):
                 )
         for name, width in known.items():
             if name not in sequences:
-                raise ConfigError(f"the sequence {name} was not given; wanted (batch, frames, {width})")
+                raise ConfigError(
+                    f"the sequence {name} was not given; wanted (batch, frames, {width}). transformers' Trainer drops "
+                    "it unless remove_unused_columns=False"
+                )
             if sequences[name].dim() != 3 or sequences[name].shape[2] != width:
                 raise ConfigError(
                     f"the sequence {name} has shape {tuple(sequences[name].shape)}; wanted (batch, frames, {width})"
