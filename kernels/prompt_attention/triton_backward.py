@@ -253,10 +253,12 @@ def _query_kernel(
             prompts, stop, prompt_key_row, prompt_value_row, key_row, value_row, scale, BLOCK_TAIL, True, HEAD_DIM,
             BLOCK_D, NEGATE, ALIGN, WIDE, PRECISION,
         )  # fmt: skip
-    # The first row still, but not for the compiler, which else keeps what it knows of the rows in registers until here.
-    first += first >> 30
-    rows = first + tl.arange(0, BLOCK_M)
-    limit = row_limits(rows, prompt_rows, prompts, length, CAUSAL, PREFIX)
+    if BLOCK_M > 64:
+        # The first row still, but not for the compiler, which else keeps what it knows of the rows in registers until
+        # here; smaller tiles have registers to spare.
+        first += first >> 30
+        rows = first + tl.arange(0, BLOCK_M)
+        limit = row_limits(rows, prompt_rows, prompts, length, CAUSAL, PREFIX)
     store_rows(
         d_prompt_query,
         d_query,
