@@ -47,7 +47,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.mit_rival import FrozenText, VisualTokens, infused_naively
-from benchmarks.step import GIB, Benchmark, footnotes, main, time_cell
+from benchmarks.step import GIB, Benchmark, footnotes, main, overhead_cell, ratio_cell, time_cell
 from benchmarks.step_cases import CLASSES, StepCase, describe_lengths
 from benchmarks.step_gate import Wanted, held_against
 from benchmarks.step_providers import Step, StepProvider, refuse_plain_layers, refuse_without_graphs, step_of
@@ -446,12 +446,14 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
             for size in sizes:
                 here = {each: last[mode, size, each] for each in PROVIDERS if (mode, size, each) in last}
                 if mode == "forward":
-                    cells += [_overhead(here, name, f"frozen{kind}") for kind in ("", "-compiled", "-graph", "-ours")]
+                    cells += [
+                        overhead_cell(here, name, f"frozen{kind}") for kind in ("", "-compiled", "-graph", "-ours")
+                    ]
                     continue
-                cells += [_ratio(here, rival, name, "p50_ms", "{:.2f}×") for rival in ("compiled", _visual(here))]
+                cells += [ratio_cell(here, rival, name, "p50_ms", "{:.2f}×") for rival in ("compiled", _visual(here))]
                 memory = here.get(name, {}).get("peak_mib")
                 cells.append("–" if memory is None else f"{memory / GIB:.2f}")
-                cells.append(_ratio(here, name, "compiled", "peak_mib", "{:.2f}"))
+                cells.append(ratio_cell(here, name, "compiled", "peak_mib", "{:.2f}"))
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join([*lines, *footnotes(list(last.values()))])
@@ -461,16 +463,6 @@ def _visual(rows: dict[str, dict[str, Any]]) -> str:
     """The faster of the two with visual tokens."""
     times = [(rows.get(name, {}).get("p50_ms") or float("inf"), name) for name in ("visual", "visual-compiled")]
     return min(times)[1]
-
-
-def _ratio(rows: dict[str, dict[str, Any]], above: str, below: str, what: str, form: str) -> str:
-    one, other = (rows.get(name, {}).get(what) for name in (above, below))
-    return form.format(one / other) if one and other else "–"
-
-
-def _overhead(rows: dict[str, dict[str, Any]], name: str, frozen: str) -> str:
-    one, other = (rows.get(each, {}).get("p50_ms") for each in (name, frozen))
-    return f"{100 * (one / other - 1):+.1f} %" if one and other and name != frozen else "–"
 
 
 MIT = Benchmark(

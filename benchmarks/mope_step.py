@@ -39,7 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.mope_rival import attach_dense_biases, copied_windows
-from benchmarks.step import GIB, Benchmark, footnotes, main, time_cell
+from benchmarks.step import GIB, Benchmark, footnotes, main, overhead_cell, ratio_cell, time_cell
 from benchmarks.step_cases import CLASSES, StepCase, describe_lengths
 from benchmarks.step_gate import Wanted, held_against
 from benchmarks.step_providers import Step, StepProvider, batch_for, refuse_plain_layers, refuse_without_graphs, step_of
@@ -313,25 +313,15 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
                 continue
             cells = [provider.label, *map(time_cell, kin)]
             if mode == "step":
-                cells += [_ratio(here, rival, name, "p50_ms", "{:.2f}×") for rival in ("eager", "compiled")]
+                cells += [ratio_cell(here, rival, name, "p50_ms", "{:.2f}×") for rival in ("eager", "compiled")]
                 memory = here.get(name, {}).get("peak_mib")
                 cells.append("–" if memory is None else f"{memory / GIB:.2f}")
-                cells.append(_ratio(here, name, "compiled", "peak_mib", "{:.2f}"))
+                cells.append(ratio_cell(here, name, "compiled", "peak_mib", "{:.2f}"))
             else:
-                cells += [_overhead(here, name, rival) for rival in ("frozen", "frozen-compiled")]
+                cells += [overhead_cell(here, name, rival) for rival in ("frozen", "frozen-compiled")]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join([*lines, *footnotes(list(last.values()))])
-
-
-def _ratio(rows: dict[str, dict[str, Any]], above: str, below: str, what: str, form: str) -> str:
-    one, other = (rows.get(name, {}).get(what) for name in (above, below))
-    return form.format(one / other) if one and other else "–"
-
-
-def _overhead(rows: dict[str, dict[str, Any]], name: str, promptless: str) -> str:
-    one, other = (rows.get(each, {}).get("p50_ms") for each in (name, promptless))
-    return f"{100 * (one / other - 1):+.1f} %" if one and other and name != promptless else "–"
 
 
 MOPE = Benchmark(

@@ -357,6 +357,18 @@ def time_cell(row: dict[str, Any] | None) -> str:
     return f"{row['p50_ms']:.{2 if row['p50_ms'] < 10 else 1}f}"
 
 
+def ratio_cell(rows: dict[str, dict[str, Any]], above: str, below: str, what: str, form: str) -> str:
+    """One provider's number over another's, of ``rows`` by provider; a dash where one of them has none."""
+    one, other = (rows.get(name, {}).get(what) for name in (above, below))
+    return form.format(one / other) if one and other else "–"
+
+
+def overhead_cell(rows: dict[str, dict[str, Any]], name: str, frozen: str) -> str:
+    """How much longer one provider takes than another, in percent."""
+    one, other = (rows.get(each, {}).get("p50_ms") for each in (name, frozen))
+    return f"{100 * (one / other - 1):+.1f} %" if one and other and name != frozen else "–"
+
+
 def where(run: dict[str, Any]) -> str:
     """Machine, versions, commit and day of a run; commands stand in the rows."""
     place = f"{run['gpu']}, driver {run['driver']}, CUDA {run['cuda']}" if run["gpu"] else "CPU"

@@ -39,10 +39,10 @@ def register(schema: str, implementation: Callable[..., Any], fake: Callable[...
     return getattr(torch.ops.epic_fast, name).default
 
 
-def empty_rows(like: Tensor) -> Tensor:
+def empty_rows(like: Tensor, batch: int | None = None) -> Tensor:
     """An empty ``(batch, heads, rows, head_dim)`` whose memory runs over (batch, rows, heads, head_dim)."""
-    batch, heads, rows, width = like.shape
-    return like.new_empty(batch, rows, heads, width).transpose(1, 2)
+    own_batch, heads, rows, width = like.shape
+    return like.new_empty(own_batch if batch is None else batch, rows, heads, width).transpose(1, 2)
 
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))

@@ -37,12 +37,6 @@ def _launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return launchers.prompt_attention_forward, launchers.prompt_attention_backward
 
 
-def _rows_like(tensor: Tensor, batch: int | None = None) -> Tensor:
-    """An empty ``(batch, heads, rows, head_dim)`` whose memory runs over (batch, rows, heads, head_dim)."""
-    own_batch, heads, rows, width = tensor.shape
-    return tensor.new_empty(own_batch if batch is None else batch, rows, heads, width).transpose(1, 2)
-
-
 def _no_tensor(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
@@ -97,8 +91,8 @@ def _forward_fake(
     prompts = 0 if prompt_query is None else prompt_query.shape[2]
     lse = query.new_empty(batch, heads, prompts + tokens, dtype=torch.float32) if save_lse else _no_tensor(query)
     return (
-        _rows_like(query),
-        _no_tensor(query) if prompt_query is None else _rows_like(prompt_query, batch=batch),
+        library.empty_rows(query),
+        _no_tensor(query) if prompt_query is None else library.empty_rows(prompt_query, batch=batch),
         lse,
     )
 
@@ -194,7 +188,7 @@ def _backward_fake(
 ) -> tuple[Tensor, ...]:
     inputs = (query, key, value, prompt_query, prompt_key, prompt_value)
     return tuple(
-        _rows_like(each) if needed and each is not None else _no_tensor(query)
+        library.empty_rows(each) if needed and each is not None else _no_tensor(query)
         for each, needed in zip(inputs, needs, strict=True)
     )
 

@@ -39,12 +39,6 @@ def _launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
     return triton_forward.window_prompt_attention_forward, triton_backward.window_prompt_attention_backward
 
 
-def _rows_like(tensor: Tensor) -> Tensor:
-    """An empty ``(batch, heads, rows, head_dim)`` whose memory runs over (batch, rows, heads, head_dim)."""
-    batch, heads, rows, width = tensor.shape
-    return tensor.new_empty(batch, rows, heads, width).transpose(1, 2)
-
-
 def _no_tensor(like: Tensor) -> Tensor:
     return like.new_empty(0)
 
@@ -60,7 +54,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows, heads, tokens, _ = query.shape
     count = prompt_query.shape[2] + tokens
     lse = query.new_empty(rows, heads, count, dtype=torch.float32) if save_lse else _no_tensor(query)
-    return _rows_like(query), _rows_like(prompt_query), lse
+    return library.empty_rows(query), library.empty_rows(prompt_query), lse
 
 
 def _backward(*arguments: Any) -> tuple[Tensor, ...]:
@@ -73,7 +67,8 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     _, _, *inputs, _, _, _, needs = arguments
     query, bias = inputs[0], inputs[6]
     found = [
-        _rows_like(each) if needed else _no_tensor(query) for each, needed in zip(inputs[:6], needs[:6], strict=True)
+        library.empty_rows(each) if needed else _no_tensor(query)
+        for each, needed in zip(inputs[:6], needs[:6], strict=True)
     ]
     return (*found, _no_tensor(query) if bias is None or not needs[6] else bias.new_empty(bias.shape))
 

@@ -25,7 +25,6 @@ from epic_fast.kernels.common.rows import contiguous
 from epic_fast.kernels.infused_attention.tiles import BackwardTiles, backward_tiles, size_class
 from epic_fast.kernels.infused_attention.triton_infusion import (
     channel_factor,
-    facts_of,
     load_scaled_rows,
     load_token_rows,
     load_vector,
@@ -34,6 +33,7 @@ from epic_fast.kernels.infused_attention.triton_infusion import (
 from epic_fast.kernels.prompt_attention.triton_rows import (
     base_2,
     empty_rows,
+    facts_of,
     head_base,
     layout_of,
     load_statistic,
@@ -570,7 +570,7 @@ def backward(
         others = (*vectors, lse, lengths, deltas, parts, *direct)
         numbers = (*vector_strides, heads, group, rows, tokens)
         arguments = (grad, query, key, value, d_query, *others, *layout.strides, *numbers, base_2(scale), abs(scale))
-        facts = facts_of(layout, others, numbers, (constants, tile.warps))
+        facts = facts_of(layout, others, (constants, tile.warps), numbers)
         programs = row_tiles * batch * heads
         tape.launch(_row_kernel, programs, (*arguments, *constants), {"num_warps": tile.warps}, facts)
     if parts is not None:
@@ -589,7 +589,7 @@ def backward(
         numbers = (*vector_strides, key_heads, group, rows, tokens)
         arguments = (grad, query, key, value, d_key, d_value, *others, *layout.strides, *numbers)
         arguments = (*arguments, base_2(scale), abs(scale))
-        facts = facts_of(layout, others, numbers, (constants, tile.warps))
+        facts = facts_of(layout, others, (constants, tile.warps), numbers)
         programs = -(-tokens // tile.keys) * batch * key_heads
         tape.launch(_key_kernel, programs, (*arguments, *constants), {"num_warps": tile.warps}, facts)
     return results

@@ -19,7 +19,6 @@ from epic_fast.kernels.common.plan import Tape, precision
 from epic_fast.kernels.infused_attention.tiles import Tile, forward_tile, size_class
 from epic_fast.kernels.infused_attention.triton_infusion import (
     channel_factor,
-    facts_of,
     load_scaled_rows,
     load_token_rows,
     load_vector,
@@ -28,6 +27,7 @@ from epic_fast.kernels.infused_attention.triton_infusion import (
 from epic_fast.kernels.prompt_attention.triton_rows import (
     base_2,
     empty_rows,
+    facts_of,
     head_base,
     layout_of,
     padded,
@@ -244,7 +244,7 @@ def forward(
     )
     numbers = (*vector_strides, heads, group, rows, tokens)
     arguments = (query, key, value, output, *vectors, lse, lengths, *layout.strides, *numbers, base_2(scale))
-    facts = facts_of(layout, (*vectors, lse, lengths), numbers, (constants, tile.warps))
+    facts = facts_of(layout, (*vectors, lse, lengths), (constants, tile.warps), numbers)
     programs = -(-rows // tile.rows) * batch * heads
     tape.launch(_forward_kernel, programs, (*arguments, *constants), {"num_warps": tile.warps}, facts)
     return output, lse

@@ -4,15 +4,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from epic_fast.kernels.common import launch
 from epic_fast.kernels.common.plan import Tape, unit_last_stride
-from epic_fast.kernels.prompt_attention.triton_rows import Layout, load_rows
+from epic_fast.kernels.prompt_attention.triton_rows import load_rows
 
 
 @triton.jit
@@ -83,18 +80,3 @@ def vectors_on(tape: Tape, *vectors: Tensor) -> tuple[list[Tensor], list[int]]:
     given = [unit_last_stride(tape, each) if each.shape[-1] != 1 else each for each in wide]
     strides = [stride for each in (*given, gate) for stride in each.stride()[:2]]
     return [*given, gate], strides  # pyright: ignore[reportReturnType]
-
-
-def facts_of(layout: Layout, others: Sequence[Tensor | None], integers: Sequence[int], constants: Hashable) -> Hashable:
-    """What :func:`epic_fast.kernels.common.launch.launch` keeps a compiled kernel under; None where Triton is to look
-    for itself.
-
-    Args:
-        layout: of the tensors with rows.
-        others: the remaining pointers.
-        integers: the remaining numbers.
-        constants: every constexpr and option that neither ``layout`` nor the types of ``others`` decide.
-    """
-    if layout.align == 1 or layout.wide:
-        return None
-    return launch.facts_of(others, (), (*layout.strides, *integers), (layout.align, layout.types, constants))

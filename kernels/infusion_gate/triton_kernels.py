@@ -8,21 +8,19 @@ README.md beside this file has the derivation and the floors.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from epic_fast.kernels.common import plan
-from epic_fast.kernels.common.launch import facts_of
+from epic_fast.kernels.common.launch import facts_of as plain_facts_of
 from epic_fast.kernels.common.plan import Tape, unit_last_stride
 from epic_fast.kernels.common.rows import contiguous
 from epic_fast.kernels.infusion_gate.reference import EPS
 from epic_fast.kernels.prompt_attention.triton_rows import (
-    Layout,
     empty_rows,
+    facts_of,
     head_base,
     layout_of,
     load_rows,
@@ -222,7 +220,7 @@ def forward(
     constants = (*_tile(head_dim), layout.align, layout.wide)
     numbers = (*shift.stride()[:2], head_bias.stride(0), heads, tokens)
     others = (shift, head_bias, gate, sums, norms, lengths)
-    facts = _facts(layout, others, numbers, constants)
+    facts = facts_of(layout, others, constants, numbers)
     arguments = (value, *others, *layout.strides, *numbers, *constants)
     tape.launch(_forward_kernel, batch * heads, arguments, {"num_warps": 4}, facts)
     return gate, sums, norms
@@ -269,12 +267,12 @@ def backward(
         constants = (*_tile(head_dim), layout.align, layout.wide)
         numbers = (*grad.stride(), *shift.stride()[:2], head_bias.stride(0), heads, tokens)
         others = (shift, head_bias, contiguous(tape, sums), contiguous(tape, norms), lengths, d_shift, shares)
-        facts = _facts(layout, (grad, *others), numbers, constants)
+        facts = facts_of(layout, (grad, *others), constants, numbers)
         arguments = (grad, *rows, *others, *layout.strides, *numbers, *constants)
         tape.launch(_backward_kernel, batch * heads, arguments, {"num_warps": 4}, facts)
     if d_bias is not None and heads:
         arguments = (shares, d_bias, batch, heads, HEADS)
-        facts = facts_of((shares, d_bias), (), (batch, heads), (HEADS,))
+        facts = plain_facts_of((shares, d_bias), (), (batch, heads), (HEADS,))
         tape.launch(_bias_kernel, -(-heads // HEADS), arguments, {"num_warps": 2}, facts)
     return d_value, d_shift, d_bias
 
@@ -289,9 +287,3 @@ def _tile(head_dim: int) -> tuple[float, int, int, int]:
     """EPS, rows, head_dim and its padded width."""
     width = padded(head_dim)
     return EPS, TILE // width, head_dim, width
-
-
-def _facts(layout: Layout, others: tuple[Tensor | None, ...], numbers: tuple[int, ...], constants: object) -> Hashable:
-    if layout.align == 1 or layout.wide:
-        return None
-    return facts_of(others, (), (*layout.strides, *numbers), (layout.types, constants))

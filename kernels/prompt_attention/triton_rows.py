@@ -260,7 +260,9 @@ def layout_of(tensors: Sequence[Tensor | None], itemsize: int) -> Layout:
     return Layout(align, farthest >= INT32_EXTENT, strides, tuple(types))
 
 
-def facts_of(layout: Layout, others: Sequence[Tensor | None], constants: Hashable) -> Hashable:
+def facts_of(
+    layout: Layout, others: Sequence[Tensor | None], constants: Hashable, integers: Sequence[int] = ()
+) -> Hashable:
     """What :func:`epic_fast.kernels.common.launch.launch` keeps a compiled kernel under; None where Triton is to look
     for itself.
 
@@ -268,10 +270,11 @@ def facts_of(layout: Layout, others: Sequence[Tensor | None], constants: Hashabl
         layout: of the tensors with rows.
         others: the remaining pointers of the launch.
         constants: every constexpr and option that neither ``layout`` nor the types of ``others`` decide.
+        integers: what else there is besides the strides of rows and counts of them.
     """
     if layout.align == 1 or layout.wide:
         return None
-    return launch.facts_of(others, (), layout.strides, (layout.align, layout.types, constants))
+    return launch.facts_of(others, (), (*layout.strides, *integers), (layout.align, layout.types, constants))
 
 
 def base_2(scale: float) -> float:

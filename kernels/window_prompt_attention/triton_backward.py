@@ -24,6 +24,7 @@ from epic_fast.kernels.common.plan import Tape, precision, unit_last_stride
 from epic_fast.kernels.prompt_attention.triton_rows import (
     LOG2_E,
     empty_rows,
+    facts_of,
     head_base,
     layout_of,
     load_rows,
@@ -40,7 +41,6 @@ from epic_fast.kernels.window_prompt_attention.tiles import (
 )
 from epic_fast.kernels.window_prompt_attention.triton_windows import (
     bias_of,
-    facts_of,
     pack_mask,
     positions,
     shares_of,
@@ -1016,7 +1016,7 @@ def backward(
             batch * _chunks(tile, windows) * tiles_of_head * heads,
             (*read, *written, *others, *layout.strides, *integers, *factors, *constants),
             tile.options,
-            facts_of(layout, others, integers, (constants, tile.warps, tile.registers)),
+            facts_of(layout, others, (constants, tile.warps, tile.registers), integers),
         )
 
     tile = tiles.bias if needs_bias else tiles.whole

@@ -19,6 +19,7 @@ from epic_fast.kernels.common.plan import Tape, precision
 from epic_fast.kernels.prompt_attention.triton_rows import (
     LOG2_E,
     empty_rows,
+    facts_of,
     head_base,
     layout_of,
     load_rows,
@@ -28,7 +29,6 @@ from epic_fast.kernels.prompt_attention.triton_rows import (
 from epic_fast.kernels.window_prompt_attention.tiles import WindowTile, forward_tile
 from epic_fast.kernels.window_prompt_attention.triton_windows import (
     bias_of,
-    facts_of,
     pack_mask,
     positions,
     shares_of,
@@ -447,7 +447,7 @@ def forward(
         batch * chunks * -(-count // tile.rows) * heads,
         (*tensors, bias, words, lse, *layout.strides, *integers, *factors, *constants),
         tile.options,
-        facts_of(layout, (bias, words, lse), integers, (constants, tile.warps, tile.registers)),
+        facts_of(layout, (bias, words, lse), (constants, tile.warps, tile.registers), integers),
     )
     sum_shares(tape, (prompt_output,), (target,), chunks, 1 / windows)
     return output, prompt_output, lse

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from epic_fast.kernels.common import launch
 from epic_fast.kernels.common.plan import Tape, unit_last_stride
-from epic_fast.kernels.prompt_attention.triton_rows import Layout, head_base, load_rows, padded
+from epic_fast.kernels.prompt_attention.triton_rows import head_base, load_rows, padded
 
 _LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -273,10 +273,3 @@ def bias_of(tape: Tape, bias: Tensor | None) -> tuple[Tensor | None, tuple[int, 
     """The bias with a unit last stride, and its strides of head and row."""
     bias = unit_last_stride(tape, bias)
     return (None, (0, 0)) if bias is None else (bias, bias.stride()[:2])
-
-
-def facts_of(layout: Layout, others: Sequence[Tensor | None], integers: Sequence[int], constants: Hashable) -> Hashable:
-    """As that of ``prompt_attention.triton_rows``, with integers beside the strides of rows."""
-    if layout.align == 1 or layout.wide:
-        return None
-    return launch.facts_of(others, (), (*layout.strides, *integers), (layout.align, layout.types, constants))
