@@ -1,13 +1,14 @@
 """What frozen weights in 8 bits cost: the test metric of EPIC trained with them and without, and the logits' errors.
 
     python -m benchmarks.eight_bit measure --data demo --data posters=FOLDER      # 3 seeds, appends rows
+    python -m benchmarks.eight_bit measure --data demo --seeds 0-59 --kind fp8 int8 --control --processes 20
     python -m benchmarks.eight_bit show                                           # the tables, from the rows
 
 Every engine trains the same model from the same seeds on the demo's frozen towers, in bfloat16, from prefixes that it
-computed itself.  ``switched`` trains with ``frozen`` and tests with 8 bits, so that nothing but the test pass differs.
-With ``--control``, ``plain`` runs the backbone's own modules: how far it is from ``frozen``, which computes the same,
-says how much of a difference is rounding that training then carries elsewhere.  A data set takes a process of its own
-where several are to run at once.
+computed itself.  ``KIND, tested only`` trains with ``frozen`` and tests with 8 bits, so that nothing but the test pass
+differs.  With ``--control``, ``plain`` runs the backbone's own modules: how far it is from ``frozen``, which computes
+the same, says how much of a difference is rounding that training then carries elsewhere.  Differences are between
+trainings of the same seed; their standard error is that of the mean over the seeds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -25,7 +28,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, multiprocessing
 from torch.utils.data import ConcatDataset, DataLoader, Dataset
 
 from benchmarks import timing
@@ -44,14 +47,16 @@ METRIC = {"single_label_classification": "accuracy", "multi_label_classification
 THRESHOLD = 0.3
 ALLOWED = 0.003
 LOGITS_OF = 256
+KINDS = ("fp8", "int8")
+TESTED_ONLY = ", tested only"
+# As many seeds have a column each.
+FEW = 5
 
 
-def engines(kind: str, control: bool) -> dict[str, EngineConfig]:
+def engines(kinds: Sequence[str], control: bool) -> dict[str, EngineConfig]:
     """The engines that are compared, by name; ``frozen`` is what the others are measured against."""
-    found = {
-        "frozen": EngineConfig(blocks="fused"),
-        kind: EngineConfig(blocks="fused", weights=kind),  # pyright: ignore[reportArgumentType]
-    }
+    found = {"frozen": EngineConfig(blocks="fused")}
+    found |= {kind: EngineConfig(blocks="fused", weights=kind) for kind in kinds}  # pyright: ignore[reportArgumentType]
     return found | {"plain": EngineConfig(blocks="plain")} if control else found
 
 
@@ -193,17 +198,18 @@ def layer_errors(
 def measure_data(
     samples: Samples,
     backbone: Any,
-    kind: str,
+    kinds: Sequence[str],
     seeds: Sequence[int],
     epochs: int,
     device: torch.device,
     *,
     control: bool = False,
+    errors: bool = True,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of one data set: a run for every engine and seed, and the logits' errors."""
+    """Rows of one data set: a run for every engine and seed and, if ``errors``, those of the first seed's logits."""
     recipe = recipes("classify")[0]
     training = replace(recipe.training, epochs=epochs, precision="bf16", tensorboard=False)
-    compared = engines(kind, control)
+    compared = engines(kinds, control)
     metric = METRIC[samples.problem_type]
     sets = {split: Chosen(rows) for split, rows in samples.rows.items()}
     labels = samples.labels[list(samples.rows["test"])]
@@ -243,50 +249,65 @@ def measure_data(
                 collator=FromCache(caches[name], samples.labels),
                 progress=False,
             )
-            row = {"data": samples.name, "seed": seed, "metric": metric, "kind": kind, "epochs": epochs}
+            row = {"data": samples.name, "seed": seed, "metric": metric, "epochs": epochs}
             row |= {"threshold": THRESHOLD if metric == "f1_micro" else None, **samples.record}
             seconds = time.perf_counter() - started
             yield row | {"engine": name, "test": tested(model, caches[name]), "epoch": outcome.best_epoch,
                          "seconds": seconds}  # fmt: skip
-            if name == "frozen":
+            for kind in kinds if name == "frozen" else ():
                 model.engine = compared[kind]
-                yield row | {"engine": "switched", "test": tested(model, caches[kind]), "epoch": outcome.best_epoch}
-                if seed == seeds[0]:
+                yield row | {"engine": f"{kind}{TESTED_ONLY}", "test": tested(model, caches[kind]),
+                             "epoch": outcome.best_epoch}  # fmt: skip
+                if errors and seed == seeds[0]:
                     count = max(1, min(LOGITS_OF, len(samples.rows["test"])) // 64)
-                    yield row | {"logits": layer_errors(model, samples.batches[-count:], kind, device)}
+                    found = layer_errors(model, samples.batches[-count:], kind, device)
+                    yield row | {"kind": kind, "logits": found}
             model.unwrap()
+
+
+def work(place: int, samples: Samples, arguments: argparse.Namespace, run: dict[str, Any]) -> None:
+    """One process: every ``processes``-th seed of a data set."""
+    from epic_fast.backbones import load_backbone
+
+    device = timing.device_of(place)
+    backbone = load_backbone("demo")
+    backbone.to(device)
+    rows = measure_data(
+        samples,
+        backbone,
+        arguments.kind,
+        arguments.seeds[place :: arguments.processes],
+        arguments.epochs,
+        device,
+        control=arguments.control,
+        errors=place == 0,
+    )
+    started = time.perf_counter()
+    for row in rows:
+        with arguments.rows.open("a") as lines:
+            lines.write(json.dumps({**row, "run": run}) + "\n")
+        if "test" in row:
+            print(f"{samples.name} seed {row['seed']} {row['engine']}: {row['test'][row['metric']]:.4f} "
+                  f"after {time.perf_counter() - started:.0f} s", flush=True)  # fmt: skip
 
 
 def measure(arguments: argparse.Namespace) -> None:
     """Append the rows of every data set to ``arguments.rows``."""
     from epic_fast.backbones import load_backbone
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     run = timing.machine("python -m benchmarks.eight_bit measure " + " ".join(map(_called, arguments.data)))
-    backbone = load_backbone("demo")
-    backbone.to(device)
+    arguments.rows.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     for given in arguments.data:
         name, _, path = given.partition("=")
         samples = read(
-            name, path or resolve_data(name), backbone, most=arguments.most, workers=arguments.workers
+            name, path or resolve_data(name), load_backbone("demo"), most=arguments.most, workers=arguments.workers
         )  # fmt: skip
         print(f"{name}: read after {time.perf_counter() - started:.0f} s", flush=True)
-        for row in measure_data(
-            samples,
-            backbone,
-            arguments.kind,
-            arguments.seeds,
-            arguments.epochs,
-            device,
-            control=arguments.control,
-        ):
-            arguments.rows.parent.mkdir(parents=True, exist_ok=True)
-            with arguments.rows.open("a") as lines:
-                lines.write(json.dumps({**row, "run": run}) + "\n")
-            if "test" in row:
-                print(f"{name} seed {row['seed']} {row['engine']}: {row['test'][row['metric']]:.4f} "
-                      f"after {time.perf_counter() - started:.0f} s", flush=True)  # fmt: skip
+        if arguments.processes == 1:
+            work(0, samples, arguments, run)
+        else:
+            multiprocessing.spawn(work, args=(samples, arguments, run), nprocs=arguments.processes)
     print(report(_read_rows(arguments.rows)))
 
 
@@ -295,49 +316,71 @@ def _called(given: str) -> str:
     return f"--data {given.partition('=')[0]}"
 
 
+def _seeds(given: str) -> Sequence[int]:
+    """``7``, or ``0-59`` with both ends."""
+    first, _, last = given.partition("-")
+    return range(int(first), int(last or first) + 1)
+
+
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """By data set: the metric, every engine's by seed and on average, its distance from ``frozen``, and the logits'
-    errors; of rows that were measured twice the last."""
+    errors of each kind; of rows that were measured twice the last."""
     found: dict[str, dict[str, Any]] = {}
     for row in rows:
-        each = found.setdefault(row["data"], {"metric": row["metric"], "kind": row["kind"], "engines": {}})
+        each = found.setdefault(row["data"], {"metric": row["metric"], "engines": {}, "logits": {}})
         if "logits" in row:
-            each["logits"] = row["logits"]
+            each["logits"][row["kind"]] = row["logits"]
         else:
-            each["engines"].setdefault(row["engine"], {})[row["seed"]] = row["test"][row["metric"]]
+            engine = f"{row['kind']}{TESTED_ONLY}" if row["engine"] == "switched" else row["engine"]
+            each["engines"].setdefault(engine, {})[row["seed"]] = row["test"][row["metric"]]
     for each in found.values():
         base = each["engines"]["frozen"]
         each["table"] = {
             name: {
                 "seeds": dict(sorted(by_seed.items())),
-                "mean": sum(by_seed.values()) / len(by_seed),
-                "difference": sum(by_seed[seed] - base[seed] for seed in by_seed) / len(by_seed),
+                "mean": statistics.mean(by_seed.values()),
+                **_difference([by_seed[seed] - base[seed] for seed in by_seed if seed in base]),
             }
-            for name, by_seed in each["engines"].items()
+            for name, by_seed in sorted(each["engines"].items(), key=lambda item: item[0] != "frozen")
         }
-        each["passed"] = abs(each["table"][each["kind"]]["difference"]) <= ALLOWED
+        each["passed"] = {
+            kind: abs(each["table"][kind]["difference"]) <= ALLOWED for kind in KINDS if kind in each["table"]
+        }
     return found
 
 
+def _difference(pairs: Sequence[float]) -> dict[str, float | None]:
+    """The mean of paired differences and, of two or more, its standard error."""
+    error = statistics.stdev(pairs) / math.sqrt(len(pairs)) if len(pairs) > 1 else None
+    return {"difference": statistics.mean(pairs), "standard_error": error}
+
+
 def report(rows: Sequence[dict[str, Any]]) -> str:
-    """The tables in Markdown."""
+    """The tables in Markdown; seed by seed where they are few."""
     lines = []
     for name, each in summarise(rows).items():
         seeds = sorted(each["engines"]["frozen"])
-        heads = [f"{name}, {each['metric']}", *(f"seed {seed}" for seed in seeds), "mean", "minus frozen, points"]
+        few = [f"seed {seed}" for seed in seeds] if len(seeds) <= FEW else [f"of {len(seeds)} seeds: std"]
+        heads = [f"{name}, {each['metric']}", *few, "mean", "minus frozen, points"]
         lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         for engine, row in each["table"].items():
-            cells = [f"{row['seeds'][seed]:.4f}" for seed in seeds]
-            lines.append(f"| {engine} | {' | '.join(cells)} | {row['mean']:.4f} | {100 * row['difference']:+.2f} |")
-        verdict = "within" if each["passed"] else "more than"
-        lines += ["", f"{each['kind']} is {verdict} {100 * ALLOWED:.1f} points from frozen.", ""]
-        if "logits" in each:
-            first, *others = each["logits"]
-            lines.append(f"Relative error of the logits; that of bfloat16 itself is {first['error']:.1e}:")
+            values = list(row["seeds"].values())
+            cells = [f"{row['seeds'][seed]:.4f}" if seed in row["seeds"] else "" for seed in seeds]
+            if len(seeds) > FEW:
+                cells = [f"{statistics.stdev(values):.4f}" if len(values) > 1 else ""]
+            spread = "" if row["standard_error"] is None else f" ± {100 * row['standard_error']:.2f}"
+            difference = "" if engine == "frozen" else f"{100 * row['difference']:+.2f}{spread}"
+            lines.append(f"| {engine} | {' | '.join(cells)} | {row['mean']:.4f} | {difference} |")
+        lines.append("")
+        for kind, passed in each["passed"].items():
+            verdict = "within" if passed else "more than"
+            lines += [f"{kind} is {verdict} {100 * ALLOWED:.1f} points from frozen.", ""]
+        for kind, (first, *others) in each["logits"].items():
+            lines.append(f"{kind}: relative error of the logits; that of bfloat16 itself is {first['error']:.1e}:")
             lines += [", ".join(f"{row['layers']} {row['error']:.4f}" for row in others), ""]
     return "\n".join(lines)
 
@@ -347,17 +390,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     measuring = commands.add_parser("measure")
     measuring.add_argument("--data", action="append", required=True, help="demo, or NAME=FOLDER (imagefolder)")
-    measuring.add_argument("--kind", choices=["fp8", "int8"], default="fp8")
-    measuring.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    measuring.add_argument("--kind", choices=KINDS, nargs="+", default=["fp8"])
+    measuring.add_argument("--seeds", type=_seeds, nargs="+", default=[SEEDS], help="numbers, or such as 0-59")
     measuring.add_argument("--epochs", type=int, default=6)
     measuring.add_argument("--control", action="store_true", help="train with the backbone's own modules too")
     measuring.add_argument("--most", type=int, help="samples of each split")
     measuring.add_argument("--workers", type=int, default=max(0, min(12, (os.cpu_count() or 1) - 2)))
+    measuring.add_argument("--processes", type=int, default=1, help="that share the seeds")
     measuring.add_argument("--rows", type=Path, default=ROWS)
     showing = commands.add_parser("show")
     showing.add_argument("--rows", type=Path, default=ROWS)
     given = parser.parse_args(arguments)
     if given.command == "measure":
+        given.seeds = [seed for several in given.seeds for seed in several]
         measure(given)
     else:
         print(report(_read_rows(given.rows)))

@@ -248,21 +248,12 @@ def wanted_of(setting: MitSetting, case: StepCase, method: str) -> Wanted:
 
 @dataclass(frozen=True)
 class MitProvider(StepProvider):
-    """Someone who computes a step; of group ``"plain"`` without a kernel of this project.
-
-    Attributes:
-        graph: its call becomes a CUDA graph, whoever it is.
-    """
+    """Someone who computes a step; of group ``"plain"`` without a kernel of this project."""
 
     method: str = "mit"
     modes: tuple[str, ...] = ("forward", "step")
     seconds: float = 8.0
     copies: bool = False
-    graph: bool = False
-
-    @property
-    def graphed(self) -> bool:
-        return self.graph or super().graphed
 
     @contextlib.contextmanager
     def settings(self) -> Iterator[None]:

@@ -67,6 +67,7 @@ class StepProvider:
         modes: what it is measured in.
         seconds: about what one case costs on a GPU, for the command's time budget.
         copies: whether a graph's results are copied out of its memory; where not, the next call overwrites them.
+        graph: its call becomes a CUDA graph, whoever it is.
     """
 
     name: str
@@ -81,10 +82,11 @@ class StepProvider:
     modes: tuple[str, ...] = ("step", "inference")
     seconds: float = 8.0
     copies: bool = True
+    graph: bool = False
 
     @property
     def graphed(self) -> bool:
-        return bool(self.engine and self.engine.graphs)
+        return self.graph or bool(self.engine and self.engine.graphs)
 
     @property
     def parts(self) -> dict[str, Any] | None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import math
+import statistics
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.eight_bit import engines, layer_errors, report, summarise
+from benchmarks.eight_bit import engines, layer_errors, main, report, summarise
 from epic_fast import EpicConfig, wrap
 from epic_fast.engine import EngineConfig
 from epic_fast.testing import tiny_clip
@@ -53,15 +57,17 @@ def test_the_difference_is_that_of_the_same_seeds() -> None:
     found = summarise(rows)["films"]
     assert found["table"]["fp8"]["mean"] == pytest.approx(1.81 / 3)
     assert found["table"]["fp8"]["difference"] == pytest.approx(-0.002 / 3)
-    assert found["table"]["switched"]["difference"] == pytest.approx(0.008)
+    assert found["table"]["fp8, tested only"]["difference"] == pytest.approx(0.008)
     assert found["table"]["frozen"]["difference"] == 0
-    assert found["passed"]
+    spread = statistics.stdev([-0.002, 0.004, -0.004])
+    assert found["table"]["fp8"]["standard_error"] == pytest.approx(spread / math.sqrt(3))
+    assert found["passed"] == {"fp8": True}
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_more_than_three_tenths_of_a_point_is_said(sign: int) -> None:
     rows = rows_of([0.5 + 0.004 * sign] * 3, [0.5] * 3)
-    assert not summarise(rows)["films"]["passed"]
+    assert summarise(rows)["films"]["passed"] == {"fp8": False}
     assert "fp8 is more than 0.3 points from frozen" in report(rows)
     assert f"{0.4 * sign:+.2f}" in report(rows)
     rows = rows_of([0.5 + 0.0029 * sign] * 3, [0.5] * 3)
@@ -69,8 +75,28 @@ def test_more_than_three_tenths_of_a_point_is_said(sign: int) -> None:
 
 
 def test_the_engines() -> None:
-    assert list(engines("int8", False)) == ["frozen", "int8"]
-    found = engines("fp8", True)
+    assert list(engines(["int8"], False)) == ["frozen", "int8"]
+    found = engines(["fp8"], True)
     assert found["plain"].blocks == "plain"
     assert found["fp8"].weights == "fp8"
     assert found["frozen"].weights == "frozen"
+
+
+def test_many_seeds_are_one_column() -> None:
+    rows = rows_of([0.501, 0.503] * 4, [0.5] * 8)
+    text = report(rows)
+    assert "of 8 seeds: std" in text
+    assert "seed 0" not in text
+    # Half the difference of 0.2 points, times the root of 8/7, by the root of 8.
+    assert f"+0.20 ± {0.1 * math.sqrt(8 / 7) / math.sqrt(8):.2f}" in text
+
+
+@pytest.mark.slow
+def test_processes_share_the_seeds(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    given = ["--data", "demo", "--seeds", "4-5", "8", "--kind", "int8", "--most", "6", "--epochs", "1"]
+    main(["measure", *given, "--workers", "0", "--processes", "2", "--rows", str(rows)])
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    made = sorted((row["seed"], row["engine"]) for row in found if "test" in row)
+    assert made == [(seed, engine) for seed in (4, 5, 8) for engine in ("frozen", "int8", "int8, tested only")]
+    assert [row["seed"] for row in found if "logits" in row] == [4]

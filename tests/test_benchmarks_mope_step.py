@@ -117,7 +117,7 @@ def test_every_provider_leaves_a_row_that_passes_its_gate(
         assert (row["prompt_rows"], row["experts"], row["towers"]) == (13, 4, "tiny")
         assert row["run"]["command"].startswith("python -m benchmarks.mope_step --tiny")
         assert {"commit", "gpu", "torch", "triton", "ceilings"} <= set(row["run"])
-        if row["provider"] == "graphs":
+        if PROVIDERS[row["provider"]].graphed:
             assert row["why"] == "CUDA graphs need a GPU; this is cpu"
             continue
         assert row["kind"] == "time", row
@@ -170,6 +170,17 @@ def test_the_profile_sorts_device_time() -> None:
     assert "matrix products" in found
 
 
+def test_the_promptless_swin_of_the_engine_is_the_promptless_swin() -> None:
+    setting = made(40)
+    pixels = setting.batch(FEW)["pixel_values"]
+    ours = mope_step.FrozenInEngine(setting, mope_step._ENGINE)
+    _, found = ours(pixels)
+    ours.model.unwrap()
+    _, wanted = mope_step.FrozenPictures(setting.swin)(pixels)
+    assert found.shape == wanted.shape == (3, setting.swin.config.hidden_size)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
 def made_up(case: str, provider: str, milliseconds: float, gib: float | None = None) -> dict[str, Any]:
     machine = timing.machine("made up") | {"gpu": "a card", "driver": "1"}
     of, who = CASES[case], PROVIDERS[provider]
@@ -196,6 +207,7 @@ def test_tables_print_the_ratios_of_the_rows(tmp_path: Path, capsys: pytest.Capt
         {**made_up("step-64", "graphs", 0.0), "kind": "skipped", "why": "it cannot", "p50_ms": None},
         made_up("forward-64", "frozen", 20.0),
         made_up("forward-64", "frozen-compiled", 16.0),
+        made_up("forward-64", "frozen-ours", 13.0),
         made_up("forward-64", "eager", 25.0),
         made_up("forward-64", "ours", 20.8),
     ]
@@ -211,12 +223,16 @@ def test_tables_print_the_ratios_of_the_rows(tmp_path: Path, capsys: pytest.Capt
         "| PyTorch, prompts copied, compiled | – | 80.0 | 1.25× | 1.00× | 20.00 | 1.00 |",
         "| + engine | – | 50.0 | 2.00× | 1.60× | 12.00 | 0.60 |",
     ]
-    assert lines[6] == "| pictures, forward | B=64, ms | B=64: over promptless, eager | compiled |"
-    assert lines[8:12] == [
-        "| PyTorch, prompts copied, eager | 25.0 | +25.0 % | +56.2 % |",
-        "| the promptless Swin, eager | 20.0 | – | +25.0 % |",
-        "| the promptless Swin, compiled | 16.0 | -20.0 % | – |",
-        "| + engine | 20.8 | +4.0 % | +30.0 % |",
+    assert (
+        lines[6]
+        == "| pictures, forward | B=64, ms | B=64: over promptless, eager | compiled | CUDA graph | engine and graph |"
+    )
+    assert lines[8:13] == [
+        "| PyTorch, prompts copied, eager | 25.0 | +25.0 % | +56.2 % | – | +92.3 % |",
+        "| the promptless Swin, eager | 20.0 | – | +25.0 % | – | +53.8 % |",
+        "| the promptless Swin, compiled | 16.0 | -20.0 % | – | – | +23.1 % |",
+        "| the promptless Swin, engine and CUDA graph | 13.0 | -35.0 % | -18.8 % | – | – |",
+        "| + engine | 20.8 | +4.0 % | +30.0 % | – | +60.0 % |",
     ]
     assert "- + CUDA graph (step-64): it cannot" in lines
     assert lines[-1].startswith("a card, driver 1")
