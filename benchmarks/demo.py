@@ -73,6 +73,7 @@ def work(
 
     torch.set_num_threads(1)
     allow_tf32(run)
+    take_choices(run)
     backbone = load_backbone("demo")
     size = sum(parameter.numel() for parameter in backbone.parameters())
     layers, pairs = read(jobs) if pairs is None else pairs
@@ -106,6 +107,31 @@ def work(
             row["run"] = run
             with output.open("a") as lines:
                 lines.write(json.dumps(row) + "\n")
+
+
+def choices(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Of ``demo_search --round 5``: TASK/HEAD to MoPE's setting with the best mean validation."""
+    from epic_fast.demo.recipes import MOPE_CHOSEN
+
+    found = {}
+    for task, head in MOPE_CHOSEN:
+        place = f"mope/{task}/{head}/"
+        mine = demo_search.best([row for row in rows if row["name"].startswith(place)])
+        if not mine:
+            raise SystemExit(
+                f"there is no row of {place}... in the search; `benchmarks.demo_search --round 5` makes them"
+            )
+        found[place.removeprefix("mope/").rstrip("/")] = mine[0][0].removeprefix(place)
+    return found
+
+
+def take_choices(run: dict[str, Any]) -> None:
+    """Let this process train MoPE with the settings that the rows will say of their run, if they say any."""
+    from epic_fast.demo.recipes import MOPE_CHOSEN
+
+    for place, setting in run.get("mope_chosen", {}).items():
+        task, _, head = place.partition("/")
+        MOPE_CHOSEN[task, head] = setting
 
 
 def read(jobs: list[tuple[str, int, str]]) -> tuple[tuple[int, int], Any]:
@@ -215,6 +241,10 @@ def readme(found: dict[str, Any]) -> str:
 
 def train(arguments: argparse.Namespace) -> None:
     """Append a row for every method and seed to ``arguments.rows``."""
+    run = machine()
+    if arguments.search:
+        run["mope_chosen"] = choices([json.loads(line) for line in arguments.search.read_text().splitlines()])
+        take_choices(run)
     methods = {name: [*(each.name for each in trained_of(name)), "rivals"] for name in COMPARED}
     wanted = {"all": "", "epic": "EPIC", "mope": "MoPE", "rivals": "rivals"}[arguments.methods]
     # The longest first.
@@ -225,7 +255,6 @@ def train(arguments: argparse.Namespace) -> None:
         if method.startswith(wanted)
         for seed in SEEDS
     ]
-    run = machine()
     if arguments.commit:
         run |= {"commit": arguments.commit, "modified": False}
     if arguments.tf32:
@@ -266,6 +295,7 @@ def main() -> None:
     training.add_argument("--rows", type=Path, required=True)
     training.add_argument("--processes", type=int, default=1)
     training.add_argument("--methods", choices=["all", "epic", "mope", "rivals"], default="all")
+    training.add_argument("--search", type=Path, help="MoPE's settings: the best of these rows of its search")
     training.add_argument("--tf32", action="store_true", help="float32 products may use TF32; the rows say so")
     training.add_argument("--commit", help="of the code that runs, where it runs outside its repository")
     summary = commands.add_parser("summarise")

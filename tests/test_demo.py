@@ -229,6 +229,30 @@ def test_the_best_of_a_search_is_by_mean_validation():
     assert best([*rows, {"name": "a", "seed": 0, "validation": 0.8}])[0] == ("a", pytest.approx(0.75), 2)
 
 
+def test_a_search_decides_what_mope_is_trained_with(monkeypatch):
+    from benchmarks import demo
+    from epic_fast.demo import recipes as module
+
+    rows = [
+        {"name": f"mope/{task}/{head}/{setting}", "seed": 0, "validation": value}
+        for task, head in MOPE_CHOSEN
+        for setting, value in (
+            ("all-layers-lr-0.002", 0.6),
+            ("all-layers-lr-0.0005", 0.7),
+            ("upper-half-lr-0.002", 0.5),
+        )
+    ]
+    found = demo.choices(rows)
+    assert found == {f"{task}/{head}": "all-layers-lr-0.0005" for task, head in MOPE_CHOSEN}
+    monkeypatch.setattr(module, "MOPE_CHOSEN", dict(MOPE_CHOSEN))
+    demo.take_choices({"mope_chosen": found})
+    assert [each.training.learning_rate for each in mope_recipes("match")] == [5e-4, 5e-4]
+    demo.take_choices({})
+    assert module.MOPE_CHOSEN["match", "mlp"] == "all-layers-lr-0.0005"
+    with pytest.raises(SystemExit, match=r"no row of mope/match/mlp/"):
+        demo.choices([row for row in rows if "match/mlp" not in row["name"]])
+
+
 @pytest.mark.parametrize(
     ("task", "asked", "device", "epochs", "views"),
     [
