@@ -105,6 +105,35 @@ def test_by_the_kernels(tokens: bool, direct: bool, shift: int, monkeypatch: pyt
             assert distance(one, other) <= 1e-5
 
 
+@pytest.mark.parametrize("kernels", [False, True], ids=["reference", "kernels"])
+@pytest.mark.parametrize("size", [32, 40])
+def test_a_tower_without_prompts(size: int, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kernels:
+        if not library.TRITON_INSTALLED or not library.interpreting():
+            pytest.skip("Triton's interpreter is off")
+        monkeypatch.setattr(type(operation), "choose", lambda self, *args: self.triton)
+    towers = lively((tiny_swin(image_size=size, depths=(2, 3)), tiny_bert(layers=2)))
+    model = wrap(towers, MopeConfig(prompt_length=0), 3, self_check=False, engine=EngineConfig(blocks="fused")).eval()
+    tower, pixels = model.backbone.vision, torch.randn(2, 3, size, size)
+    seen = []
+    real = FrozenWindowBlock.alone
+    monkeypatch.setattr(FrozenWindowBlock, "alone", lambda *args: (seen.append(args[0]), real(*args))[1])
+    wanted = tower.run(tower.start(pixels), tower.num_layers)
+    assert not seen
+    found = tower.advance(tower.start(pixels), tower.num_layers, model.engine)
+    assert seen == tower.window_blocks(model.engine)
+    assert (found.layer, found.grid) == (wanted.layer, wanted.grid)
+    assert distance(found.hidden, wanted.hidden) <= 1e-5
+    # With a gradient to pass on, the blocks' own modules run: those of alone are in no graph.
+    seen.clear()
+    state = tower.start(pixels)
+    state.hidden.requires_grad_(True)
+    tower.advance(state, tower.num_layers, model.engine).hidden.sum().backward()
+    assert not seen
+    assert state.hidden.grad is not None
+    model.unwrap()
+
+
 def test_the_bias_is_that_of_the_table() -> None:
     block = block_of()
     fused = FrozenWindowBlock(block)

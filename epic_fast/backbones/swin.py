@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from epic_fast.backbones.towers import TOWERS, Tower, VisionTower
@@ -110,6 +111,18 @@ class SwinTower(VisionTower):
             state = self._leave(index, state, hidden, grid)
         return state
 
+    def advance(
+        self, state: TowerState, stop: int, engine: EngineConfig | None, reads: str | None = None
+    ) -> TowerState:
+        blocks = self.window_blocks(engine) if state.layer < stop else None
+        if blocks is None or (torch.is_grad_enabled() and state.hidden.requires_grad):
+            return self.run(state, stop)
+        for index in range(state.layer, stop):
+            grid = self.grid(state)
+            hidden = blocks[index].alone(state.hidden, Windows.of(grid, self.window, self._shift(index)))
+            state = self._leave(index, state, hidden, grid)
+        return state
+
     def run_prompted(
         self, state: TowerState, index: int, prompts: Tensor, prompt_mask: str, engine: EngineConfig | None = None
     ) -> tuple[TowerState, Tensor]:
@@ -119,11 +132,11 @@ class SwinTower(VisionTower):
                 f"prompt_mask={prompt_mask!r} with a Swin tower, whose prompts see every token of each window; wanted "
                 "'full'"
             )
-        state = self.run(state, index)
+        state = self.advance(state, index, engine)
         merge = self._merge(index)
         if prompts.shape[1] == 0:
             width = prompts.shape[2] if merge is None else 2 * prompts.shape[2]
-            return self.run(state, index + 1), prompts.new_zeros(len(prompts), 0, width)
+            return self.advance(state, index + 1, engine), prompts.new_zeros(len(prompts), 0, width)
         grid, shift = self.grid(state), self._shift(index)
         blocks = self.window_blocks(engine)
         if blocks is None:

@@ -65,6 +65,12 @@ class FrozenWindowBlock:
         with torch.no_grad():
             return _forward(self, hidden, prompts, windows, ("none", "none"), graph=False)[0]
 
+    @torch.no_grad()
+    def alone(self, hidden: Tensor, windows: Windows) -> Tensor:
+        """Tokens ``(B, N, C)`` behind the block where there are no prompts; never part of a graph."""
+        nothing = hidden.new_zeros(len(hidden), 0, hidden.shape[2])
+        return _forward(self, hidden, nothing, windows, ("none", "none"), graph=False)[0][0]
+
 
 def _forward(
     block: FrozenWindowBlock,
@@ -76,7 +82,8 @@ def _forward(
     graph: bool,
 ) -> tuple[tuple[Tensor, Tensor], Weights, tuple[Tensor | None, ...]]:
     """Tokens and prompts behind the block, the weights, and what backward wants: of tokens and of prompts three tensors
-    for the first norm, then four for the rest; then the two projections and the log-sum-exp."""
+    for the first norm, then four for the rest; then the two projections and the log-sum-exp.  Without a graph there may
+    be no prompts."""
     parts, batch = block.parts, len(hidden)
     streams = hidden.contiguous(), prompts.contiguous()
     with no_autocast(hidden) as dtype:
