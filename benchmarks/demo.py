@@ -3,6 +3,7 @@
     python -m benchmarks.demo train --processes 14 --rows rows.jsonl              # every method, 5 seeds
     python -m benchmarks.demo train --processes 14 --rows more.jsonl --methods mope   # some of them
     python -m benchmarks.demo summarise rows.jsonl --output benchmarks/results/demo.json
+    python -m benchmarks.demo summarise more.jsonl --keep benchmarks/results/demo.json --output ...   # of some anew
     python -m benchmarks.demo tables benchmarks/results/demo.json                 # the README's two tables
 
 Settings are those of ``epic_fast.demo.recipes``, chosen on validation pairs.  The test pairs are the same for every
@@ -265,15 +266,23 @@ def train(arguments: argparse.Namespace) -> None:
     )
 
 
-def summarised(paths: list[Path]) -> dict[str, Any]:
+def place_of(method: str) -> tuple[int, str]:
+    """Where a method stands in a table."""
+    order = {"majority": 0, "linear": 1, "cosine": 2, "MLP": 3, "EPIC": 4, "MoPE": 5}
+    return order[method.split()[0].rstrip(",")], method
+
+
+def summarised(paths: list[Path], former: dict[str, Any] | None = None) -> dict[str, Any]:
     """All rows of these files as one result.
+
+    Args:
+        former: a result; what it says of methods without a row here, and of pairs of such methods, is kept.
 
     Raises:
         SystemExit: a method without a row for every seed, or with two.
     """
     rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
-    order = {"majority": 0, "linear": 1, "cosine": 2, "MLP": 3, "EPIC": 4, "MoPE": 5}
-    rows.sort(key=lambda row: (order[row["method"].split()[0].rstrip(",")], row["method"]))
+    rows.sort(key=lambda row: place_of(row["method"]))
     for key in {(row["task"], row["method"]) for row in rows}:
         seeds = sorted(row["seed"] for row in rows if (row["task"], row["method"]) == key)
         if seeds != list(SEEDS):
@@ -281,11 +290,36 @@ def summarised(paths: list[Path]) -> dict[str, Any]:
     runs = {
         json.dumps(row["run"]): sorted({each["method"] for each in rows if each["run"] == row["run"]}) for row in rows
     }
-    return {
+    found: dict[str, Any] = {
         "seeds": list(SEEDS),
         "runs": [{**json.loads(run), "methods": sorted(methods)} for run, methods in runs.items()],
         "tasks": summarise(rows),
     }
+    return found if former is None else beside(found, former)
+
+
+def beside(found: dict[str, Any], former: dict[str, Any]) -> dict[str, Any]:
+    """A result with what a former one says of methods that it does not have."""
+    tasks, made = {}, set()
+    for name, task in found["tasks"].items():
+        mine = {each["method"] for each in task["methods"]}
+        made |= mine
+        old = former["tasks"][name]
+        sizes = {key: (task[key], old[key]) for key in ("test_pairs", "test_pictures")}
+        if any(one != other for one, other in sizes.values()):
+            raise SystemExit(f"{name}: the former result is of other test pairs: {sizes}")
+        kept = [each for each in old["methods"] if each["method"] not in mine]
+        pairs = [each for each in old["compared"] if not {each["first"], each["second"]} & mine]
+        order = list(COMPARED[name])
+        tasks[name] = {
+            **task,
+            "methods": sorted([*task["methods"], *kept], key=lambda each: place_of(each["method"])),
+            "compared": sorted(
+                [*task["compared"], *pairs], key=lambda each: order.index((each["first"], each["second"]))
+            ),
+        }
+    runs = [{**run, "methods": [each for each in run["methods"] if each not in made]} for run in former["runs"]]
+    return {**found, "runs": [*found["runs"], *(run for run in runs if run["methods"])], "tasks": tasks}
 
 
 def main() -> None:
@@ -300,6 +334,7 @@ def main() -> None:
     training.add_argument("--commit", help="of the code that runs, where it runs outside its repository")
     summary = commands.add_parser("summarise")
     summary.add_argument("rows", type=Path, nargs="+")
+    summary.add_argument("--keep", type=Path, help="a former result, of methods without rows here")
     summary.add_argument("--output", type=Path, required=True)
     tables = commands.add_parser("tables")
     tables.add_argument("result", type=Path)
@@ -307,7 +342,8 @@ def main() -> None:
     if arguments.command == "train":
         train(arguments)
     elif arguments.command == "summarise":
-        arguments.output.write_text(json.dumps(summarised(arguments.rows), indent=1) + "\n")
+        former = None if arguments.keep is None else json.loads(arguments.keep.read_text())
+        arguments.output.write_text(json.dumps(summarised(arguments.rows, former), indent=1) + "\n")
     else:
         print(readme(json.loads(arguments.result.read_text())))
 

@@ -285,13 +285,14 @@ def measured_at(provider: StepProvider, case: StepCase) -> bool:
 def latest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last row of each case and provider, in the order of :data:`CASES` and :data:`PROVIDERS`.
 
-    What does not depend on the layer pairs stands in ``deep`` as it was measured at ``late``, the same batch.
+    What does not depend on the layer pairs stands in ``deep`` as it was measured at ``late``, the same batch, where
+    there is something beside it.
     """
     last = {(row["case"], row["provider"]): row for row in rows}
-    layouts = {row["layout"] for row in rows}
+    tables = {(row["layout"], row["mode"]) for row in rows}
     found = []
     for case in CASES.values():
-        if case.layout not in layouts:
+        if (case.layout, case.mode) not in tables:
             continue
         for provider in PROVIDERS.values():
             own = replace(case, layout=case.layout if measured_at(provider, case) else "late")

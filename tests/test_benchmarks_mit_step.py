@@ -237,3 +237,14 @@ def test_tables_print_the_ratios_of_the_rows(tmp_path: Path, capsys: pytest.Capt
     ]
     assert "- + the MLP computed twice (step-40): it cannot" in lines
     assert lines[-1].startswith("a card, driver 1")
+
+
+def test_the_page_of_speed_shows_the_recorded_steps() -> None:
+    rows = read(mit_step.ROWS)
+    assert all(row["run"]["gpu"] and row["run"]["commit"] and not row["run"]["modified"] for row in rows)
+    page = (Path(mit_step.__file__).parents[1] / "docs/speed.md").read_text(encoding="utf-8")
+    _, _, section = page.partition("| MiT, forward")
+    shown = [line for line in ("| MiT, forward" + section).splitlines() if line.startswith("|")]
+    printed = mit_step.tables(rows).splitlines()
+    assert len(shown) > 12
+    assert [line for line in shown if line not in printed] == []

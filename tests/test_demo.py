@@ -341,6 +341,37 @@ def test_the_readme_shows_the_recorded_tables():
     assert [row for row in rows if row not in readme] == []
 
 
+def test_a_result_keeps_what_a_former_one_says_of_other_methods(tmp_path, monkeypatch):
+    from benchmarks import demo
+
+    monkeypatch.setattr(
+        demo, "COMPARED", {"classify": [("MoPE", "MLP on frozen features"), ("EPIC", "linear probe, both")]}
+    )
+
+    def rows(methods, right, pictures=(7, 8)):
+        path = tmp_path / f"{methods[0]}.jsonl"
+        made = [
+            {"task": "classify", "seed": seed, "method": method, "accuracy": right, "f1_macro": right,
+             "validation": 0.5, "trainable": 1, "share": 0.1, "seconds": 1.0, "chosen": {}, "right": [1, 0],
+             "pictures": list(pictures), "run": {"commit": method[0]}}
+            for method in methods
+            for seed in demo.SEEDS
+        ]  # fmt: skip
+        path.write_text("\n".join(map(json.dumps, made)))
+        return path
+
+    former = demo.summarised([rows(["EPIC", "linear probe, both", "MLP on frozen features"], 0.25)])
+    again = demo.summarised([rows(["MoPE", "MLP on frozen features"], 0.75)], former)
+    task = again["tasks"]["classify"]
+    assert [(each["method"], each["accuracy"]) for each in task["methods"]] == [
+        ("linear probe, both", 0.25), ("MLP on frozen features", 0.75), ("EPIC", 0.25), ("MoPE", 0.75)]  # fmt: skip
+    assert [(each["first"], each["second"]) for each in task["compared"]] == demo.COMPARED["classify"]
+    said = {method: run["commit"] for run in again["runs"] for method in run["methods"]}
+    assert said == {"EPIC": "E", "linear probe, both": "l", "MLP on frozen features": "M", "MoPE": "M"}
+    with pytest.raises(SystemExit, match="of other test pairs"):
+        demo.summarised([rows(["MoPE"], 0.75, pictures=(7, 7))], former)
+
+
 def test_the_record_is_complete():
     root = Path(__file__).resolve().parent.parent
     found = json.loads((root / "benchmarks/results/demo.json").read_text())

@@ -118,7 +118,7 @@ MOPE_HEADS = {"classify": ("mlp",), "match": ("linear", "mlp")}
 MOPE_CHOSEN = {
     ("classify", "mlp"): "upper-half-lr-0.002",
     ("match", "linear"): "upper-half-lr-0.002",
-    ("match", "mlp"): "upper-half-lr-0.002",
+    ("match", "mlp"): "all-layers-lr-0.002",
 }
 
 
