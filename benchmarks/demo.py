@@ -240,6 +240,11 @@ def readme(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _scores(row: dict[str, Any]) -> dict[str, float]:
+    """Accuracy of each seed, whose names JSON makes strings."""
+    return {str(seed): value for seed, value in row["seeds"].items()}
+
+
 def train(arguments: argparse.Namespace) -> None:
     """Append a row for every method and seed to ``arguments.rows``."""
     run = machine()
@@ -276,7 +281,8 @@ def summarised(paths: list[Path], former: dict[str, Any] | None = None) -> dict[
     """All rows of these files as one result.
 
     Args:
-        former: a result; what it says of methods without a row here, and of pairs of such methods, is kept.
+        former: a result; what it says of methods without a row here is kept, and of pairs whose methods have scored
+            no other than then.
 
     Raises:
         SystemExit: a method without a row for every seed, or with two.
@@ -302,14 +308,20 @@ def beside(found: dict[str, Any], former: dict[str, Any]) -> dict[str, Any]:
     """A result with what a former one says of methods that it does not have."""
     tasks, made = {}, set()
     for name, task in found["tasks"].items():
-        mine = {each["method"] for each in task["methods"]}
-        made |= mine
+        mine = {each["method"]: _scores(each) for each in task["methods"]}
+        made |= mine.keys()
         old = former["tasks"][name]
         sizes = {key: (task[key], old[key]) for key in ("test_pairs", "test_pictures")}
         if any(one != other for one, other in sizes.values()):
             raise SystemExit(f"{name}: the former result is of other test pairs: {sizes}")
         kept = [each for each in old["methods"] if each["method"] not in mine]
-        pairs = [each for each in old["compared"] if not {each["first"], each["second"]} & mine]
+        same = {each["method"] for each in old["methods"] if mine.get(each["method"], _scores(each)) == _scores(each)}
+        new = {(each["first"], each["second"]) for each in task["compared"]}
+        pairs = [
+            each
+            for each in old["compared"]
+            if {each["first"], each["second"]} <= same and (each["first"], each["second"]) not in new
+        ]
         order = list(COMPARED[name])
         tasks[name] = {
             **task,

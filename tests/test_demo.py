@@ -361,6 +361,7 @@ def test_a_result_keeps_what_a_former_one_says_of_other_methods(tmp_path, monkey
         return path
 
     former = demo.summarised([rows(["EPIC", "linear probe, both", "MLP on frozen features"], 0.25)])
+    former = json.loads(json.dumps(former))
     again = demo.summarised([rows(["MoPE", "MLP on frozen features"], 0.75)], former)
     task = again["tasks"]["classify"]
     assert [(each["method"], each["accuracy"]) for each in task["methods"]] == [
@@ -368,6 +369,10 @@ def test_a_result_keeps_what_a_former_one_says_of_other_methods(tmp_path, monkey
     assert [(each["first"], each["second"]) for each in task["compared"]] == demo.COMPARED["classify"]
     said = {method: run["commit"] for run in again["runs"] for method in run["methods"]}
     assert said == {"EPIC": "E", "linear probe, both": "l", "MLP on frozen features": "M", "MoPE": "M"}
+    # A pair is kept where its methods scored as before, and is not where one did not.
+    for score, pairs in ((0.25, demo.COMPARED["classify"][1:]), (0.5, [])):
+        found = demo.summarised([rows(["linear probe, both"], score)], former)["tasks"]["classify"]
+        assert [(each["first"], each["second"]) for each in found["compared"]] == pairs
     with pytest.raises(SystemExit, match="of other test pairs"):
         demo.summarised([rows(["MoPE"], 0.75, pictures=(7, 7))], former)
 
