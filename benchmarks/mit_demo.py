@@ -724,21 +724,32 @@ def draw(rows: Sequence[dict[str, Any]], output: str | Path) -> Path:
         figure = new_figure(5.6 * len(found), 3.6)
         for panel, (task, each) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
             lines = each["methods"]
-            for place, line in enumerate(lines):
-                color = BLUE if line["method"] == MIT else QUIET
-                panel.barh(place, line["accuracy"], height=0.62, color=color, alpha=0.45)
-                panel.errorbar(line["accuracy"], place, xerr=line["accuracy_std"], color=INK, capsize=3, linewidth=1.2)
-                panel.plot(list(line["seeds"].values()), [place] * len(line["seeds"]), "|", color=INK, markersize=7)
-            panel.set_yticks(range(len(lines)), [line["method"] for line in lines])
+            draw_bars(panel, {line["method"]: list(line["seeds"].values()) for line in lines}, chosen=MIT)
             panel.set_xlim(0, 1)
             what = "which of the 12 classes?" if task == "classify" else "is this the picture's title?"
             seeds = len(lines[0]["seeds"])
             panel.set_title(f"{what} Test accuracy, {seeds} seeds", loc="left", fontsize=10)
-        run = next(row for row in rows if row["kind"] == "train")["run"]
-        place = run["gpu"] or "CPU"
-        commit = (run["commit"] or "unknown")[:10]
-        figure.supxlabel(f"{place}, torch {run['torch']}, commit {commit}", fontsize=7, color=QUIET)
+        say_where(figure, rows)
         return save_figure(figure, output)
+
+
+def draw_bars(panel: Any, values: Mapping[str, Sequence[float]], chosen: str) -> None:
+    """A bar a method, from below: the mean of its seeds, their standard deviation, and each of them."""
+    for place, (method, each) in enumerate(values.items()):
+        mean = statistics.mean(each)
+        panel.barh(place, mean, height=0.62, color=BLUE if method == chosen else QUIET, alpha=0.45)
+        spread = statistics.stdev(each) if len(each) > 1 else 0.0
+        panel.errorbar(mean, place, xerr=spread, color=INK, capsize=3, linewidth=1.2)
+        panel.plot(each, [place] * len(each), "|", color=INK, markersize=7)
+    panel.set_yticks(range(len(values)), list(values))
+
+
+def say_where(figure: Any, rows: Sequence[dict[str, Any]]) -> None:
+    """Card, torch and commits of the trainings, below a figure."""
+    runs = [row["run"] for row in rows if row["kind"] == "train"]
+    commits = " and ".join(dict.fromkeys((run["commit"] or "unknown")[:10] for run in runs))
+    place = runs[0]["gpu"] or "CPU"
+    figure.supxlabel(f"{place}, torch {runs[0]['torch']}, commit {commits}", fontsize=7, color=QUIET)
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

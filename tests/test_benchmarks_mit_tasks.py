@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,7 @@ from PIL import Image
 
 from benchmarks import mit_tasks
 from benchmarks.mit_tasks import FromFrozen, Frozen, Job, Plan, jobs_of, read_scenes, read_utterances, report, run_tasks
+from benchmarks.mope_study import read_rows
 from epic_fast.data import Collator, Example, make_sentiment, read_folder
 from epic_fast.data.scenes import draw_scene
 from epic_fast.models import wrap
@@ -106,7 +107,11 @@ def test_a_whole_run_and_its_tables(plan: Plan, tmp_path: Path) -> None:
     assert rows.read_text() == before
     assert not run_tasks(replace(plan, seeds=(0, 1, 2)), ["sentiment"], rows, seconds=-1.0, **arguments)
     # Rows of other settings are no rows of these.
-    assert not run_tasks(replace(plan, rate=0.5), ["sentiment"], rows, seconds=-1.0, **arguments)
+    assert not run_tasks(replace(plan, sentiment_rate=0.5), ["sentiment"], rows, seconds=-1.0, **arguments)
+    assert mit_tasks.main(["figure", "--rows", str(rows), "--output", str(tmp_path / "both.png")]) == 0
+    assert mit_tasks.draw([row for row in made if row["task"] == "sentiment"], tmp_path / "one.png")
+    # A panel each.
+    assert Image.open(tmp_path / "both.png").width > 1.5 * Image.open(tmp_path / "one.png").width
 
 
 def test_the_target_is_judged_by_the_held_out_scenes() -> None:
@@ -140,3 +145,37 @@ def test_the_report_says_whether_both_beat_each() -> None:
     assert "MAE -0.250 against MiT, voice, -0.150 against MiT, face; every seed of it beats" in text
     assert "0.450 ± 0.071" in text
     assert "not every seed" in report([*rows, row("both", 2, 0.65)])
+
+
+def test_a_row_is_made_again_where_its_own_task_has_other_settings() -> None:
+    plan = Plan()
+    row = json.loads(json.dumps(asdict(plan)))
+    for changed, tasks in (
+        ({}, []),
+        ({"seeds": [7], "language_model": "/elsewhere/smollm2"}, []),
+        ({"rate": 1e-3}, ["segmentation"]),
+        ({"decoder_rate": 1e-3}, ["segmentation"]),
+        ({"epochs": [25, 3]}, ["sentiment"]),
+        ({"epochs": [3, 15]}, ["segmentation"]),
+        ({"sentiment_rate": 1e-3}, ["sentiment"]),
+        ({"layers": [1]}, ["segmentation", "sentiment"]),
+        ({"data_seed": 1}, ["segmentation", "sentiment"]),
+    ):
+        assert [task for task in ("segmentation", "sentiment") if not plan.made(task, {**row, **changed})] == tasks
+
+
+def test_the_page_shows_what_was_recorded() -> None:
+    rows = read_rows(mit_tasks.ROWS)
+    assert rows
+    page = (Path(__file__).resolve().parent.parent / "docs/mit_tasks.md").read_text(encoding="utf-8")
+    printed = [line for line in report(rows).splitlines() if line]
+    assert len(printed) > 7
+    assert [line for line in printed if line not in page] == []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        done = {(row["arm"], row["seed"]) for row in rows if row["task"] == task}
+        assert done == {(job.arm, job.seed) for job in jobs_of(Plan(), [task])}
+    for row in rows:
+        assert row["kind"] == "train"
+        assert Plan().made(row["task"], row["run"]["plan"])
+        assert row["run"]["gpu"]
+        assert len(row["run"]["commit"]) == 40
