@@ -281,13 +281,16 @@ def summarised(paths: list[Path], former: dict[str, Any] | None = None) -> dict[
     """All rows of these files as one result.
 
     Args:
-        former: a result; what it says of methods without a row here is kept, and of pairs whose methods have scored
-            no other than then.
+        former: a result; what it says of methods without a row here is kept, and of pairs whose methods have for every
+            seed the accuracy that they had then.  A pair of which only one method has rows is left out, and said.
 
     Raises:
-        SystemExit: a method without a row for every seed, or with two.
+        SystemExit: a method without a row for every seed, or with two; a task without any.
     """
     rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    missing = COMPARED.keys() - {row["task"] for row in rows}
+    if missing:
+        raise SystemExit(f"there is no row of {', '.join(sorted(missing))}; wanted rows of {', '.join(COMPARED)}")
     rows.sort(key=lambda row: place_of(row["method"]))
     for key in {(row["task"], row["method"]) for row in rows}:
         seeds = sorted(row["seed"] for row in rows if (row["task"], row["method"]) == key)
@@ -323,6 +326,12 @@ def beside(found: dict[str, Any], former: dict[str, Any]) -> dict[str, Any]:
             if {each["first"], each["second"]} <= same and (each["first"], each["second"]) not in new
         ]
         order = list(COMPARED[name])
+        pairs = [each for each in pairs if (each["first"], each["second"]) in order]
+        known = {each["method"] for each in (*task["methods"], *kept)}
+        compared = {(each["first"], each["second"]) for each in (*task["compared"], *pairs)}
+        for first, second in order:
+            if {first, second} <= known and (first, second) not in compared:
+                print(f"{name}: no rows to compare {first} with {second}", file=sys.stderr)
         tasks[name] = {
             **task,
             "methods": sorted([*task["methods"], *kept], key=lambda each: place_of(each["method"])),

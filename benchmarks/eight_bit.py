@@ -269,6 +269,11 @@ def work(place: int, samples: Samples, arguments: argparse.Namespace, run: dict[
     """One process: every ``processes``-th seed of a data set."""
     from epic_fast.backbones import load_backbone
 
+    if arguments.processes > 1:
+        torch.set_num_threads(1)
+    seeds = arguments.seeds[place :: arguments.processes]
+    if not seeds:
+        return
     device = timing.device_of(place)
     backbone = load_backbone("demo")
     backbone.to(device)
@@ -276,7 +281,7 @@ def work(place: int, samples: Samples, arguments: argparse.Namespace, run: dict[
         samples,
         backbone,
         arguments.kind,
-        arguments.seeds[place :: arguments.processes],
+        seeds,
         arguments.epochs,
         device,
         control=arguments.control,
@@ -295,7 +300,7 @@ def measure(arguments: argparse.Namespace) -> None:
     """Append the rows of every data set to ``arguments.rows``."""
     from epic_fast.backbones import load_backbone
 
-    run = timing.machine("python -m benchmarks.eight_bit measure " + " ".join(map(_called, arguments.data)))
+    run = timing.machine(_called(arguments))
     arguments.rows.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     for given in arguments.data:
@@ -311,15 +316,22 @@ def measure(arguments: argparse.Namespace) -> None:
     print(report(_read_rows(arguments.rows)))
 
 
-def _called(given: str) -> str:
-    """A data set as the record names it, without where it lies."""
-    return f"--data {given.partition('=')[0]}"
+def _called(given: argparse.Namespace) -> str:
+    """The command that makes these rows again, without where data and rows lie."""
+    words = [f"--data {each.partition('=')[0]}" for each in given.data]
+    words += [f"--kind {' '.join(given.kind)}", f"--seeds {' '.join(map(str, given.seeds))}"]
+    words += [f"--epochs {given.epochs}"] + ["--control"] * given.control
+    words += [f"--most {given.most}"] if given.most is not None else []
+    return " ".join(["python -m benchmarks.eight_bit measure", *words, f"--processes {given.processes}"])
 
 
 def _seeds(given: str) -> Sequence[int]:
     """``7``, or ``0-59`` with both ends."""
     first, _, last = given.partition("-")
-    return range(int(first), int(last or first) + 1)
+    found = range(int(first), int(last or first) + 1)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{given!r} holds no seed; wanted such as 0-59")
+    return found
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -337,8 +349,12 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         else:
             engine = f"{row['kind']}{TESTED_ONLY}" if row["engine"] == "switched" else row["engine"]
             each["engines"].setdefault(engine, {})[row["seed"]] = row["test"][row["metric"]]
-    for each in found.values():
+    for name, each in found.items():
+        if "frozen" not in each["engines"]:
+            raise SystemExit(f"{name}: no row of the engine 'frozen' yet, which the others are measured against")
         base = each["engines"]["frozen"]
+        # While trainings still run, an engine may have none of the seeds yet.
+        each["engines"] = {engine: by for engine, by in each["engines"].items() if base.keys() & by.keys()}
         each["table"] = {
             name: {
                 "seeds": dict(sorted(by_seed.items())),

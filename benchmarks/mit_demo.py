@@ -711,7 +711,7 @@ def say(setting: dict[str, Any]) -> str:
         elif name == "epochs":
             said.append(f"{value} epochs")
         else:
-            said.append(f"{'W_a' if name == 'value_shift_std' else name} {value:g}")
+            said.append(f"{'std of the value shift' if name == 'value_shift_std' else name} {value:g}")
     return ", ".join(said)
 
 

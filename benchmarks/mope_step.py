@@ -8,7 +8,8 @@
 
 Cases ``step-B``: forward, loss (importance loss included) and the gradients of the trainable tensors, without an
 optimiser.  Cases ``forward-B``: logits from pictures alone, the text having been read before, so that what prompts,
-router and experts add to the frozen Swin can be seen: beside them stands the promptless Swin as transformers runs it.
+router and experts add to the frozen Swin can be seen: beside them stands the promptless Swin as transformers runs it,
+eager, compiled and in a graph, and by the engine's blocks.
 
 Weights and pictures are random; frozen weights are bfloat16, trainable tensors float32.  MoPE as its authors set it:
 4 experts, 13 prompt rows a window, 4 prompts in each layer of BERT.  Without dropout and noise, so that everybody
@@ -339,7 +340,9 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
             header += ["memory added, GiB", "of compiled's"]
         else:
             header = ["pictures, forward", *(f"B={batch}, ms" for batch in batches)]
-            header += [f"B={most}: over promptless, eager", "compiled", "CUDA graph", "engine and graph"]
+            frozen = {"frozen": "eager", "frozen-compiled": "compiled", "frozen-graph": "CUDA graph"}
+            frozen = {name: how for name, how in (frozen | {"frozen-ours": "engine and graph"}).items() if name in here}
+            header += [f"B={most}: over promptless, {how}" for how in frozen.values()]
         lines += ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
         for name, provider in PROVIDERS.items():
             kin = [last.get((mode, batch, name)) for batch in batches]
@@ -352,7 +355,7 @@ def tables(rows: Sequence[dict[str, Any]]) -> str:
                 cells.append("–" if memory is None else f"{memory / GIB:.2f}")
                 cells.append(ratio_cell(here, name, "compiled", "peak_mib", "{:.2f}"))
             else:
-                cells += [overhead_cell(here, name, f"frozen{kind}") for kind in ("", "-compiled", "-graph", "-ours")]
+                cells += [overhead_cell(here, name, rival) for rival in frozen]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return "\n".join([*lines, *footnotes(list(last.values()))])

@@ -9,8 +9,8 @@
 all GPUs that it sees; it then times one training step of each model, alone on the machine.  Rows that are there already
 are not made again, and after ``--seconds`` no training is begun, so that several calls share the work: call it until it
 says that all is done.
-What has to travel to the GPU machine: the project, the data's folders (nothing for ``demo``) and the FILE of ``texts``,
-0.8 kB a sample in float16, in whose place the demo's text tower will do.
+What has to be on the machine with the GPU: the project, the data's folders (nothing for ``demo``) and the FILE of
+``texts``, 0.8 kB a sample in float16, in whose place the demo's text tower will do.
 
 Both forms have as many prompt numbers a layer and nothing else that differs but the router: no static prompts, which
 would lengthen with the single prompt, and every layer from :data:`FIRST_LAYER` on is routed, so that none has learned
@@ -590,7 +590,8 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
     for name, study in summarise(rows).items():
         heads = [f"{name}, {study['metric'].replace('_', '-')}", "k", "rows k·l", "rate"]
         heads += [f"{len(study['seeds'])} seeds", "macro-F1", "trained"]
-        heads += ["step, ms", "in a graph, ms"]
+        timed = any(point["step"] for point in study["points"])
+        heads += ["step, ms", "in a graph, ms"] if timed else []
         lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
         for arm, label in ARMS.items():
             for point in line_of(study, arm):
@@ -602,7 +603,8 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
                     f"{point['rate']:g}",
                 ]
                 cells += [f"{point['mean']:.4f} ± {point['std']:.4f}", f"{point['f1_macro']:.4f}"]
-                cells += [f"{point['trainable']:,}", _number(step.get("launched_ms")), _number(step.get("graph_ms"))]
+                cells.append(f"{point['trainable']:,}")
+                cells += [_number(step.get("launched_ms")), _number(step.get("graph_ms"))] if timed else []
                 lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
         ends = {arm: line_of(study, arm) for arm in ARMS}
@@ -670,7 +672,7 @@ def draw(rows: Sequence[dict[str, Any]], output: str | Path) -> Path:
         place = f"{run['gpu']}, bfloat16" if run["gpu"] else "CPU, bfloat16"
         commit = (run["commit"] or "unknown")[:10]
         figure.supxlabel(
-            f"{place}, torch {run['torch']}, commit {commit}; mean and standard deviation over seeds",
+            f"{place}, torch {run['torch']}, commit {commit};\nmean and standard deviation over seeds",
             fontsize=7,
             color=QUIET,
         )

@@ -100,3 +100,26 @@ def test_processes_share_the_seeds(tmp_path: Path) -> None:
     made = sorted((row["seed"], row["engine"]) for row in found if "test" in row)
     assert made == [(seed, engine) for seed in (4, 5, 8) for engine in ("frozen", "int8", "int8, tested only")]
     assert [row["seed"] for row in found if "logits" in row] == [4]
+    called = "--data demo --kind int8 --seeds 4 5 8 --epochs 1 --most 6 --processes 2"
+    assert {row["run"]["command"] for row in found} == {f"python -m benchmarks.eight_bit measure {called}"}
+
+
+def test_unfinished_rows() -> None:
+    rows = rows_of([0.5, 0.6], [0.5, 0.6])
+    with pytest.raises(SystemExit, match="films: no row of the engine 'frozen' yet"):
+        report(rows[2:])
+    ahead = {**rows[2], "seed": 9, "engine": "int8", "kind": "int8"}
+    assert "int8" not in report([*rows, ahead])
+    with pytest.raises(SystemExit):
+        main(["measure", "--data", "demo", "--seeds", "5-2"])
+
+
+def test_the_page_shows_the_recorded_seeds() -> None:
+    root = Path(__file__).resolve().parent.parent
+    page = (root / "docs/engine.md").read_text(encoding="utf-8").replace("−", "-")
+    rows = [json.loads(line) for line in (root / "benchmarks/results/eight_bit_seeds.jsonl").read_text().splitlines()]
+    (found,) = summarise(rows).values()
+    assert found["passed"] == {"fp8": True, "int8": True}
+    for engine, row in found["table"].items():
+        difference = f"{100 * row['difference']:+.2f} ± {100 * row['standard_error']:.2f}" if engine != "frozen" else ""
+        assert f"| {len(row['seeds'])} | {row['mean']:.4f} | {difference}".rstrip() in page, engine

@@ -263,7 +263,7 @@ def test_settings_are_chosen_on_validation_alone() -> None:
     said = report([{"kind": "pairs", "task": "classify", "pictures": [1, 2, 3, 4]}, *rows])
     assert "| MiT | 0.500 ± 0.000 |" in said
     assert "| MiT − MiT, no picture | +37.5 points |" in said
-    assert "MiT: layers 20 to 29, rate 0.001, 8 epochs, W_a 0.02." in said
+    assert "MiT: layers 20 to 29, rate 0.001, 8 epochs, std of the value shift 0.02." in said
 
 
 def test_the_readme_shows_what_was_recorded() -> None:

@@ -22,7 +22,19 @@ pytest.importorskip("triton")
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import mope_study
-from benchmarks.mope_study import Job, Model, Study, difference, main, measure_steps, read_frozen, report, summarise
+from benchmarks.mope_study import (
+    Job,
+    Model,
+    Study,
+    difference,
+    key_of,
+    main,
+    measure_steps,
+    read_frozen,
+    read_rows,
+    report,
+    summarise,
+)
 
 sys.path.pop()
 
@@ -201,6 +213,17 @@ def test_a_row_made_twice_counts_once() -> None:
     rows.append(row_of("experts", 1, 1e-3, 0, 0.5, 0.7))
     (point,) = summarise(rows)["films"]["points"]
     assert point["test"] == [0.7, 0.5]
+
+
+def test_the_page_shows_what_was_recorded() -> None:
+    rows = read_rows(mope_study.ROWS)
+    page = (Path(mope_study.__file__).parents[1] / "docs/mope_study.md").read_text(encoding="utf-8")
+    printed = [line for line in report(rows).splitlines() if line]
+    assert len(printed) > 25
+    assert [line for line in printed if line not in page] == []
+    assert {row["run"]["modified"] for row in rows} == {False}
+    done = {key_of(row) for row in rows}
+    assert done == {job.key for job in Study().jobs(("demo", "posters"))}
 
 
 def test_the_report_says_what_was_gained_by_the_same_seeds() -> None:

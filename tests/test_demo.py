@@ -315,7 +315,11 @@ def test_the_benchmark_trains_mope_and_the_search_its_grid(small, tmp_path, monk
 
     monkeypatch.setitem(MOPE_TRAINING["classify"], "epochs", 1)
     jobs = [("classify", 0, method) for method in ("MoPE, one expert", "MoPE")]
-    demo.work(0, 1, jobs, tmp_path / "rows.jsonl", {"command": "c"})
+    # A process of its own takes what its run says was chosen.
+    monkeypatch.setitem(MOPE_CHOSEN, ("classify", "mlp"), "all-layers-lr-0.0005")
+    demo.work(
+        0, 1, jobs, tmp_path / "rows.jsonl", {"command": "c", "mope_chosen": {"classify/mlp": "upper-half-lr-0.002"}}
+    )
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     assert [row["method"] for row in rows] == ["MoPE, one expert", "MoPE"]
     assert rows[0]["trainable"] < rows[1]["trainable"]
@@ -341,7 +345,7 @@ def test_the_readme_shows_the_recorded_tables():
     assert [row for row in rows if row not in readme] == []
 
 
-def test_a_result_keeps_what_a_former_one_says_of_other_methods(tmp_path, monkeypatch):
+def test_a_result_keeps_what_a_former_one_says_of_other_methods(tmp_path, monkeypatch, capsys):
     from benchmarks import demo
 
     monkeypatch.setattr(
@@ -373,8 +377,14 @@ def test_a_result_keeps_what_a_former_one_says_of_other_methods(tmp_path, monkey
     for score, pairs in ((0.25, demo.COMPARED["classify"][1:]), (0.5, [])):
         found = demo.summarised([rows(["linear probe, both"], score)], former)["tasks"]["classify"]
         assert [(each["first"], each["second"]) for each in found["compared"]] == pairs
+    monkeypatch.setattr(demo, "COMPARED", {"classify": [("MoPE", "EPIC")]})
+    assert demo.summarised([rows(["MoPE"], 0.75)], former)["tasks"]["classify"]["compared"] == []
+    assert "classify: no rows to compare MoPE with EPIC" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="of other test pairs"):
         demo.summarised([rows(["MoPE"], 0.75, pictures=(7, 7))], former)
+    (tmp_path / "none.jsonl").write_text("")
+    with pytest.raises(SystemExit, match="no row of classify"):
+        demo.summarised([tmp_path / "none.jsonl"])
 
 
 def test_the_record_is_complete():
@@ -384,6 +394,7 @@ def test_the_record_is_complete():
     for run in found["runs"]:
         assert run["command"].startswith("python -m benchmarks.demo train")
         assert len(run["commit"]) == 40
+        assert not run.get("modified")
         assert run["torch"]
     assert any(run.get("gpu") and run.get("driver") for run in found["runs"])
     for task in ("classify", "match"):

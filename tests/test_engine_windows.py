@@ -115,9 +115,7 @@ def test_a_tower_without_prompts(size: int, kernels: bool, monkeypatch: pytest.M
     towers = lively((tiny_swin(image_size=size, depths=(2, 3)), tiny_bert(layers=2)))
     model = wrap(towers, MopeConfig(prompt_length=0), 3, self_check=False, engine=EngineConfig(blocks="fused")).eval()
     tower, pixels = model.backbone.vision, torch.randn(2, 3, size, size)
-    seen = []
-    real = FrozenWindowBlock.alone
-    monkeypatch.setattr(FrozenWindowBlock, "alone", lambda *args: (seen.append(args[0]), real(*args))[1])
+    seen = watch_alone(monkeypatch)
     wanted = tower.run(tower.start(pixels), tower.num_layers)
     assert not seen
     found = tower.advance(tower.start(pixels), tower.num_layers, model.engine)
@@ -131,6 +129,78 @@ def test_a_tower_without_prompts(size: int, kernels: bool, monkeypatch: pytest.M
     tower.advance(state, tower.num_layers, model.engine).hidden.sum().backward()
     assert not seen
     assert state.hidden.grad is not None
+    model.unwrap()
+
+
+def watch_alone(monkeypatch: pytest.MonkeyPatch) -> list[FrozenWindowBlock]:
+    """The blocks that ran without prompts, as they run."""
+    seen: list[FrozenWindowBlock] = []
+    real = FrozenWindowBlock.alone
+    monkeypatch.setattr(FrozenWindowBlock, "alone", lambda *args: (seen.append(args[0]), real(*args))[1])
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("config", "below", "without_graph"),
+    [
+        (MopeConfig(first_layer=2, prompt_length=2), [0, 1], [0, 1]),
+        (EpicConfig(layer_pairs=[(0, 2), (1, 4)]), [0, 1], [0, 1, 3]),
+        (MopeConfig(), [], []),
+    ],
+    ids=["MoPE in the upper stage", "EPIC at two layers", "MoPE"],
+)
+def test_layers_without_prompts_run_fused(
+    config: Any, below: list[int], without_graph: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    towers = lively((tiny_swin(image_size=32, depths=(2, 3)), tiny_bert(layers=2)))
+    batch, found = make_batch([3, 5]), {}
+    seen = watch_alone(monkeypatch)
+    for engine in (None, EngineConfig(blocks="fused")):
+        torch.manual_seed(0)
+        model = perturb(wrap(towers, config, 3, self_check=False, engine=engine)).eval()
+        blocks = model.backbone.vision.window_blocks(engine)
+        logits = model(**batch).logits
+        # In a graph, the layers between those with prompts are the backbone's own.
+        assert seen == ([] if blocks is None else [blocks[layer] for layer in below])
+        seen.clear()
+        logits.sum().backward()
+        with torch.no_grad():
+            again = model(**batch).logits
+        assert seen == ([] if blocks is None else [blocks[layer] for layer in without_graph])
+        seen.clear()
+        grads = [each.grad for each in model.parameters() if each.grad is not None]
+        found[engine is not None] = [logits.detach(), again, *grads]
+        model.zero_grad()
+        model.unwrap()
+    assert len(found[True]) == len(found[False]) > 5
+    assert all(distance(one, other) <= 1e-4 for one, other in zip(found[True], found[False], strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("size", [32, 40])
+def test_gpu_a_tower_without_prompts(size: int, captured: bool) -> None:
+    towers = lively((tiny_swin(image_size=size, depths=(2, 3)), tiny_bert(layers=2)))
+    model = wrap(towers, MopeConfig(prompt_length=0), 3, self_check=False, engine=EngineConfig(blocks="fused")).eval()
+    exact = copy.deepcopy(model.backbone.vision.model).double()
+    model.to("cuda", torch.bfloat16)
+    tower, pixels = model.backbone.vision, torch.randn(4, 3, size, size)
+    given = pixels.to("cuda", torch.bfloat16)
+
+    def features() -> Tensor:
+        return tower.pool(tower.advance(tower.start(given), tower.num_layers, model.engine))
+
+    with torch.no_grad():
+        wanted = exact(given.double().cpu()).pooler_output
+        plain = tower.pool(tower.run(tower.start(given), tower.num_layers))
+        found = features()
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                replayed = features()
+            graph.replay()
+            assert torch.equal(replayed, found)
+    assert distance(found.cpu(), wanted) <= 2 * distance(plain.cpu(), wanted)
     model.unwrap()
 
 
