@@ -5,6 +5,7 @@
     python -m benchmarks.step --table                                   # the tables of docs/speed.md
     python -m benchmarks.step --figure docs/images/speed_step.png
     python -m benchmarks.step --profile late-64 graphs                  # where the time goes, by kinds of kernels
+    python -m benchmarks.step --warm --cases late-64 --providers compiled   # fills the compiler's caches; no row
 
 A step is forward, loss and the gradients of the trainable tensors, without an optimiser; inference is logits alone.
 Weights and pictures are random; frozen weights are bfloat16, EPIC's trainable tensors float32, as the library trains
@@ -24,6 +25,9 @@ Before it is timed, each provider's logits and gradients at this very batch are 
 - ``gate``: errors beside their budgets.
 
 LoRA, full fine-tuning and the frozen forward know no layer pairs: they are measured at ``late`` and shown in both.
+
+Compilers take minutes of a processor while the card stands idle: several ``--warm`` at once, before anything is timed,
+leave in their caches what the timed runs then find.
 
 A provider that cannot run says why in its row.  Rows of the same commit are not measured again (unless ``--again``), so
 that a long list can be spread over several calls.
@@ -435,6 +439,7 @@ def main(arguments: Sequence[str] | None = None, benchmark: Benchmark = EPIC) ->
     if benchmark.draw is not None:
         parser.add_argument("--figure", type=Path, metavar="PNG", help="draw the rows")
     parser.add_argument("--profile", nargs=2, metavar=("CASE", "PROVIDER"), help="device time by kinds of kernels")
+    parser.add_argument("--warm", action="store_true", help="call each once, without reference, time and row")
     given = parser.parse_args(arguments)
     figure: Path | None = getattr(given, "figure", None)
     if given.table or figure:
@@ -452,6 +457,9 @@ def main(arguments: Sequence[str] | None = None, benchmark: Benchmark = EPIC) ->
     if given.profile:
         print(step_profile.profile(setting, cases[0], providers[0]))
         return 0
+    if given.warm:
+        broken = [not warm(benchmark, setting, case, each) for case in cases for each in providers]
+        return int(any(broken))
     run = timing.machine(" ".join([command, *arguments]))
     run["ceilings"] = timing.ceilings(device)
     rate = run["ceilings"]["bf16_tflop_s"] if run["ceilings"] else None
@@ -464,6 +472,27 @@ def main(arguments: Sequence[str] | None = None, benchmark: Benchmark = EPIC) ->
         with given.output.open("a") as lines:
             lines.write(json.dumps({**row, "run": run}) + "\n")
     return 0 if good else 1
+
+
+def warm(benchmark: Benchmark, setting: Any, case: StepCase, provider: StepProvider) -> bool:
+    """One call of a provider at a case, for what compilers keep of it; False, saying why, where it breaks."""
+    if not benchmark.measured_at(provider, case):
+        return True
+    step, began = None, time.perf_counter()
+    try:
+        with provider.settings():
+            step = provider.prepare(setting, case)
+            step.call()
+        said = "warm"
+    except CannotRun as reason:
+        said = str(reason)
+    except Exception as error:
+        said = f"failed: {first_line(error)}"
+    release(step, setting.device)
+    print(
+        f"{case.name:18} {provider.label:42} {said}  [{time.perf_counter() - began:.0f} s]", file=sys.stderr, flush=True
+    )
+    return not said.startswith("failed")
 
 
 def _stands(row: dict[str, Any], run: dict[str, Any]) -> bool:

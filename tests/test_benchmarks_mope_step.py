@@ -185,6 +185,32 @@ def test_the_promptless_swin_of_the_engine_is_the_promptless_swin(monkeypatch: p
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_warming_calls_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called, prepare = [], mope_step.MopeProvider.prepare
+
+    def counted(self: Any, setting: Any, case: Any) -> Any:
+        found = prepare(self, setting, case)
+        compute = found.compute
+        found.compute = lambda inputs: (called.append((case.name, self.name)), compute(inputs))[1]
+        return found
+
+    monkeypatch.setattr(mope_step.MopeProvider, "prepare", counted)
+    output = tmp_path / "rows.jsonl"
+    names = ["eager", "frozen", "graphs"]
+    assert run(output, "--warm", "--cases", "step-8", "forward-8", "--providers", *names) == 0
+    # No promptless step, no graph on a CPU.
+    assert called == [("step-8", "eager"), ("forward-8", "eager"), ("forward-8", "frozen")]
+    assert not output.exists()
+    said = capsys.readouterr().err
+    assert said.count(" warm ") == 3
+    assert said.count("CUDA graphs need a GPU") == 2
+    monkeypatch.setattr(mope_step.MopeProvider, "prepare", lambda *given: 1 / 0)
+    assert run(output, "--warm", "--cases", "step-8", "--providers", "eager") == 1
+    assert "failed: ZeroDivisionError" in capsys.readouterr().err
+
+
 def made_up(case: str, provider: str, milliseconds: float, gib: float | None = None) -> dict[str, Any]:
     machine = timing.machine("made up") | {"gpu": "a card", "driver": "1"}
     of, who = CASES[case], PROVIDERS[provider]
