@@ -319,26 +319,15 @@ def beside(found: dict[str, Any], former: dict[str, Any]) -> dict[str, Any]:
             raise SystemExit(f"{name}: the former result is of other test pairs: {sizes}")
         kept = [each for each in old["methods"] if each["method"] not in mine]
         same = {each["method"] for each in old["methods"] if mine.get(each["method"], _scores(each)) == _scores(each)}
-        new = {(each["first"], each["second"]) for each in task["compared"]}
-        pairs = [
-            each
-            for each in old["compared"]
-            if {each["first"], each["second"]} <= same and (each["first"], each["second"]) not in new
-        ]
-        order = list(COMPARED[name])
-        pairs = [each for each in pairs if (each["first"], each["second"]) in order]
-        known = {each["method"] for each in (*task["methods"], *kept)}
-        compared = {(each["first"], each["second"]) for each in (*task["compared"], *pairs)}
-        for first, second in order:
-            if {first, second} <= known and (first, second) not in compared:
-                print(f"{name}: no rows to compare {first} with {second}", file=sys.stderr)
-        tasks[name] = {
-            **task,
-            "methods": sorted([*task["methods"], *kept], key=lambda each: place_of(each["method"])),
-            "compared": sorted(
-                [*task["compared"], *pairs], key=lambda each: order.index((each["first"], each["second"]))
-            ),
-        }
+        methods = sorted([*task["methods"], *kept], key=lambda each: place_of(each["method"]))
+        pairs = {(each["first"], each["second"]): each for each in old["compared"]}
+        pairs = {pair: each for pair, each in pairs.items() if same.issuperset(pair)}
+        pairs |= {(each["first"], each["second"]): each for each in task["compared"]}
+        for pair in COMPARED[name]:
+            if pair not in pairs and {each["method"] for each in methods}.issuperset(pair):
+                print(f"{name}: no rows to compare {pair[0]} with {pair[1]}", file=sys.stderr)
+        compared = [pairs[pair] for pair in COMPARED[name] if pair in pairs]
+        tasks[name] = {**task, "methods": methods, "compared": compared}
     runs = [{**run, "methods": [each for each in run["methods"] if each not in made]} for run in former["runs"]]
     return {**found, "runs": [*found["runs"], *(run for run in runs if run["methods"])], "tasks": tasks}
 

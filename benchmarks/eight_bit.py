@@ -303,10 +303,11 @@ def measure(arguments: argparse.Namespace) -> None:
     run = timing.machine(_called(arguments))
     arguments.rows.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
+    backbone = load_backbone("demo")
     for given in arguments.data:
         name, _, path = given.partition("=")
         samples = read(
-            name, path or resolve_data(name), load_backbone("demo"), most=arguments.most, workers=arguments.workers
+            name, path or resolve_data(name), backbone, most=arguments.most, workers=arguments.workers
         )  # fmt: skip
         print(f"{name}: read after {time.perf_counter() - started:.0f} s", flush=True)
         if arguments.processes == 1:

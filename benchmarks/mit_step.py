@@ -262,8 +262,7 @@ class MitProvider(StepProvider):
 
     def prepare(self, setting: Any, case: StepCase) -> Step:
         inputs = inputs_of(setting, case, self.method)
-        if self.graphed:
-            refuse_without_graphs(EngineConfig(graphs=True), setting.device)
+        refuse_without_graphs(self, setting.device)
         inner = None
         if self.engine is None:
             model = plain_model(setting, case, self.method)

@@ -247,8 +247,7 @@ class MopeProvider(StepProvider):
 
     def prepare(self, setting: Any, case: StepCase) -> Step:
         inputs = inputs_of(setting, case)
-        if self.graphed:
-            refuse_without_graphs(EngineConfig(graphs=True), setting.device)
+        refuse_without_graphs(self, setting.device)
         if self.engine is None:
             model = plain_model(setting, case, self.method)
         elif self.method == "frozen":

@@ -260,7 +260,7 @@ def _other_method(provider: StepProvider, setting: Setting, case: StepCase) -> S
 def _engine_step(provider: StepProvider, setting: Setting, case: StepCase) -> Step:
     engine = provider.engine
     assert engine is not None
-    refuse_without_graphs(engine, setting.device)
+    refuse_without_graphs(provider, setting.device)
     model = build_epic(setting, case, engine)
     inputs = dict(setting.batch(case))
     refuse_plain_layers(model, inputs)
@@ -274,9 +274,9 @@ def _engine_step(provider: StepProvider, setting: Setting, case: StepCase) -> St
     return step_of(provider, model, inputs, case)
 
 
-def refuse_without_graphs(engine: EngineConfig, device: torch.device) -> None:
-    """Say so, before anything is built, where the engine is to make CUDA graphs and there are none."""
-    if engine.graphs and backend_for(device) is None:
+def refuse_without_graphs(provider: StepProvider, device: torch.device) -> None:
+    """Say so, before anything is built, where a provider's call is to become a CUDA graph and there are none."""
+    if provider.graphed and backend_for(device) is None:
         raise CannotRun(f"CUDA graphs need a GPU; this is {device}")
 
 
