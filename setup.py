@@ -23,7 +23,7 @@ setup(
         **{f"epic_fast.kernels.{operation}": f"kernels/{operation}" for operation in operations},
     },
     package_data={
-        "epic_fast": ["py.typed", "demo/assets/*", "demo/assets/*/*"],
+        "epic_fast": ["py.typed", "ops/native.cpp", "demo/assets/*", "demo/assets/*/*"],
         **{f"epic_fast.kernels.{operation}": ["README.md"] for operation in operations},
     },
 )

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 
 import epic_fast
+from epic_fast.ops import native
 
 QUANTILES = (0.2, 0.5, 0.8)
 WARMUP_MS, REPEAT_MS, GRAPH_MS, LAUNCHES = 8, 40, 4, 30
@@ -136,6 +137,7 @@ def machine(command: str) -> dict[str, Any]:
         "triton": _triton_version(),
         "cuda": torch.version.cuda,
         "epic_fast": epic_fast.__version__,
+        "launches": "Python" if native.find() is None else "compiled",
         "gpu": None,
         "driver": None,
     }

@@ -12,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 
+def cache_folder() -> Path:
+    """Where lies what can be made again: ``$EPIC_FAST_CACHE``, by default ``~/.cache/epic_fast``."""
+    return Path(os.environ.get("EPIC_FAST_CACHE") or Path.home() / ".cache" / "epic_fast").expanduser()
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that replaces it when the block ends well, and vanishes otherwise."""

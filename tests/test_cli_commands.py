@@ -82,7 +82,7 @@ def test_python_dash_m() -> None:
     found = subprocess.run(
         [sys.executable, "-m", "epic_fast", "--help"], check=True, cwd=ROOT, capture_output=True, text=True
     )
-    for command in ("demo", "train", "eval", "predict", "data", "plot", "doctor"):
+    for command in ("demo", "train", "eval", "predict", "data", "plot", "native", "doctor"):
         assert command in found.stdout
 
 
@@ -101,6 +101,7 @@ def test_python_dash_m() -> None:
         "plot confusion",
         "plot sheet",
         "plot routing",
+        "native",
     ],
 )
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:

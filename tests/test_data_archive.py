@@ -14,6 +14,7 @@ import pytest
 
 from epic_fast.data import archive, check_folder, read_folder, resolve_data
 from epic_fast.errors import ConfigError, DataError
+from epic_fast.files import cache_folder
 from epic_fast.testing import make_folder
 
 
@@ -148,7 +149,7 @@ def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
 def test_cache_folder_by_default(monkeypatch):
     monkeypatch.delenv("EPIC_FAST_CACHE")
     monkeypatch.setattr(Path, "home", lambda: Path("/home/somebody"))
-    assert archive.cache_folder() == Path("/home/somebody/.cache/epic_fast")
+    assert cache_folder() == Path("/home/somebody/.cache/epic_fast")
 
 
 def resolve_at_once(packed: Path, barrier, answers) -> None:

@@ -13,6 +13,7 @@ from epic_fast.cli.demo import demo
 from epic_fast.cli.doctor import doctor
 from epic_fast.cli.eval import evaluate
 from epic_fast.cli.failures import exit_code_of
+from epic_fast.cli.native import native
 from epic_fast.cli.options import Debug
 from epic_fast.cli.plot import plot_app
 from epic_fast.cli.predict import predict
@@ -66,4 +67,5 @@ app.command("eval")(evaluate)
 app.command("predict")(predict)
 app.add_typer(data_app, name="data")
 app.add_typer(plot_app, name="plot")
+app.command("native")(native)
 app.command("doctor")(doctor)

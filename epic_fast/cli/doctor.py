@@ -69,7 +69,7 @@ def doctor(json: Json = False, debug: Debug = False) -> None:
 def examine() -> list[Finding]:
     """All findings, the self-test last."""
     findings = [_python(), *(_package(*each) for each in PACKAGES)]
-    for check in (_device, _operations, _kernels_folder, _cache, _demo_files, _self_test):
+    for check in (_device, _operations, _launches, _kernels_folder, _cache, _demo_files, _self_test):
         findings.append(_guarded(check))
     return findings
 
@@ -139,6 +139,21 @@ def _operations() -> Finding:
     return Finding("operations", "ok", said)
 
 
+def _launches() -> Finding:
+    """Whether what `epic-fast native` builds is there, and loads; where no kernel runs it is of no use."""
+    import torch
+
+    from epic_fast.ops import library, native
+
+    if native.find() is not None:
+        return Finding("launches", "ok", f"compiled ({native.path().name})")
+    if os.environ.get("EPIC_FAST_NATIVE") == "0":
+        return Finding("launches", "ok", "from Python (EPIC_FAST_NATIVE=0)")
+    if not (torch.cuda.is_available() and torch.version.cuda and library.TRITON_INSTALLED):
+        return Finding("launches", "ok", "from Python")
+    return Finding("launches", "note", "from Python", "epic-fast native compiles them, in half a minute")
+
+
 def _kernels_folder() -> Finding:
     """Whether a folder `kernels` can be imported as a package: transformers probes for one of that name."""
     try:
@@ -160,7 +175,7 @@ def _kernels_folder() -> Finding:
 
 
 def _cache() -> Finding:
-    from epic_fast.data.archive import cache_folder
+    from epic_fast.files import cache_folder
 
     folder = cache_folder()
     nearest = next(each for each in (folder, *folder.parents) if each.exists())

@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path, PurePosixPath
 
 from epic_fast.errors import ConfigError, DataError
+from epic_fast.files import cache_folder
 
 DEMO = "demo"
 DEMO_ARCHIVE = Path(__file__).resolve().parent.parent / "demo" / "assets" / "openclipart12.zip"
@@ -46,11 +47,6 @@ def resolve_data(spec: str | os.PathLike[str]) -> Path:
             "Unpack other archives first"
         )
     return unpack(path)
-
-
-def cache_folder() -> Path:
-    """Where unpacked data lies: ``$EPIC_FAST_CACHE``, by default ``~/.cache/epic_fast``."""
-    return Path(os.environ.get("EPIC_FAST_CACHE") or Path.home() / ".cache" / "epic_fast").expanduser()
 
 
 def unpack(archive: Path) -> Path:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from epic_fast.kernels.prompt_attention import reference  # pyright: ignore[reportMissingImports]
-from epic_fast.ops import library
+from epic_fast.ops import library, native
 from epic_fast.ops.dispatch import Operation
 from epic_fast.ops.repeats import Known, Repeats, with_gradients
 
@@ -305,6 +305,10 @@ def _triton(
         or prompt_value.requires_grad
         or (prompt_query is not None and prompt_query.requires_grad)
     ):
+        if known is not None:
+            found = native.applied(_PromptAttention, known, inputs, flags, gradients=6)
+            if found is not None:
+                return found  # pyright: ignore[reportReturnType]
         apply = _apply_directly if direct else _PromptAttention.apply
         return apply(*inputs, *flags, known, direct)  # pyright: ignore[reportReturnType]
     if direct:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from epic_fast.kernels.prompt_interaction import reference  # pyright: ignore[reportMissingImports]
-from epic_fast.ops import library
+from epic_fast.ops import library, native
 from epic_fast.ops.dispatch import Operation
 from epic_fast.ops.repeats import Known, Repeats, with_gradients
 
@@ -170,6 +170,10 @@ def _triton(
     if torch.is_grad_enabled():
         for each in inputs:
             if each.requires_grad:
+                if known is not None:
+                    found = native.applied(_PromptInteraction, known, inputs, (eps,), gradients=INPUTS)
+                    if found is not None:
+                        return found  # pyright: ignore[reportReturnType]
                 apply = _apply_directly if direct else _PromptInteraction.apply
                 return apply(*inputs, eps, known, direct)  # pyright: ignore[reportReturnType]
     return _forward(*inputs, eps, alike=known) if direct else FORWARD(*inputs, eps)

@@ -29,6 +29,8 @@ class Known:
 
     def __init__(self, guards: Any, absent: tuple[bool, ...]) -> None:
         self._guards, self._absent = guards, absent
+        # What else is kept of these calls, by whoever makes them (``epic_fast/ops/native.py``).
+        self.calls: dict[Hashable, Any] = {}
 
     def covers(self, given: list[Tensor], absent: tuple[bool, ...]) -> bool:
         return self._absent == absent and self._guards.check(*given)

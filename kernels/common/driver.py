@@ -15,7 +15,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 _NUMBERS: dict[str, Any] = {
@@ -30,6 +31,20 @@ _WARP = 32
 _INVALID_VALUE, _INVALID_CONTEXT = 1, 201
 # Triton adds two pointers for scratch memory, which these kernels do not use.
 _SCRATCH_POINTERS = 2
+# Asked for a module whose ``Plan`` runs a plan of launches in C++; set by whoever builds one.
+native: Callable[[], Any] | None = None
+
+
+@dataclass(frozen=True)
+class Fields:
+    """A launch in numbers: of each parameter the place whose address it is, or -1 and its value as eight bytes."""
+
+    function: int
+    programs: int
+    threads: int
+    shared: int
+    places: list[int]
+    values: list[int]
 
 
 class Places:
@@ -43,8 +58,11 @@ class Places:
 class Launch:
     """A kernel, its grid and its arguments; a call launches it on a stream."""
 
-    def __init__(self, device: int, before: tuple[Any, ...], parameters: Any, kept: list[Any]) -> None:
+    def __init__(
+        self, device: int, before: tuple[Any, ...], parameters: Any, kept: list[Any], fields: Fields
+    ) -> None:  # fmt: skip
         self._device, self._before, self._parameters = device, before, parameters
+        self.fields = fields
         # Memory that the parameters point to.
         self._kept = kept
         library = _driver()
@@ -54,7 +72,7 @@ class Launch:
     def __call__(self, stream: Any) -> None:
         status = self._launch(*self._before, stream, self._parameters, None)
         if status == _INVALID_CONTEXT:
-            _enter(self._device)
+            enter(self._device)
             status = self._launch(*self._before, stream, self._parameters, None)
         if status:
             raise RuntimeError(f"the CUDA driver did not launch a kernel: error {status}")
@@ -83,6 +101,8 @@ def prepared(
         return None
     pointers: list[Any] = []
     sizes: list[int] = []
+    at: list[int] = []
+    values: list[int] = []
     kept: list[Any] = []
     start = ctypes.addressof(memory.memory)
     for index, kind in enumerate(types):
@@ -91,11 +111,15 @@ def prepared(
         if isinstance(kind, str) and kind.startswith("*") and index < len(places):
             pointers.append(start + places[index] * ctypes.sizeof(ctypes.c_uint64))
             sizes.append(ctypes.sizeof(ctypes.c_uint64))
+            at.append(places[index])
+            values.append(0)
         elif kind in _NUMBERS and index >= len(places):
             value = _NUMBERS[kind](numbers[index - len(places)])
             kept.append(value)
             pointers.append(ctypes.addressof(value))
             sizes.append(ctypes.sizeof(value))
+            at.append(-1)
+            values.append(int.from_bytes(bytes(value), "little"))
         else:
             return None
     nothing = ctypes.c_uint64(0)
@@ -104,18 +128,23 @@ def prepared(
     sizes += [ctypes.sizeof(nothing)] * _SCRATCH_POINTERS
     if _sizes(library.cuFuncGetParamInfo, compiled.function) != sizes:
         return None
+    threads = _WARP * metadata.num_warps
+    unused_places, unused_values = [-1] * _SCRATCH_POINTERS, [0] * _SCRATCH_POINTERS
+    fields = Fields(
+        compiled.function, programs, threads, metadata.shared, at + unused_places, values + unused_values
+    )  # fmt: skip
     one = ctypes.c_uint(1)
     before = (
         ctypes.c_void_p(compiled.function),
         ctypes.c_uint(programs),
         one,
         one,
-        ctypes.c_uint(_WARP * metadata.num_warps),
+        ctypes.c_uint(threads),
         one,
         one,
         ctypes.c_uint(metadata.shared),
     )
-    return Launch(device, before, (ctypes.c_void_p * len(pointers))(*pointers), kept)
+    return Launch(device, before, (ctypes.c_void_p * len(pointers))(*pointers), kept, fields)
 
 
 def _sizes(info: Any, function: int) -> list[int]:
@@ -131,7 +160,14 @@ def _sizes(info: Any, function: int) -> list[int]:
         found.append(size.value)
 
 
-def _enter(device: int) -> None:
+def launch_address() -> int:
+    """Of the driver's ``cuLaunchKernel``; a launch has been prepared, so it is there."""
+    library = _driver()
+    assert library is not None
+    return ctypes.cast(library.cuLaunchKernel, ctypes.c_void_p).value or 0
+
+
+def enter(device: int) -> None:
     """Make the card's context, which PyTorch has made, that of this thread."""
     library = _driver()
     assert library is not None

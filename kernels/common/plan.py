@@ -15,10 +15,11 @@ a new kernel only where Triton would compile one.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import threading
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from operator import itemgetter, or_
 from typing import Any
@@ -42,6 +43,9 @@ _guards = torch._C._dynamo.guards
 _plans: dict[Hashable, Plan] = {}
 # Autograd calls from threads of its own.
 _lock = threading.Lock()
+_thread = threading.local()
+# Of plans: whoever keeps one elsewhere keeps it for this generation only.
+generation = 0
 
 
 def run(
@@ -83,8 +87,12 @@ def run(
             None if len(present) == len(tensors) else tuple([each is None for each in tensors]),
         )
     plan = _plans.get(signature)
+    noted = getattr(_thread, "noted", None)
     if plan is not None:
-        return plan(present, addresses)
+        results = plan(present, addresses)
+        if noted is not None:
+            noted.append((plan, results))
+        return results
     given = _told_apart(tensors)
     tape = Tape([each for each in given if each is not None])
     with on_device(present[0].device):
@@ -96,13 +104,27 @@ def run(
             while len(_plans) >= MOST_PLANS:
                 del _plans[next(iter(_plans))]
             _plans[signature] = plan
+        if noted is not None:
+            noted.append((plan, results))
     return results
+
+
+@contextmanager
+def noting() -> Iterator[list[tuple[Plan, tuple[Tensor | None, ...]]]]:
+    """The plans that this thread's calls of :func:`run` take or make meanwhile, each with its results."""
+    _thread.noted = noted = []
+    try:
+        yield noted
+    finally:
+        _thread.noted = None
 
 
 def forget() -> None:
     """Drop all plans, as after a change of what a signature does not name (tests put other kernels in place)."""
+    global generation
     with _lock:
         _plans.clear()
+        generation += 1
 
 
 def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
@@ -268,6 +290,9 @@ class Plan:
                 size *= count
             self._bytes += -(-size // _APART) * _APART
         self._ready: list[tuple[Any, ...]] | None = None
+        # The same in C++, where that is built and all steps are plain launches.
+        self.native: Any = None
+        self._given, self._results_at = given, results
         derived = sum(isinstance(step, _Torch) and step.derives for step in steps)
         self._places = driver.Places(1 + given + len(made) + len(scratch) + derived)
 
@@ -276,6 +301,8 @@ class Plan:
         ready = self._ready
         if ready is None or torch._C._cuda_getDevice() != self._index or is_watched():
             return self._slowly(given)
+        if self.native is not None:
+            return self.native.run(given)
         allocate = _guards._empty_strided_cuda
         tensors: list[Any] = [None, *given]
         places: list[Any] = [0, *addresses]
@@ -320,6 +347,11 @@ class Plan:
             self.prepare()
         return self._results(tensors)
 
+    @property
+    def is_ready(self) -> bool:
+        """Whether it runs by addresses, so that what can be compiled of it is."""
+        return self._ready is not None
+
     def prepare(self) -> None:
         """Take the compiled kernels, if all of them are there."""
         if not DIRECT or self._device.type != "cuda":
@@ -331,6 +363,22 @@ class Plan:
                 return
             ready.append(entry)
         self._ready = ready
+        module = driver.native() if driver.native is not None else None
+        if module is None or not all(direct is not None for direct, _, _ in ready):
+            return
+        fields = [dataclasses.astuple(direct.fields) for direct, _, _ in ready]
+        self.native = module.Plan(
+            str(self._device),
+            self._given,
+            self._made,
+            self._bytes,
+            self._offsets,
+            fields,
+            list(self._results_at),
+            driver.launch_address(),
+            torch._C._cuda_getCurrentRawStream,
+            driver.enter,
+        )
 
 
 _Memory = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
