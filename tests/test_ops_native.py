@@ -486,7 +486,8 @@ def test_operations_give_the_same_bits(module: Any, function: Any, options: dict
         assert operation.repeats is not None
         (kinds,) = operation.repeats._known.values()
         (made,) = kinds[0].calls.values()
-        assert made._native.plans() == (True, 1)
+        # The shares of a shared prompt's gradient are added by a torch operation, and such plans stay in Python.
+        assert made._native.plans() == (True, 0 if getattr(case, "shared", False) else 1)
 
 
 @pytest.mark.gpu
