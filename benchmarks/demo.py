@@ -6,6 +6,10 @@
     python -m benchmarks.demo summarise more.jsonl --keep benchmarks/results/demo.json --output ...   # of some anew
     python -m benchmarks.demo tables benchmarks/results/demo.json                 # the README's two tables
 
+``results/demo.json`` is the summary of ``results/demo_rows.jsonl``, EPIC's and MoPE's rows (``--methods epic`` and
+``--methods mope --search``, each with ``--tf32``, on a GPU), and ``results/demo_rivals.jsonl``, the others' (a CPU).
+A row says which test pairs were answered right (``right``): by that methods are compared pair for pair.
+
 Settings are those of ``epic_fast.demo.recipes``, chosen on validation pairs.  The test pairs are the same for every
 seed; a seed decides weights, dropout, batches, training negatives and views.
 """

@@ -27,6 +27,10 @@ OPERATIONS = {
     },
     "interaction": {"L, B=64, P=8": "interaction of 8 and 8 prompts, CLIP-L"},
     "windows": {"Swin-B, stage 0": "attention in Swin-B's windows, 13 prompts"},
+    "experts": {"Swin-B, C=512, E=4": "MoPE's prompts out of four experts, 512 channels"},
+    "infused": {"LLaMA-2-7B, n=40": "MiT's infused attention, LLaMA-2-7B, 40 tokens"},
+    "gate": {"LLaMA-2-7B, n=40": "its gate"},
+    "swiglu": {"LLaMA-2-7B, n=40": "its SwiGLU"},
 }
 STEPS = {
     "step": {
@@ -34,6 +38,7 @@ STEPS = {
         "deep-64": "the same, twelve layer pairs",
     },
     "mope_step": {"step-64": "MoPE on Swin-B and BERT, a training step, B=64"},
+    "mit_step": {"step-40": "MiT on LLaMA-2-7B, a training step, 8 texts of 40 tokens"},
 }
 CAPTURED = "graphs"
 
@@ -59,7 +64,11 @@ def _operation(rows: Sequence[dict[str, Any]], case: str, name: str) -> str:
     best = min(
         (row for row in here if row["provider"] != OURS and not row["in_place"]), key=lambda row: row["graph_ms"]
     )
-    return _line(name, *((row["graph_ms"], f"{row['peak_mib']:.0f} MiB") for row in (ours, best)), best["label"])
+    return _line(name, *((row["graph_ms"], _mib(row["peak_mib"])) for row in (ours, best)), best["label"])
+
+
+def _mib(memory: float) -> str:
+    return f"{memory:.{0 if memory > 9.5 else 1}f} MiB"
 
 
 def _step(rows: Sequence[dict[str, Any]], case: str, name: str) -> str:

@@ -345,31 +345,57 @@ def test_the_readme_shows_what_the_rows_say() -> None:
     assert f"| {times['ours']:.3f} ms, " in shown[0]
 
 
-def test_no_speed_is_shown_of_wrong_numbers(tmp_path: Path) -> None:
-    for name in ("attention", "interaction", "windows"):
+@pytest.mark.parametrize("case", ["text L", "LLaMA-2-7B, n=40"])
+def test_no_speed_is_shown_of_wrong_numbers(tmp_path: Path, case: str) -> None:
+    for name in summary.OPERATIONS:
         rows = run.read(ROOT / f"benchmarks/results/{name}.jsonl")
         for row in rows:
-            if row["kind"] == "gate" and row["case"] == "text L":
+            if row["kind"] == "gate" and row["case"] == case:
                 row["passes"] = False
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    with pytest.raises(SystemExit, match="text L: its numerics fail"):
+    with pytest.raises(SystemExit, match=f"{case}: its numerics fail"):
         summary.table(tmp_path)
 
 
+BOTH = ("forward", "forward+backward")
+# Of each operation: the columns that docs/speed.md has a table of, and the modes.
+SHOWN = {
+    "attention": {
+        "graph_ms": BOTH,
+        "launched_ms": BOTH[1:],
+        "launched_one_thread_ms": BOTH[1:],
+        "peak_mib": BOTH[1:],
+    },
+    "interaction": {"graph_ms": BOTH, "launched_ms": BOTH[1:], "launched_one_thread_ms": BOTH[1:]},
+    "windows": {"graph_ms": BOTH},
+    "experts": {"graph_ms": BOTH},
+    "infused": {"graph_ms": BOTH, "peak_mib": BOTH[1:]},
+    "gate": {"graph_ms": BOTH},
+    "swiglu": {"graph_ms": BOTH},
+}
+
+
 def test_the_page_of_speed_shows_the_recorded_speed() -> None:
-    root = Path(__file__).resolve().parent.parent
-    page = (root / "docs/speed.md").read_text(encoding="utf-8").splitlines()
-    for name, columns in (
-        ("attention", ("graph_ms", "launched_ms", "launched_one_thread_ms", "peak_mib")),
-        ("interaction", ("graph_ms", "launched_ms", "launched_one_thread_ms")),
-    ):
-        rows = run.read(root / f"benchmarks/results/{name}.jsonl")
+    """Every operation's tables, whole, those of graphs in the operations' order, and no other table."""
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8").partition("\n## Speed of a training step\n")[0]
+    assert list(SHOWN) == list(registry.OPERATIONS)
+    wanted, places = [], []
+    for name, columns in SHOWN.items():
+        rows = run.read(ROOT / f"benchmarks/results/{name}.jsonl")
         assert all(row["run"]["gpu"] and row["run"]["commit"] and not row["run"]["modified"] for row in rows)
         assert all(row["passes"] for row in rows if row["kind"] == "gate")
-        printed = {column: run.tables(rows, column).splitlines() for column in columns}
-        shown = [line for line in page if any(line.startswith(f"| {row['case']}, bfloat16 |") for row in rows)]
-        assert len(shown) >= 4 * len({row["case"] for row in rows}) - 4
-        assert [line for line in shown if not any(line in lines for lines in printed.values())] == []
+        assert not any(row["kind"] == "skipped" and row["provider"] == "ours" for row in rows)
+        assert f"](../benchmarks/results/{name}.jsonl)" in page
+        assert {row["run"]["commit"][:10] for row in rows if row["run"]["commit"][:10] not in page} == set()
+        for column, modes in columns.items():
+            tables = [each.strip() for each in run.tables(rows, column).split("\n\n")]
+            tables = [each for each in tables if each.startswith(tuple(f"| {mode}, " for mode in modes))]
+            wanted += tables
+            places += [page.find(each) for each in tables if column == "graph_ms"]
+    assert len(wanted) == sum(len(modes) for columns in SHOWN.values() for modes in columns.values())
+    found = re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE)
+    assert sorted(table.strip() for table in found) == sorted(wanted)
+    assert places == sorted(places)
 
 
 def test_the_record_of_gpu_tests_counts_what_pytest_reports(tmp_path: Path) -> None:

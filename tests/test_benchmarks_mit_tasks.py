@@ -122,6 +122,23 @@ def test_the_target_is_judged_by_the_held_out_scenes() -> None:
     assert "The target, an oIoU of 0.60 on held-out scenes, is missed: 0.500." in report([row])
 
 
+def test_what_the_infusion_brings_to_masks_is_told_by_seed() -> None:
+    names = ("oiou", "miou", "precision@0.5", "precision@0.7", "precision@0.9")
+
+    def row(arm: str, seed: int, held_out: float, seen: float) -> dict:
+        scores = {part: dict.fromkeys(names, value) for part, value in (("held out", held_out), ("seen", seen))}
+        test = dict.fromkeys(names, (held_out + seen) / 2)
+        common = {"kind": "train", "task": "segmentation", "trainable": 1, "chance": dict.fromkeys(names, 0.1)}
+        return {**common, "arm": arm, "seed": seed, "parts": scores, "test": test}
+
+    rows = [row("mit", 0, 0.5, 0.8), row("mit", 1, 0.7, 0.9), row("mit", 2, 0.1, 0.1)]
+    # Seed 2 has nobody to be compared with; the seeds come in any order.
+    rows += [row("frozen", 1, 0.8, 0.9), row("frozen", 0, 0.6, 0.6)]
+    said = "all scenes +0.000 ± 0.050, held out -0.100 ± 0.000, seen +0.100 ± 0.100."
+    assert f"MiT minus the same decoder, nothing infused, oIoU, mean and standard error by seed: {said}" in report(rows)
+    assert "minus" not in report(rows[:3])
+
+
 def test_every_arm_has_every_seed_but_what_draws_nothing() -> None:
     jobs = jobs_of(Plan(), ["sentiment", "segmentation"])
     assert len(jobs) == 4 * 5 + 1 + 2 * 5
@@ -179,3 +196,23 @@ def test_the_page_shows_what_was_recorded() -> None:
         assert Plan().made(row["task"], row["run"]["plan"])
         assert row["run"]["gpu"]
         assert len(row["run"]["commit"]) == 40
+
+
+def test_the_page_tells_of_the_other_rates_what_their_rows_say() -> None:
+    """They are one seed each and stand apart, so that no table takes them for the study's."""
+    path = mit_tasks.ROWS.with_name("mit_tasks_rates.jsonl")
+    rows = read_rows(path)
+    page = (Path(__file__).resolve().parent.parent / "docs/mit_tasks.md").read_text(encoding="utf-8")
+    assert f"../benchmarks/results/{path.name}" in page
+    scores: dict[tuple[float, float], dict[str, float]] = {}
+    for row in rows:
+        assert (row["kind"], row["task"], row["seed"]) == ("train", "segmentation", 0)
+        assert row["run"]["gpu"]
+        assert len(row["run"]["commit"]) == 40
+        assert not row["run"]["modified"]
+        assert not Plan().made(row["task"], row["run"]["plan"])
+        plan = row["run"]["plan"]
+        scores.setdefault((plan["rate"], plan["decoder_rate"]), {})[row["arm"]] = row["test"]["oiou"]
+    assert sorted(scores) == [(1e-4, 1e-3), (3e-4, 5e-4)]
+    for found in scores.values():
+        assert f"{found['mit']:.3f} against {found['frozen']:.3f}" in page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -385,6 +386,27 @@ def test_a_result_keeps_what_a_former_one_says_of_other_methods(tmp_path, monkey
     (tmp_path / "none.jsonl").write_text("")
     with pytest.raises(SystemExit, match="no row of classify"):
         demo.summarised([tmp_path / "none.jsonl"])
+
+
+def test_the_record_is_the_summary_of_its_rows():
+    from benchmarks import demo
+
+    results = Path(__file__).resolve().parent.parent / "benchmarks/results"
+    files = [results / "demo_rows.jsonl", results / "demo_rivals.jsonl"]
+    assert not any(re.search(r"[\"' =]/\w", each.read_text()) for each in files)  # no place on a machine
+
+    def rounded(value):
+        if isinstance(value, dict):
+            return {key: rounded(each) for key, each in value.items()}
+        if isinstance(value, list):
+            return [rounded(each) for each in value]
+        return round(value, 9) if isinstance(value, float) else value
+
+    made = json.loads(json.dumps(demo.summarised(files)))
+    assert rounded(made) == rounded(json.loads((results / "demo.json").read_text()))
+    # Every pair that is to be compared is.
+    for task, pairs in demo.COMPARED.items():
+        assert [(each["first"], each["second"]) for each in made["tasks"][task]["compared"]] == pairs
 
 
 def test_the_record_is_complete():
