@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from epic_fast.errors import ImplementationError
+from epic_fast.errors import ConfigError, ImplementationError
 from epic_fast.functional import prompt_attention, prompt_interaction
 from epic_fast.ops import library, native
 from epic_fast.ops import prompt_attention as attention_operation
@@ -153,6 +153,16 @@ def test_a_thread_without_the_cards_context_enters_it_and_launches_again(module:
     made.statuses = [700]
     with pytest.raises(RuntimeError, match="did not launch a kernel: error 700"):
         run.run([torch.tensor([1.0, 2])])
+
+
+def test_memory_that_is_not_there_is_an_error_and_nothing_is_launched(module: Any) -> None:
+    made = Driver([8], add)
+    run = made.plan(
+        module, given=1, made=[((2**60,), (1,), torch.uint8)], launches=[(1, 1, 32, 0, [2], [0])], results=[2]
+    )
+    with pytest.raises(RuntimeError, match="memory"):
+        run.run([torch.ones(1)])
+    assert not made.launched
 
 
 def test_a_prepared_launch_says_in_numbers_what_it_hands_to_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -424,6 +434,20 @@ def test_a_node_keeps_what_it_needs_and_nothing_longer(product: Product) -> None
     del y
     gc.collect()
     assert kind() is None
+
+
+def test_errors_keep_their_types(product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise ConfigError("not this one")
+
+    known = Known()
+    y, _ = call(product, known, *leaves())
+    monkeypatch.setattr(product, "backward", refuse)
+    with pytest.raises(ConfigError, match="not this one"):
+        y.sum().backward()
+    monkeypatch.setattr(product, "forward", refuse)
+    with pytest.raises(ConfigError, match="not this one"):
+        call(product, Known(), *leaves())
 
 
 def test_several_threads_at_once(product: Product) -> None:

@@ -4,6 +4,7 @@
 // device, and the address of cuLaunchKernel from Python.  Whatever is out of the ordinary goes back to Python.
 
 #include <ATen/EmptyTensor.h>
+#include <torch/csrc/Exceptions.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
@@ -317,11 +318,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   py::class_<Plan, std::shared_ptr<Plan>>(module, "Plan")
       .def(py::init<const std::string&, int64_t, const std::vector<MemoryFields>&, int64_t, std::vector<int64_t>,
                     const std::vector<LaunchFields>&, std::vector<int64_t>, uintptr_t, py::function, py::function>())
-      .def("run", &run);
+      .def("run", torch::wrap_pybind_function(run));
   py::class_<Call, CallRef>(module, "Call")
       .def(py::init([](py::function forward, py::function backward, py::function quiet, std::vector<int64_t> gradients) {
         return c10::make_intrusive<Call>(std::move(forward), std::move(backward), std::move(quiet), std::move(gradients));
       }))
       .def("plans", [](const Call& call) { return std::make_pair(call.forward_plan != nullptr, call.backward_plans.size()); })
-      .def("__call__", &apply);
+      .def("__call__", torch::wrap_pybind_function(apply));
 }
