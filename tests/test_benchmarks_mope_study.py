@@ -222,8 +222,10 @@ def test_the_page_shows_what_was_recorded() -> None:
     assert len(printed) > 25
     assert [line for line in printed if line not in page] == []
     assert {row["run"]["modified"] for row in rows} == {False}
-    done = {key_of(row) for row in rows}
+    done = {key_of(row) for row in rows if row["kind"] == "train"}
     assert done == {job.key for job in Study().jobs(("demo", "posters"))}
+    timed = {(row["data"], row["arm"], row["k"]) for row in rows if row["kind"] == "step"}
+    assert timed == {(data, arm, k) for data, arm, k, *_ in done}
 
 
 def test_the_report_says_what_was_gained_by_the_same_seeds() -> None:
