@@ -15,7 +15,7 @@ from epic_fast.engine import window_blocks
 from epic_fast.engine.blocks import why_not
 from epic_fast.engine.graphs import made_of_weights
 from epic_fast.engine.packed import say_plain
-from epic_fast.engine.window_blocks import FrozenWindowBlock, differs
+from epic_fast.engine.window_blocks import FrozenWindowBlock, differs, joined, parted
 from epic_fast.engine.windows import Windows, call_swin_block_with_prompts
 from epic_fast.ops import library
 from epic_fast.ops import window_prompt_attention as operation
@@ -241,13 +241,46 @@ def test_without_a_graph_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(window_blocks, "mlp_forward", watched)
     run(block, fused, windows, "eight_bit", (False, False))
-    assert kept == ["none", "none"]
+    assert kept == ["none"]
     with torch.no_grad():
         run_inputs = [torch.randn(2, rows, 16, requires_grad=True) for rows in (64, 5)]
         assert not any(each.requires_grad for each in fused(*run_inputs, windows, save="eight_bit"))
-    assert kept == ["none"] * 4
+    assert kept == ["none"] * 2
     run(block, fused, windows, "eight_bit", (False, True))
-    assert kept[4:] == ["eight_bit", "full"]
+    assert kept[2:] == ["eight_bit"]
+
+
+@pytest.mark.parametrize("shift", [0, 2])
+@pytest.mark.parametrize("grid", [(8, 8), (7, 10), (4, 12)])
+@pytest.mark.parametrize("prompts", [0, 3])
+def test_rows_are_cut_and_joined_all_at_once(grid: tuple[int, int], shift: int, prompts: int) -> None:
+    """By one gather what padding, rolling and cutting do to tokens; prompts stay behind them."""
+    windows, batch, tokens = Windows.of(grid, WINDOW, shift), 2, grid[0] * grid[1]
+    hidden, own = torch.randn(batch, tokens, 5), torch.randn(batch, prompts, 5)
+    order = windows.rows(batch, prompts, hidden.device)
+    rows = joined(hidden, own)
+    cut = order.cut(rows)
+    wanted = windows.cut(hidden).flatten(0, 1)
+    assert torch.equal(cut[: order.cut_tokens], wanted)
+    assert torch.equal(cut[order.cut_tokens :], own.flatten(0, 1))
+    assert (order.source is None) == any(side % WINDOW for side in grid)
+    assert torch.equal(order.join(cut), rows)
+    for found, given in zip(parted(rows, hidden, own), (hidden, own), strict=True):
+        assert torch.equal(found, given)
+
+
+def test_rows_behind_a_block_are_joined_without_a_copy() -> None:
+    rows = torch.randn(2 * 6 + 2 * 3, 5)
+    hidden, own = parted(rows, torch.empty(2, 6, 5), torch.empty(2, 3, 5))
+    assert joined(hidden, own).data_ptr() == rows.data_ptr()
+    assert torch.equal(joined(hidden, own), rows)
+    for others in (own.clone(), own.double(), own.transpose(0, 1).clone().transpose(0, 1), own[:, :2]):
+        found = joined(hidden, others)
+        assert found.data_ptr() != rows.data_ptr()
+        assert torch.equal(found[12:], others.reshape(-1, 5).to(found.dtype))
+    # The first picture's prompts stand behind the last picture's tokens.
+    assert joined(hidden[:1], own[:1]).data_ptr() != hidden.data_ptr()
+    assert torch.equal(joined(hidden[1:], own[:1]), torch.cat([hidden[1], own[0]]))
 
 
 def test_a_graph_holds_what_the_blocks_made() -> None:

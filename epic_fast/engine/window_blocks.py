@@ -6,13 +6,16 @@ As :mod:`epic_fast.engine.fused`, with x the tokens of a picture and p the promp
     x' = x + back(O(a))        y = x' + W_2 act(W_1 norm_2(x'))
     p' = p + O(a')             q = p' + W_2 act(W_1 norm_2(p'))
 
-Windows share their sample's prompts, which are projected once (``kernels/window_prompt_attention``).  Backward gives
-the gradients of x and p alone, and of x only where it needs one.
+Windows share their sample's prompts, which are projected once (``kernels/window_prompt_attention``).  All but the
+attention does the same to each row, so x and p are rows of one matrix: a few hundred rows of prompts in a product of
+their own would cost as much time as thousands.  Backward gives the gradients of x and p alone, and of x only where it
+needs one.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,98 +66,144 @@ class FrozenWindowBlock:
         if torch.is_grad_enabled() and (hidden.requires_grad or prompts.requires_grad):
             return _WindowBlock.apply(hidden, prompts, self, windows, save)  # pyright: ignore[reportReturnType]
         with torch.no_grad():
-            return _forward(self, hidden, prompts, windows, ("none", "none"), graph=False)[0]
+            stream = joined(hidden, prompts)
+            result = _forward(self, stream, windows, _Sizes.of(hidden, prompts), "none", graph=False)[0]
+            return parted(result, hidden, prompts)
 
     @torch.no_grad()
     def alone(self, hidden: Tensor, windows: Windows) -> Tensor:
         """Tokens ``(B, N, C)`` behind the block where there are no prompts; never part of a graph."""
         nothing = hidden.new_zeros(len(hidden), 0, hidden.shape[2])
-        return _forward(self, hidden, nothing, windows, ("none", "none"), graph=False)[0][0]
+        return self(hidden, nothing, windows)[0]
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    batch: int
+    prompts: int
+
+    @classmethod
+    def of(cls, hidden: Tensor, prompts: Tensor) -> _Sizes:
+        return cls(len(hidden), prompts.shape[1])
+
+
+def joined(hidden: Tensor, prompts: Tensor) -> Tensor:
+    """All rows ``(B * (N + P), C)``, tokens before prompts: without a copy where they lie so, as behind a block."""
+    tokens = hidden.shape[0] * hidden.shape[1]
+    count, width = tokens + prompts.shape[0] * prompts.shape[1], hidden.shape[2]
+    if hidden.is_contiguous():
+        if count == tokens:
+            return hidden.view(tokens, width)
+        behind = hidden.data_ptr() + hidden.nbytes == prompts.data_ptr()
+        same = hidden.untyped_storage().data_ptr() == prompts.untyped_storage().data_ptr()
+        if behind and same and prompts.is_contiguous() and hidden.dtype == prompts.dtype:
+            return hidden.as_strided((count, width), (width, 1))
+    return torch.cat([hidden.reshape(tokens, width), prompts.reshape(-1, width)])
+
+
+def parted(rows: Tensor, hidden: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of :func:`joined`: views in the shapes of these tokens and prompts."""
+    tokens = hidden.shape[0] * hidden.shape[1]
+    return rows[:tokens].view(hidden.shape), rows[tokens:].view(prompts.shape)
 
 
 def _forward(
-    block: FrozenWindowBlock,
-    hidden: Tensor,
-    prompts: Tensor,
-    windows: Windows,
-    keeps: tuple[str, str],
-    *,
-    graph: bool,
-) -> tuple[tuple[Tensor, Tensor], Weights, tuple[Tensor | None, ...]]:
-    """Tokens and prompts behind the block, the weights, and what backward wants: of tokens and of prompts three tensors
-    for the first norm, then four for the rest; then the two projections and the log-sum-exp.  Without a graph there may
-    be no prompts."""
-    parts, batch = block.parts, len(hidden)
-    streams = hidden.contiguous(), prompts.contiguous()
-    with no_autocast(hidden) as dtype:
+    block: FrozenWindowBlock, stream: Tensor, windows: Windows, sizes: _Sizes, keep: str, *, graph: bool
+) -> tuple[Tensor, Weights, tuple[Tensor | None, ...]]:
+    """All rows ``(B * (N + P), C)`` behind the block, the weights, and what backward wants: three tensors for the
+    first norm, four for the rest, the projections, and the log-sum-exp.  Without a graph there may be no prompts."""
+    parts = block.parts
+    with no_autocast(stream) as dtype:
         weights = parts.weights(dtype, backward=graph)
-        firsts, normed = [], []
-        for stream, keep in zip(streams, keeps, strict=True):
-            _, found, *first = kept_norm(stream, None, weights.first_norm, weights, keep == "eight_bit")
-            normed.append(found)
-            firsts += first
-        normed[0] = windows.cut(normed[0])
-        qkv, prompt_qkv = (_heads(product(rows, weights.qkv, weights.qkv_bias)[0], parts.heads) for rows in normed)
+        order = windows.rows(sizes.batch, sizes.prompts, stream.device)
+        _, normed, *first = kept_norm(stream, None, weights.first_norm, weights, keep == "eight_bit")
+        rows = order.cut(normed)
         del normed
-        options = (block.bias(), windows.mask(hidden.device), parts.scale)
-        *attended, lse = window_attention_forward(qkv, prompt_qkv, *options, save_lse=graph)
-        results, seconds = [], []
-        for index, (stream, rows, keep) in enumerate(zip(streams, attended, keeps, strict=True)):
-            branch = product(rows, weights.output, weights.output_bias)[0]
-            branch = windows.join(branch, batch) if index == 0 else branch
-            result, *second = mlp_forward(parts, weights, stream, branch, keep)
-            results.append(result)
-            seconds += second
-    return (results[0], results[1]), weights, (*firsts, *seconds, qkv, prompt_qkv, lse)
+        qkv = product(rows, weights.qkv, weights.qkv_bias)[0]
+        attended = qkv.new_empty(len(rows), weights.inner)
+        del rows
+        *_, lse = window_attention_forward(
+            *_qkv_of(qkv, parts.heads, windows, sizes, order.cut_tokens),
+            *_surroundings(block, windows, stream.device),
+            save_lse=graph,
+            out=_split(attended, windows, sizes, order.cut_tokens),
+        )
+        branch = order.join(product(attended, weights.output, weights.output_bias)[0])
+        del attended
+        result, *second = mlp_forward(parts, weights, stream, branch, keep)
+    return result, weights, (*first, *second, qkv, lse)
 
 
 class _WindowBlock(torch.autograd.Function):
-    """Saves, of tokens and of prompts, what their norms and MLPs want, then the projections."""
+    """Saves what the norms and the MLP want of all rows, then the projections."""
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, prompts: Tensor, block: FrozenWindowBlock, windows: Windows, save: str
     ) -> tuple[Tensor, Tensor]:
-        # Prompts are few: their rows are kept as they are.
-        ctx.block, ctx.windows, ctx.keeps = block, windows, (KEEP[save], "full")
-        results, ctx.weights, saved = _forward(block, hidden, prompts, windows, ctx.keeps, graph=True)
+        ctx.block, ctx.windows, ctx.keep, ctx.sizes = block, windows, KEEP[save], _Sizes.of(hidden, prompts)
+        result, ctx.weights, saved = _forward(
+            block, joined(hidden, prompts), windows, ctx.sizes, ctx.keep, graph=True
+        )  # fmt: skip
         ctx.save_for_backward(*saved)
-        return results
+        return parted(result, hidden, prompts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        parts, weights, windows = ctx.block.parts, ctx.weights, ctx.windows
-        saved = ctx.saved_tensors
-        firsts, seconds = (saved[:3], saved[3:6]), (saved[6:10], saved[10:14])
-        qkv, prompt_qkv, lse = saved[14:]
-        batch = len(grads[0])
+        block, windows, weights, sizes, keep = ctx.block, ctx.windows, ctx.weights, ctx.sizes, ctx.keep
+        parts = block.parts
+        first, second, qkv, lse = ctx.saved_tensors[:3], ctx.saved_tensors[3:7], *ctx.saved_tensors[7:]
         needs_tokens = ctx.needs_input_grad[0]
         with no_autocast(grads[0]):
-            streams, branches = [], []
-            for index, (grad, second, keep) in enumerate(zip(grads, seconds, ctx.keeps, strict=True)):
-                stream = mlp_backward(parts, weights, grad.contiguous(), second, keep)
-                rows = stream.to(weights.dtype)
-                rows = windows.cut(rows) if index == 0 else rows
-                branches.append(product_backward(rows, weights.output))
-                streams.append(stream)
-            options = (ctx.block.bias(), windows.mask(grads[0].device), parts.scale)
-            found = window_attention_backward(
-                branches[0], branches[1], qkv, prompt_qkv, *options, lse, tokens=needs_tokens
+            stream = mlp_backward(parts, weights, joined(*grads), second, keep)
+            order = windows.rows(sizes.batch, sizes.prompts, stream.device)
+            attended = product_backward(order.cut(stream.to(weights.dtype)), weights.output)
+            projected = torch.empty_like(qkv) if needs_tokens else None
+            _, of_prompts = window_attention_backward(
+                *_split(attended, windows, sizes, order.cut_tokens),
+                *_qkv_of(qkv, parts.heads, windows, sizes, order.cut_tokens),
+                *_surroundings(block, windows, stream.device),
+                lse,
+                tokens=needs_tokens,
+                out=None if projected is None else _split(projected, windows, sizes, order.cut_tokens),
             )
-            results: list[Tensor | None] = []
-            for index, (grad, stream, first) in enumerate(zip(found, streams, firsts, strict=True)):
-                if grad is None:
-                    results.append(None)
-                    continue
-                branch = product_backward(grad, weights.qkv)
-                branch = windows.join(branch, batch) if index == 0 else branch
-                results.append(
-                    residual_norm_backward(
-                        branch, stream, first[0], weights.first_norm[0], *first[1:], grad_dtype=stream.dtype
-                    )
-                )
-        return (*results, None, None, None)
+            del attended
+            if projected is not None:
+                branch, read = order.join(product_backward(projected, weights.qkv)), slice(None)
+            else:
+                branch, read = product_backward(of_prompts.flatten(0, 1), weights.qkv), slice(order.tokens, None)
+            total, mean, rstd = (each[read] for each in first)
+            result = residual_norm_backward(
+                branch, stream[read], total, weights.first_norm[0], mean, rstd, grad_dtype=stream.dtype
+            )
+        if needs_tokens:
+            return *parted(result, *grads), None, None, None
+        return None, result.view(grads[1].shape), None, None, None
+
+
+def _surroundings(
+    block: FrozenWindowBlock, windows: Windows, device: torch.device
+) -> tuple[Tensor, Tensor | None, float]:  # fmt: skip
+    """Bias, mask and scale of the attention."""
+    return block.bias(), windows.mask(device), block.parts.scale
+
+
+def _qkv_of(
+    qkv: Tensor, heads: int, windows: Windows, sizes: _Sizes, cut_tokens: int
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Projections of all rows as those of windows ``(B * nW, M, 3, H, head_dim)`` and prompts ``(B, P, 3, ...)``."""
+    of_windows, of_prompts = _split(qkv, windows, sizes, cut_tokens)
+    return _heads(of_windows, heads), _heads(of_prompts, heads)
+
+
+def _split(rows: Tensor, windows: Windows, sizes: _Sizes, cut_tokens: int) -> tuple[Tensor, Tensor]:
+    """Cut rows ``(R, D)`` as those of windows ``(B * nW, M, D)`` and of prompts ``(B, P, D)``."""
+    width = rows.shape[1]
+    return (
+        rows[:cut_tokens].view(-1, windows.window**2, width),
+        rows[cut_tokens:].view(sizes.batch, sizes.prompts, width),
+    )
 
 
 def _heads(rows: Tensor, heads: int) -> Tensor:

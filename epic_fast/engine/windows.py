@@ -53,12 +53,67 @@ class Windows:
         tokens = from_windows(windows, batch, self.grid, self.window, self.shift)
         return tokens.reshape(batch, -1, windows.shape[-1])
 
+    def rows(self, batch: int, prompts: int, device: torch.device) -> WindowRows:
+        """Where rows of tokens and prompts lie once they are cut."""
+        if torch.compiler.is_compiling():
+            return _make_rows(self, batch, prompts, device)
+        with torch.inference_mode(False):
+            return _kept_rows(self, batch, prompts, device)
+
     def mask(self, device: torch.device) -> Tensor | None:
         """Who sees whom, ``(nW, window ** 2, window ** 2)``; None: everybody."""
         if not self.shift:
             return None
         down, across = (-(-side // self.window) for side in self.grid)
         return shift_mask(down, across, self.window, self.shift, device)
+
+
+@dataclass(frozen=True)
+class WindowRows:
+    """All rows of a batch in two orders: the tokens of each sample one after the other, or window by window; the
+    prompts of all samples stand behind them either way, so that what is done to each row is done to all at once.
+
+    Attributes:
+        tokens: rows of tokens in the first order, ``B * N``.
+        cut_tokens: in the second, ``B * nW * window ** 2``: more where windows are filled up with zeros.
+        place: ``(B * (N + P),)``, the place in the second order of each row of the first.
+        source: ``(cut_tokens + B * P,)``, the inverse; None where windows are filled up.
+    """
+
+    tokens: int
+    cut_tokens: int
+    place: Tensor
+    source: Tensor | None
+
+    def cut(self, rows: Tensor) -> Tensor:
+        """Rows ``(R, C)`` of the first order in the second."""
+        if self.source is not None:
+            return rows.index_select(0, self.source)
+        found = rows.new_zeros(self.cut_tokens + len(rows) - self.tokens, rows.shape[1])
+        return found.index_copy_(0, self.place, rows)
+
+    def join(self, rows: Tensor) -> Tensor:
+        """The inverse of :meth:`cut`."""
+        return rows.index_select(0, self.place)
+
+
+def _make_rows(windows: Windows, batch: int, prompts: int, device: torch.device) -> WindowRows:
+    tokens = batch * windows.grid[0] * windows.grid[1]
+    numbers = torch.arange(1, tokens + 1, device=device).view(batch, *windows.grid, 1)
+    # Zero is no token: a place that was filled up.
+    source = to_windows(numbers, windows.window, windows.shift).flatten() - 1
+    cut_tokens = len(source)
+    behind = torch.arange(batch * prompts, device=device)
+    if cut_tokens == tokens:
+        place = torch.cat([source.argsort(), behind + tokens])
+        return WindowRows(tokens, cut_tokens, place, torch.cat([source, behind + tokens]))
+    filled = torch.cat([source, behind + tokens])
+    order = filled.argsort(stable=True)
+    return WindowRows(tokens, cut_tokens, order[cut_tokens - tokens :].contiguous(), None)
+
+
+# A training step asks for two orders of each stage.
+_kept_rows = functools.lru_cache(maxsize=64)(_make_rows)
 
 
 def call_swin_block_with_prompts(

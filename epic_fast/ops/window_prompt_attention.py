@@ -202,7 +202,14 @@ def _autocast(*args: Tensor | None) -> list[Tensor | None]:
 
 
 def window_attention_forward(
-    qkv: Tensor, prompt_qkv: Tensor, bias: Tensor | None, mask: Tensor | None, scale: float, *, save_lse: bool
+    qkv: Tensor,
+    prompt_qkv: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    *,
+    save_lse: bool,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """:func:`epic_fast.functional.window_prompt_attention` of packed projections, without a graph.
 
@@ -211,6 +218,7 @@ def window_attention_forward(
         prompt_qkv: of the prompts, ``(B, P, 3, H, head_dim)``.
         bias, mask: ``(H, M, M)`` and ``(nW, M, M)``, or None.
         save_lse: whether a backward pass follows.
+        out: contiguous memory for the two results.
 
     Returns:
         ``(B * nW, M, H * head_dim)``, ``(B, P, H * head_dim)``, and what backward wants beside the projections (None
@@ -219,11 +227,26 @@ def window_attention_forward(
     inputs = (*_apart(qkv), *_apart(prompt_qkv), bias, mask)
     lse = None
     if _takes_kernel(inputs):
-        forward = _forward if library.direct(*inputs) else FORWARD
-        *outputs, lse = forward(*inputs, scale, save_lse)
+        if library.direct(*inputs):
+            memory = (None, None)
+            if out is not None:
+                heads = qkv.shape[3]
+                memory = tuple([each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in out])
+            *outputs, lse = _launchers()[0](
+                *inputs, scale=scale, save_lse=save_lse, output=memory[0], prompt_output=memory[1]
+            )
+            if out is not None:
+                return *out, lse
+        else:
+            *outputs, lse = FORWARD(*inputs, scale, save_lse)
     else:
         outputs = _reference(*inputs, scale=scale)
-    return (*(each.transpose(1, 2).flatten(2) for each in outputs), lse if save_lse else None)  # pyright: ignore[reportReturnType]
+    found = [each.transpose(1, 2).flatten(2) for each in outputs]
+    if out is not None:
+        for target, each in zip(out, found, strict=True):
+            target.copy_(each)
+        found = out
+    return *found, lse if save_lse else None  # pyright: ignore[reportReturnType]
 
 
 def window_attention_backward(
@@ -237,6 +260,7 @@ def window_attention_backward(
     lse: Tensor | None,
     *,
     tokens: bool = True,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor]:
     """The gradients ``(B * nW, M, 3 * H * head_dim)`` and ``(B, P, 3 * H * head_dim)`` of both packed projections.
 
@@ -244,6 +268,7 @@ def window_attention_backward(
         grad_output, grad_prompt_output: in the shapes of the outputs of :func:`window_attention_forward`.
         lse: what that gave.
         tokens: whether the windows' own gradient is wanted.
+        out: contiguous memory for both gradients.
     """
     heads = qkv.shape[3]
     grads = [each.unflatten(-1, (heads, -1)).transpose(1, 2) for each in (grad_output, grad_prompt_output)]
@@ -252,7 +277,10 @@ def window_attention_backward(
     found: Sequence[Tensor]
     tensors = (*grads, *inputs)
     if lse is not None and library.direct(*tensors):
-        packed = torch.empty_like(qkv) if tokens else None, torch.empty_like(prompt_qkv)
+        if out is not None:
+            packed = tuple([each.unflatten(-1, qkv.shape[2:]) for each in out])
+        else:
+            packed = torch.empty_like(qkv) if tokens else None, torch.empty_like(prompt_qkv)
         slots = (*((None,) * 3 if packed[0] is None else _apart(packed[0])), *_apart(packed[1]))
         _launchers()[1](*tensors, lse, scale=scale, needs=needs, grads=slots)
         return None if packed[0] is None else packed[0].flatten(2), packed[1].flatten(2)
@@ -268,6 +296,10 @@ def window_attention_backward(
         wanted = [each for each in leaves if each.requires_grad]
         kept = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True, materialize_grads=True))
         found = [next(kept) if each.requires_grad else each for each in leaves]
+    if out is not None:
+        for target, each in zip(out, (found[:3], found[3:]), strict=True):
+            target.copy_(_packed(each))
+        return out
     return _packed(found[:3]) if tokens else None, _packed(found[3:])
 
 

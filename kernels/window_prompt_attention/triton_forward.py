@@ -390,14 +390,18 @@ def window_prompt_attention_forward(
     scale: float,
     save_lse: bool = True,
     tile: WindowTile | None = None,
+    output: Tensor | None = None,
+    prompt_output: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Launch the forward.
+    """Launch the forward; it writes into ``output`` and ``prompt_output``, of any strides but a unit last one, or into
+    new memory.
 
     Returns output, prompt_output and ``lse`` (B * nW, H, R), float32: the log-sum-exp of scaled and biased scores in
     base 2 over rows ``[prompts ; tokens]`` of every window, +inf for rows that see nothing.
     """
     tensors = (
-        query, key, value, prompt_query, prompt_key, prompt_value, relative_position_bias, window_mask,
+        query, key, value, prompt_query, prompt_key, prompt_value, relative_position_bias, window_mask, output,
+        prompt_output,
     )  # fmt: skip
     return plan.run(forward, tensors, (float(scale), save_lse, precision(query.dtype), tile))  # pyright: ignore[reportReturnType]
 
@@ -412,6 +416,8 @@ def forward(
     prompt_value: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
+    output: Tensor | None,
+    prompt_output: Tensor | None,
     scale: float,
     save_lse: bool,
     precision: str,
@@ -421,7 +427,8 @@ def forward(
     rows, heads, tokens, head_dim = query.shape
     batch, _, prompts, _ = prompt_query.shape
     count = prompts + tokens
-    output, prompt_output = empty_rows(tape, query), empty_rows(tape, prompt_query)
+    output = empty_rows(tape, query) if output is None else output
+    prompt_output = empty_rows(tape, prompt_query) if prompt_output is None else prompt_output
     lse = tape.empty((rows, heads, count), torch.float32) if save_lse else None
     if not rows * heads * count * head_dim:
         tape.apply(Tensor.zero_, prompt_output)
