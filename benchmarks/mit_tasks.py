@@ -716,6 +716,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     engine = None if given.engine == "plain" else EngineConfig(blocks="fused", graphs=given.engine == "graphs")
     named = "" if given.language_model == "smollm2" else " --language-model FOLDER"
+    named += "".join(f" --task {each}" for each in given.task or ())
+    for name in ("seeds", "epochs", "scenes", "rate", "decoder_rate"):
+        value = getattr(given, name)
+        if value != command.get_default(name):
+            values = value if isinstance(value, list | tuple) else [value]
+            named += f" --{name.replace('_', '-')} {' '.join(map(str, values))}"
     done = run_tasks(
         plan,
         given.task or list(ARMS),

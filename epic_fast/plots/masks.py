@@ -98,11 +98,10 @@ def mask_sheet(
                 axes.set_axis_off()
                 _draw(axes, item, mask if place else None, colour, place)
                 if place == 2 and item.iou is not None:
-                    look = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.2}
-                    label = f"IoU {item.iou:.2f}"
-                    axes.text(
-                        0.98, 0.02, label, ha="right", va="bottom", fontsize=7.5, bbox=look, transform=axes.transAxes
-                    )
+                    # Above the panel, whose corners may be what is to be seen.
+                    right, bottom = corner[0] + _SIDE, corner[1] - _SIDE - 0.03
+                    said = f"IoU {item.iou:.2f}"
+                    figure.text(right / width, 1 - bottom / height, said, ha="right", va="bottom", fontsize=7.5)
         return save_figure(figure, png)
 
 
