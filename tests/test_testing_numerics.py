@@ -316,3 +316,27 @@ def test_floors_of_the_measured_cases() -> None:
     case = AttentionCase(1, 1, 3, 2, 16, causal=True)
     assert case.flops() == 4 * 16 * (2 * 5 + 3 + 4 + 5)
     assert case.flops("backward") == 2.5 * case.flops()
+
+
+def test_poison_leaves_the_device_context_alone() -> None:
+    """It keeps the functions that it diverts, from its first use on, whoever they belong to then."""
+    torch.utils._device._device_constructors.cache_clear()
+    with poisoned_empty():
+        torch.utils._device._device_constructors()
+    with torch.device("meta"):
+        assert torch.empty(1).is_meta
+
+
+def test_under_poison_no_plan_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled plans ask for memory where no poison reaches."""
+    from epic_fast.ops import native
+
+    monkeypatch.delenv("EPIC_FAST_NATIVE", raising=False)
+    monkeypatch.setattr(native, "load", lambda: "built")
+    native.find.cache_clear()
+    assert native.find() == "built"
+    with poisoned_empty():
+        assert native.find() is None
+    assert native.find() == "built"
+    monkeypatch.undo()
+    native.find.cache_clear()

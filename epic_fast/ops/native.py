@@ -17,9 +17,11 @@ import importlib.machinery
 import importlib.util
 import os
 import subprocess
+import sys
 import sysconfig
 import weakref
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +37,7 @@ from epic_fast.ops.repeats import Known
 
 SOURCE = Path(__file__).with_name("native.cpp")
 MODULE = "_epic_fast_native"
+_wanted = True
 
 
 def path() -> Path:
@@ -60,9 +63,7 @@ def build(*, again: bool = False) -> Path:
         with atomic_file(target) as made:
             _compile(made)
     find.cache_clear()
-    # Plans that were made without it are made anew.
-    if library.TRITON_INSTALLED:
-        _plan_module().forget()
+    _forget_plans()
     return target
 
 
@@ -92,16 +93,41 @@ def _compile(made: Path) -> None:
 @functools.cache
 def find() -> Any:
     """The built module; None where it is not built or not wanted."""
-    if os.environ.get("EPIC_FAST_NATIVE") == "0" or not library.TRITON_INSTALLED:
+    if not _wanted or os.environ.get("EPIC_FAST_NATIVE") == "0" or not library.TRITON_INSTALLED:
         return None
     return load()
+
+
+@contextmanager
+def left_out() -> Iterator[None]:
+    """Everything runs from Python meanwhile, in all threads."""
+    global _wanted
+    before, _wanted = _wanted, False
+    find.cache_clear()
+    _forget_plans()
+    try:
+        yield
+    finally:
+        _wanted = before
+        find.cache_clear()
+        _forget_plans()
+
+
+def _forget_plans() -> None:
+    """Those that were made with it, or without it."""
+    plan = sys.modules.get("epic_fast.kernels.common.plan")
+    if plan is not None:
+        plan.forget()
 
 
 def load() -> Any:
     """The built module, whether wanted or not; None if there is no file."""
     target = path()
-    if not target.exists():
-        return None
+    return _load(target) if target.exists() else None
+
+
+@functools.cache
+def _load(target: Path) -> Any:
     loader = importlib.machinery.ExtensionFileLoader(MODULE, str(target))
     spec = importlib.util.spec_from_file_location(MODULE, target, loader=loader)
     assert spec is not None

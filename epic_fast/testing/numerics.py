@@ -21,6 +21,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _device
+
+from epic_fast.ops import native
 
 OUTPUT_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
@@ -350,8 +353,13 @@ def poisoned_empty(package: str = "epic_fast") -> Iterator[Poison]:
 
     A kernel that leaves a part of its result unwritten, or reads scratch before writing it, then shows it at once.
     Only calls made by modules of ``package`` are touched, so PyTorch's own use of these functions goes on as it was.
+    Memory that compiled plans would ask for themselves is asked for by Python meanwhile.
     """
     poison = Poison()
+    # ``torch.device`` as a context keeps, from its first use on, the very functions that it is to divert.
+    remember = getattr(_device, "_device_constructors", None)
+    if remember is not None:
+        remember()
 
     def poisoning(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @functools.wraps(original)
@@ -372,6 +380,7 @@ def poisoned_empty(package: str = "epic_fast") -> Iterator[Poison]:
         ((_GUARDS, name) for name in ("_empty_strided_cuda",) if hasattr(_GUARDS, name)),
     )
     with contextlib.ExitStack() as stack:
+        stack.enter_context(native.left_out())
         for owner, name in places:
             own = name in vars(owner)
             original = getattr(owner, name)
