@@ -192,18 +192,20 @@ class _Nothing(torch.autograd.Function):
         return ctx.saved_tensors
 
 
+def empty_call(device: torch.device) -> Callable[[], Any]:
+    """Forward and backward through an ``autograd.Function`` of nine inputs that does nothing."""
+    inputs = [torch.zeros(8, device=device, requires_grad=True) for _ in range(9)]
+    grads = [torch.ones(8, device=device) for _ in range(2)]
+    return lambda: torch.autograd.grad(_Nothing.apply(*inputs), inputs, grads)  # pyright: ignore[reportArgumentType]
+
+
 def empty_function(device: torch.device) -> dict[str, float]:
     """Milliseconds of a step, launched from Python, through an ``autograd.Function`` of nine inputs that does nothing.
 
     What PyTorch itself costs a call whose backward pass is written in Python, on this machine: the least that the
     interaction can take without a graph.
     """
-    inputs = [torch.zeros(8, device=device, requires_grad=True) for _ in range(9)]
-    grads = [torch.ones(8, device=device) for _ in range(2)]
-
-    def call() -> Any:
-        return torch.autograd.grad(_Nothing.apply(*inputs), inputs, grads)  # pyright: ignore[reportArgumentType]
-
+    call = empty_call(device)
     for _ in range(LAUNCHES):
         call()
     return {
