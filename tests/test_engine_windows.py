@@ -250,6 +250,36 @@ def test_without_a_graph_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     assert kept[2:] == ["eight_bit"]
 
 
+def test_a_graph_holds_the_rows_that_it_gathers() -> None:
+    """Replays read the very tensors of the capture, however many sizes came since."""
+    block, windows = FrozenWindowBlock(block_of()), Windows((8, 8), WINDOW, 2)
+    hidden, prompts = torch.randn(2, 64, 16), torch.randn(2, 3, 16)
+    block(hidden, prompts, windows)
+    used = windows.rows(2, 3, hidden.device), windows.mask(hidden.device)
+    held = block.made()[-1]
+    for batch in range(3, 3 + 2 * window_blocks.MOST_READ):
+        block(torch.randn(batch, 64, 16), torch.randn(batch, 3, 16), windows)
+    (rows, mask), *others = held.values()
+    assert rows.place is used[0].place
+    assert mask is used[1]
+    assert not others
+    assert len(block.made()[-1]) == window_blocks.MOST_READ
+
+
+def test_outputs_are_nobodys_views_and_gradients_keep_no_others() -> None:
+    block, windows = FrozenWindowBlock(block_of()), Windows((8, 8), WINDOW, 2)
+    hidden = torch.randn(2, 64, 16, requires_grad=True)
+    prompts = torch.randn(2, 3, 16, requires_grad=True)
+    tokens, own = block(hidden, prompts, windows)
+    wanted = (tokens * 2).sum() + (own * 3).sum()
+    tokens.mul_(2)
+    own.mul_(3)
+    assert torch.equal(tokens.sum() + own.sum(), wanted)
+    (tokens.sum() + own.sum()).backward()
+    assert prompts.grad is not None
+    assert prompts.grad.untyped_storage().nbytes() == prompts.grad.nbytes
+
+
 @pytest.mark.parametrize("shift", [0, 2])
 @pytest.mark.parametrize("grid", [(8, 8), (7, 10), (4, 12)])
 @pytest.mark.parametrize("prompts", [0, 3])

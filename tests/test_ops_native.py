@@ -151,8 +151,7 @@ def test_a_thread_without_the_cards_context_enters_it_and_launches_again(module:
     assert run.run([torch.tensor([1.0, 2])])[0].tolist() == [2.0, 4]
     assert made.entered == [-1]
     made.statuses = [700]
-    with pytest.raises(RuntimeError, match="did not launch a kernel: error 700"):
-        run.run([torch.tensor([1.0, 2])])
+    assert run.run([torch.tensor([1.0, 2])]) == 700
 
 
 def test_memory_that_is_not_there_is_an_error_and_nothing_is_launched(module: Any) -> None:
@@ -190,6 +189,7 @@ class Product:
     def __init__(self, module: Any) -> None:
         self.python: list[str] = []
         self.needs: list[tuple[bool, ...]] = []
+        self.factors: list[float] = []
         forward = Driver([8, 8, 8, 8], self._forward)
         backward = Driver([8, 8, 8, 8, 8, 8, 8], self._backward)
         self.drivers = forward, backward
@@ -203,9 +203,10 @@ class Product:
         for both in (True, False):
             given = 5 if both else 4
             places = [1, 2 if both else 0, given - 2, given - 1, given, given + 1, given + 2]
+            launches = [(1, 1, 1, 1, places, [0] * 7)]
             self.plans[f"backward {both}"] = backward.plan(
-                module, given=given, made=made, launches=[(1, 1, 1, 1, places, [0] * 7)], results=[given + 1, given + 2]
-            )  # fmt: skip
+                module, given=given, made=made, launches=launches, results=[given + 1, 0, given + 2]
+            )
 
     @staticmethod
     def _forward(w: int, x: int, y: int, z: int) -> None:
@@ -217,8 +218,9 @@ class Product:
     def _backward(dy: int, dz: int, w: int, x: int, y: int, dw: int, dx: int) -> None:
         for index in range(4):
             more = numbers(dz, 4)[index] if dz else 0.0
-            numbers(dw, 4)[index] = numbers(dy, 4)[index] * numbers(x, 4)[index] + more
-            numbers(dx, 4)[index] = numbers(dy, 4)[index] * numbers(w, 4)[index] + more
+            # By y = w x, so that what is saved of the results is read.
+            numbers(dw, 4)[index] = numbers(dy, 4)[index] * numbers(y, 4)[index] / numbers(w, 4)[index] + more
+            numbers(dx, 4)[index] = numbers(dy, 4)[index] * numbers(y, 4)[index] / numbers(x, 4)[index] + more
 
     @contextmanager
     def noting(self) -> Iterator[list[Any]]:
@@ -227,12 +229,14 @@ class Product:
 
     def _run(self, which: str, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         self.python.append(which)
-        made = SimpleNamespace(native=self.plans.get(which))
+        made = SimpleNamespace(native=self.plans.get(which), is_ready=True)
         results = made.native.run(tensors)
+        if isinstance(results, int):
+            raise RuntimeError(f"error {results}")
         self.noted.append((made, results))
         return results
 
-    def forward(self, ctx: Any, w: Tensor, x: Tensor, absent: None, factor: float, known: Any, direct: bool) -> Any:
+    def forward(self, ctx: Any, w: Tensor, absent: None, x: Tensor, factor: float, known: Any, direct: bool) -> Any:
         y, z = self._run("forward", [w, x])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(w, x, y, None)
@@ -240,8 +244,8 @@ class Product:
         return y, None, z
 
     def backward(self, ctx: Any, dy: Tensor | None, nothing: None, dz: Tensor | None) -> tuple[Tensor | None, ...]:
-        assert ctx.factor == 3.0
         assert nothing is None
+        self.factors.append(ctx.factor)
         assert ctx.saved_tensors[3] is None
         grads = [each for each in (dy, dz) if each is not None]
         if torch.is_grad_enabled():
@@ -258,7 +262,7 @@ class Product:
             self.noted[-1][0].native = None
         else:
             found = self._run(f"backward {len(grads) == 2}", [*grads, w, x, y])
-        return (*[each if need else None for each, need in zip(found, self.needs[-1], strict=False)], None)
+        return tuple([each if need else None for each, need in zip(found, self.needs[-1], strict=True)])
 
 
 class Known:
@@ -273,8 +277,8 @@ def product(module: Any, monkeypatch: pytest.MonkeyPatch) -> Product:
     return made
 
 
-def call(product: Product, known: Any, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    found = native.applied(product, known, (w, x, None), (3.0,), gradients=2)
+def call(product: Product, known: Any, w: Tensor, x: Tensor, factor: float = 3.0) -> tuple[Tensor, Tensor]:
+    found = native.applied(product, known, (w, None, x), (factor,), gradients=3)
     assert found is not None
     assert found[1] is None
     y, _, z = found
@@ -340,7 +344,7 @@ def test_only_what_needs_a_gradient_gets_one(product: Product) -> None:
         w, x = leaves()
         (found,) = torch.autograd.grad(call(product, known, w, x)[0], x, torch.ones(4))
         assert found.tolist() == [1.0, 2, 3, 4]
-    assert product.needs == [(True, False, False), (False, True, False)]
+    assert product.needs == [(True, False, False), (False, False, True)]
     assert product.python == ["forward", "backward False", "backward False"]
 
 
@@ -405,6 +409,65 @@ def test_hooks_on_saved_tensors_are_asked(product: Product) -> None:
     y.backward(torch.ones(4))
 
 
+def test_a_hook_that_gives_other_strides_goes_to_python(product: Product) -> None:
+    known = Known()
+    call(product, known, *leaves())[0].backward(torch.ones(4))
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: torch.stack([tensor] * 2, 1)):
+        y, _ = call(product, known, *leaves())
+    with pytest.raises(AssertionError, match="a hook's"):
+        product_backward_sees(product, y)
+    assert product.python == ["forward", "backward False"]
+
+
+def product_backward_sees(product: Product, y: Tensor) -> None:
+    def seen(ctx: Any, *grads: Any) -> None:
+        assert ctx.saved_tensors[0].dim() == 1, "a hook's"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(product, "backward", seen)
+        y.backward(torch.ones(4))
+
+
+def test_options_and_precision_and_plans_are_part_of_the_kind(
+    product: Product, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    known = Known()
+    for factor in (3.0, 4.0, 3.0, 4.0):
+        call(product, known, *leaves(), factor)[0].backward(torch.ones(4))
+    assert product.python == ["forward", "backward False"] * 2
+    assert product.factors == [3.0, 4.0]
+    # Everything that was planned is forgotten.
+    monkeypatch.setattr(product, "generation", 1)
+    y, _ = call(product, known, *leaves())
+    assert product.python[4:] == ["forward"]
+    # Products in float32 are to be made otherwise from now on, in a backward pass as well.
+    before = torch.backends.cuda.matmul.fp32_precision
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        y.backward(torch.ones(4))
+        call(product, known, *leaves())
+        assert product.python[5:] == ["backward False", "forward"]
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    # A scale that is another one at every step does not fill the memory.
+    for step in range(100):
+        call(product, known, *leaves(), float(step))
+    assert len(known.calls) <= native.MOST_CALLS
+
+
+def test_a_refused_launch_is_pythons_error(product: Product) -> None:
+    known = Known()
+    call(product, known, *leaves())[0].backward(torch.ones(4))
+    forward, backward = product.drivers
+    forward.statuses = [700, 700]
+    with pytest.raises(RuntimeError, match="error 700"):
+        call(product, known, *leaves())
+    y, _ = call(product, known, *leaves())
+    backward.statuses = [700, 700]
+    with pytest.raises(RuntimeError, match="error 700"):
+        y.backward(torch.ones(4))
+
+
 def test_whoever_watches_sees_python(product: Product, monkeypatch: pytest.MonkeyPatch) -> None:
     known = Known()
     w, x = leaves()
@@ -415,7 +478,7 @@ def test_whoever_watches_sees_python(product: Product, monkeypatch: pytest.Monke
     y.backward(torch.ones(4))
     assert product.python == ["forward", "backward False", "backward False"]
     monkeypatch.setattr(native, "_is_watched", lambda: True)
-    assert native.applied(product, known, (w, x, None), (3.0,), gradients=2) is None
+    assert native.applied(product, known, (w, None, x), (3.0,), gradients=3) is None
 
 
 def test_a_node_keeps_what_it_needs_and_nothing_longer(product: Product) -> None:
@@ -534,6 +597,30 @@ def test_without_a_compiler_or_headers_building_says_what_is_wanted(
     with pytest.raises(ImplementationError, match=r"could not compile.*native.cpp"):
         native.build()
     assert not list((tmp_path / "native").iterdir())
+
+
+def test_what_does_not_load_is_left_out_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("EPIC_FAST_CACHE", str(tmp_path))
+    monkeypatch.delenv("EPIC_FAST_NATIVE", raising=False)
+    native.path().parent.mkdir()
+    native.path().write_bytes(b"no library")
+    native.find.cache_clear()
+    try:
+        assert native.find() is None
+        assert native.find() is None
+        assert len(caplog.records) == 1
+        native.path().chmod(0o666)
+        native.find.cache_clear()
+        assert native.find() is None
+        assert "can be written by everybody" in caplog.text
+        monkeypatch.delenv("EPIC_FAST_CACHE")
+        monkeypatch.setattr(native, "cache_folder", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+        native.find.cache_clear()
+        assert native.find() is None
+    finally:
+        native.find.cache_clear()
 
 
 def test_a_switch_leaves_it_out(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,9 +25,22 @@ from torch.autograd.function import once_differentiable
 from epic_fast.engine.blocks import LayerParts, Weights
 from epic_fast.engine.fused import KEEP, kept_norm, mlp_backward, mlp_forward, no_autocast
 from epic_fast.engine.products import product, product_backward
-from epic_fast.engine.windows import Windows, call_swin_block_with_prompts
+from epic_fast.engine.windows import WindowRows, Windows, call_swin_block_with_prompts
 from epic_fast.ops.residual_norm import residual_norm_backward
 from epic_fast.ops.window_prompt_attention import window_attention_backward, window_attention_forward
+
+# Batches of other sizes, and of other pictures, that a block remembers.
+MOST_READ = 16
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    batch: int
+    prompts: int
+
+    @classmethod
+    def of(cls, hidden: Tensor, prompts: Tensor) -> _Sizes:
+        return cls(len(hidden), prompts.shape[1])
 
 
 class FrozenWindowBlock:
@@ -41,6 +54,8 @@ class FrozenWindowBlock:
         self.parts = LayerParts(layer)
         self.position: Any = self.parts.parts["position"]
         self._bias: tuple[Any, Tensor] | None = None
+        # What the last calls read besides weights: a graph made of one reads it again.
+        self._read: dict[Any, tuple[WindowRows, Tensor | None]] = {}
 
     def bias(self) -> Tensor:
         """The bias of relative positions ``(H, M, M)``, made anew when its table changed."""
@@ -51,9 +66,20 @@ class FrozenWindowBlock:
                 self._bias = key, self.position()[0].contiguous()
         return self._bias[1]
 
+    def order(self, windows: Windows, sizes: _Sizes, device: torch.device) -> tuple[WindowRows, Tensor | None]:
+        """Where the rows of windows lie, and who sees whom in them."""
+        found = windows.rows(sizes.batch, sizes.prompts, device), windows.mask(device)
+        if not torch.compiler.is_compiling():
+            key = windows, sizes, device
+            self._read.pop(key, None)
+            while len(self._read) >= MOST_READ:
+                del self._read[next(iter(self._read))]
+            self._read[key] = found
+        return found
+
     def made(self) -> list[Any]:
-        """What it has made of its weights, for a captured graph to hold."""
-        return [dict(self.parts._cache), self._bias]
+        """What it has made of its weights, and read besides, for a captured graph to hold."""
+        return [dict(self.parts._cache), self._bias, dict(self._read)]
 
     def __call__(
         self, hidden: Tensor, prompts: Tensor, windows: Windows, *, save: str = "full"
@@ -75,16 +101,6 @@ class FrozenWindowBlock:
         """Tokens ``(B, N, C)`` behind the block where there are no prompts; never part of a graph."""
         nothing = hidden.new_zeros(len(hidden), 0, hidden.shape[2])
         return self(hidden, nothing, windows)[0]
-
-
-@dataclass(frozen=True)
-class _Sizes:
-    batch: int
-    prompts: int
-
-    @classmethod
-    def of(cls, hidden: Tensor, prompts: Tensor) -> _Sizes:
-        return cls(len(hidden), prompts.shape[1])
 
 
 def joined(hidden: Tensor, prompts: Tensor) -> Tensor:
@@ -115,7 +131,7 @@ def _forward(
     parts = block.parts
     with no_autocast(stream) as dtype:
         weights = parts.weights(dtype, backward=graph)
-        order = windows.rows(sizes.batch, sizes.prompts, stream.device)
+        order, mask = block.order(windows, sizes, stream.device)
         _, normed, *first = kept_norm(stream, None, weights.first_norm, weights, keep == "eight_bit")
         rows = order.cut(normed)
         del normed
@@ -124,7 +140,7 @@ def _forward(
         del rows
         *_, lse = window_attention_forward(
             *_qkv_of(qkv, parts.heads, windows, sizes, order.cut_tokens),
-            *_surroundings(block, windows, stream.device),
+            *(block.bias(), mask, parts.scale),
             save_lse=graph,
             out=_split(attended, windows, sizes, order.cut_tokens),
         )
@@ -146,7 +162,9 @@ class _WindowBlock(torch.autograd.Function):
             block, joined(hidden, prompts), windows, ctx.sizes, ctx.keep, graph=True
         )  # fmt: skip
         ctx.save_for_backward(*saved)
-        return parted(result, hidden, prompts)
+        # Whoever writes into one of them does not write into the other, and autograd need not think so.
+        results = parted(result, hidden, prompts)
+        return tuple([_of_its_own(each) for each in results])  # pyright: ignore[reportReturnType]
 
     @staticmethod
     @once_differentiable
@@ -157,13 +175,13 @@ class _WindowBlock(torch.autograd.Function):
         needs_tokens = ctx.needs_input_grad[0]
         with no_autocast(grads[0]):
             stream = mlp_backward(parts, weights, joined(*grads), second, keep)
-            order = windows.rows(sizes.batch, sizes.prompts, stream.device)
+            order, mask = block.order(windows, sizes, stream.device)
             attended = product_backward(order.cut(stream.to(weights.dtype)), weights.output)
             projected = torch.empty_like(qkv) if needs_tokens else None
             _, of_prompts = window_attention_backward(
                 *_split(attended, windows, sizes, order.cut_tokens),
                 *_qkv_of(qkv, parts.heads, windows, sizes, order.cut_tokens),
-                *_surroundings(block, windows, stream.device),
+                *(block.bias(), mask, parts.scale),
                 lse,
                 tokens=needs_tokens,
                 out=None if projected is None else _split(projected, windows, sizes, order.cut_tokens),
@@ -178,15 +196,10 @@ class _WindowBlock(torch.autograd.Function):
                 branch, stream[read], total, weights.first_norm[0], mean, rstd, grad_dtype=stream.dtype
             )
         if needs_tokens:
-            return *parted(result, *grads), None, None, None
+            of_tokens, of_prompts = parted(result, *grads)
+            # A leaf's gradient is kept: not with that of all tokens behind it.
+            return of_tokens, of_prompts.clone(), None, None, None
         return None, result.view(grads[1].shape), None, None, None
-
-
-def _surroundings(
-    block: FrozenWindowBlock, windows: Windows, device: torch.device
-) -> tuple[Tensor, Tensor | None, float]:  # fmt: skip
-    """Bias, mask and scale of the attention."""
-    return block.bias(), windows.mask(device), block.parts.scale
 
 
 def _qkv_of(
@@ -204,6 +217,11 @@ def _split(rows: Tensor, windows: Windows, sizes: _Sizes, cut_tokens: int) -> tu
         rows[:cut_tokens].view(-1, windows.window**2, width),
         rows[cut_tokens:].view(sizes.batch, sizes.prompts, width),
     )
+
+
+def _of_its_own(view: Tensor) -> Tensor:
+    """The same memory, no view of anything."""
+    return view.new_empty(0).set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
 
 
 def _heads(rows: Tensor, heads: int) -> Tensor:

@@ -109,8 +109,9 @@ class Plan {
 
   int64_t given() const { return given_; }
 
-  // The GIL is held.
-  variable_list run(const variable_list& given) const {
+  // Results into found, and the driver's answer: 0, or why it refused a launch.  The GIL is held, but not while it
+  // launches, so whoever calls must own this.
+  int run(const variable_list& given, variable_list& found) const {
     variable_list made;
     made.reserve(made_.size());
     std::vector<uint64_t> places;
@@ -133,15 +134,14 @@ class Plan {
       enter_(device_.index());
       status = all(places, stream);
     }
-    TORCH_CHECK(status == 0, "the CUDA driver did not launch a kernel: error ", status);
-    variable_list found;
+    if (status != 0) return status;
     found.reserve(results_.size());
     for (const auto place : results_) {
       if (place == 0) found.emplace_back();
       else if (place <= given_) found.push_back(given[place - 1]);
       else found.push_back(made[place - 1 - given_]);
     }
-    return found;
+    return 0;
   }
 
  private:
@@ -188,7 +188,13 @@ struct Call : torch::CustomClassHolder {
         gradients(std::move(gradients)) {}
 
   ~Call() override {
-    // The last owner may be a node that a thread of PyTorch's own drops.
+    // The last owner may be a node that a thread of PyTorch's own drops, or one that outlives Python.
+    if (!Py_IsInitialized()) {
+      forward.release(), backward.release(), quiet.release();
+      new auto(std::move(forward_plan));
+      new auto(std::move(backward_plans));
+      return;
+    }
     py::gil_scoped_acquire gil;
     forward = py::function(), backward = py::function(), quiet = py::function();
     forward_plan.reset();
@@ -209,19 +215,21 @@ using CallRef = c10::intrusive_ptr<Call>;
 
 struct Planned : torch::autograd::Function<Planned> {
   static variable_list forward(AutogradContext* ctx, const CallRef& call, at::TensorList given) {
-    variable_list inputs(given.begin(), given.end()), outputs, saved;
-    if (call->forward_plan && call->forward_plan->here() && aligned(inputs)) {
-      const auto results = call->forward_plan->run(inputs);
+    variable_list inputs(given.begin(), given.end()), outputs, saved, results;
+    // Our own: another thread may put another in its place meanwhile.
+    const auto plan = call->forward_plan;
+    if (plan && plan->here() && aligned(inputs) && plan->run(inputs, results) == 0) {
       for (const auto each : call->outputs) outputs.push_back(results[each]);
       for (const auto each : call->saves) saved.push_back(each >= 0 ? inputs[each] : results[-1 - each]);
     } else {
+      // A launch that was refused is tried again there, and refused in Python's own words.
       const auto found = call->forward(pack(inputs)).cast<py::tuple>();
       for (const auto each : found[0]) outputs.push_back(unpack(each));
       for (const auto each : found[1]) saved.push_back(unpack(each));
       if (!found[2].is_none()) {
-        call->forward_plan = found[2].cast<std::shared_ptr<Plan>>();
         call->outputs = found[3].cast<std::vector<int64_t>>();
         call->saves = found[4].cast<std::vector<int64_t>>();
+        call->forward_plan = found[2].cast<std::shared_ptr<Plan>>();
       }
     }
     if (call->saved_like.empty())
@@ -264,13 +272,16 @@ struct Planned : torch::autograd::Function<Planned> {
     if (ordinary) given.insert(given.end(), saved.begin(), saved.end());
     ordinary = ordinary && aligned(given) && call->quiet().cast<bool>();
     if (ordinary) {
-      for (const auto& [known, plan] : call->backward_plans) {
-        if (known != key || !plan->here()) continue;
-        const auto results = plan->run(given);
+      std::shared_ptr<Plan> plan;
+      for (const auto& each : call->backward_plans)
+        if (each.first == key) plan = each.second;
+      variable_list results;
+      if (plan && plan->here() && plan->run(given, results) == 0) {
         for (size_t index = 0; index < count; ++index)
           if (needs[index]) found[1 + index] = results[call->gradients[index]];
         return found;
       }
+      ordinary = !plan;
     }
     py::list wanted;
     for (const auto each : needs) wanted.append(py::bool_(each));
@@ -301,12 +312,13 @@ py::tuple apply(const CallRef& call, const py::args& tensors) {
   return found;
 }
 
-py::object run(const Plan& plan, const py::list& tensors) {
-  if (!plan.here()) return py::none();
-  variable_list given;
+// The results; or why the driver refused, as a number.
+py::object run(const std::shared_ptr<Plan>& plan, const py::list& tensors) {
+  variable_list given, results;
   given.reserve(tensors.size());
   for (const auto each : tensors) given.push_back(THPVariable_Unpack(each.ptr()));
-  const auto results = plan.run(given);
+  const int status = plan->run(given, results);
+  if (status != 0) return py::int_(status);
   py::tuple found(results.size());
   for (size_t index = 0; index < results.size(); ++index) found[index] = pack(results[index]);
   return found;

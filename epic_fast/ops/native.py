@@ -4,7 +4,8 @@ A plan (``kernels/common/plan.py``) and the ``autograd.Function`` around it are 
 :func:`build` (``epic-fast native``: half a minute and any C++ compiler, no CUDA toolkit), ``native.cpp`` does the same
 for calls that came before: allocate, launch, save, and in backward allocate and launch.  It computes nothing itself,
 and everything out of the ordinary (a new layout, an odd address, a profiler, saved-tensor hooks that change tensors, a
-second derivative, a plan with descriptors) it hands back to the Python that it stands before.
+second derivative, a plan with descriptors) it hands back to the Python that it stands before.  One thing it cannot:
+PyTorch's compiled autograd refuses its nodes.
 
 Without it everything works, from Python.  ``EPIC_FAST_NATIVE=0`` leaves it out.
 """
@@ -15,7 +16,10 @@ import functools
 import hashlib
 import importlib.machinery
 import importlib.util
+import logging
 import os
+import shlex
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -37,13 +41,22 @@ from epic_fast.ops.repeats import Known
 
 SOURCE = Path(__file__).with_name("native.cpp")
 MODULE = "_epic_fast_native"
+FLAGS = ("-std=c++20", "-O2", "-DNDEBUG", "-fPIC", "-shared", "-w")
+# Options of a call, such as a scale, may be new at every step.
+MOST_CALLS = 16
+logger = logging.getLogger("epic_fast")
 _wanted = True
 
 
 def path() -> Path:
     """The file for this Python, this PyTorch and this source, in :func:`epic_fast.files.cache_folder`."""
-    said = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
-    return cache_folder() / "native" / f"{MODULE}-{said}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    return cache_folder() / "native" / f"{name()}{sysconfig.get_config_var('EXT_SUFFIX')}"
+
+
+def name() -> str:
+    """Of the module: another one for another PyTorch, source or command, because Python knows modules by name."""
+    said = hashlib.sha256(SOURCE.read_bytes() + " ".join((torch.__version__, *FLAGS)).encode()).hexdigest()[:16]
+    return f"{MODULE}_{said}"
 
 
 def build(*, again: bool = False) -> Path:
@@ -71,8 +84,8 @@ def _compile(made: Path) -> None:
     from torch.utils.cpp_extension import include_paths
 
     compiler = os.environ.get("CXX", "c++")
-    command = [compiler, "-std=c++20", "-O2", "-fPIC", "-shared", "-w", "-x", "c++", str(SOURCE), "-o", str(made)]
-    command += [f"-DTORCH_EXTENSION_NAME={MODULE}", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    command = [*shlex.split(compiler), *FLAGS, "-x", "c++", str(SOURCE), "-o", str(made)]
+    command += [f"-DTORCH_EXTENSION_NAME={name()}", f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
     command += [f"-isystem{each}" for each in (*include_paths(), sysconfig.get_paths()["include"])]
     command += [f"-L{Path(torch.__file__).parent / 'lib'}"]
     command += [f"-l{each}" for each in ("c10", "torch_cpu", "torch", "torch_python")]
@@ -95,7 +108,11 @@ def find() -> Any:
     """The built module; None where it is not built or not wanted."""
     if not _wanted or os.environ.get("EPIC_FAST_NATIVE") == "0" or not library.TRITON_INSTALLED:
         return None
-    return load()
+    try:
+        return load()
+    except Exception as error:  # kernels run without it
+        logger.warning("launches run from Python: what epic-fast native built does not load: %s", error)
+        return None
 
 
 @contextmanager
@@ -121,15 +138,29 @@ def _forget_plans() -> None:
 
 
 def load() -> Any:
-    """The built module, whether wanted or not; None if there is no file."""
+    """The built module, whether wanted or not; None if there is no file.
+
+    Raises:
+        ImplementationError: somebody else could have written the file.
+    """
     target = path()
-    return _load(target) if target.exists() else None
+    if not target.exists():
+        return None
+    for place in (target, target.parent):
+        found = place.stat()
+        if hasattr(os, "getuid") and (found.st_uid not in (os.getuid(), 0) or found.st_mode & stat.S_IWOTH):
+            raise ImplementationError(
+                f"{place} belongs to user {found.st_uid} or can be written by everybody, and holds code that would run "
+                "as you; set EPIC_FAST_CACHE to a folder of your own"
+            )
+    return _load(target)
 
 
 @functools.cache
 def _load(target: Path) -> Any:
-    loader = importlib.machinery.ExtensionFileLoader(MODULE, str(target))
-    spec = importlib.util.spec_from_file_location(MODULE, target, loader=loader)
+    module_name = target.name.partition(".")[0]
+    loader = importlib.machinery.ExtensionFileLoader(module_name, str(target))
+    spec = importlib.util.spec_from_file_location(module_name, target, loader=loader)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
     loader.exec_module(module)
@@ -156,16 +187,21 @@ def applied(
     module = find()
     if module is None or _is_watched():
         return None
-    key = function, options, _plan_module().generation
+    precision = str(torch.backends.cuda.matmul.fp32_precision)
+    key = function, options, precision, _plan_module().generation
     call = known.calls.get(key)
     if call is None:
-        call = known.calls[key] = _Call(module, _Kind(function, known, inputs, options), gradients)
+        if len(known.calls) >= MOST_CALLS:
+            known.calls.clear()
+        call = known.calls[key] = _Call(module, _Kind(function, known, inputs, options), gradients, precision)
     return call(*inputs) if call.is_worth_it else None
 
 
-def _quiet() -> bool:
-    """Nobody watches operators or launches."""
-    return library.unwatched() and not _is_watched()
+def _is_ordinary(precision: str) -> bool:
+    """Nobody watches operators or launches, and products in float32 are still made as plans say."""
+    return (
+        library.unwatched() and not _is_watched() and torch.backends.cuda.matmul.fp32_precision == precision
+    )  # fmt: skip
 
 
 def _is_watched() -> bool:
@@ -182,10 +218,11 @@ def _launch_module() -> Any:
 class _Call:
     """The compiled part of a kind of call; it keeps the kind alive, as do the nodes that it makes."""
 
-    def __init__(self, module: Any, kind: _Kind, gradients: int) -> None:
+    def __init__(self, module: Any, kind: _Kind, gradients: int, precision: str) -> None:
         self._kind = kind
         places = [index if index < gradients else -1 for index in kind.present]
-        self._native = module.Call(kind.forward, kind.backward, _quiet, places)
+        ordinary = functools.partial(_is_ordinary, precision)
+        self._native = module.Call(kind.forward, kind.backward, ordinary, places)
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor | None, ...]:
         found = self._native(*inputs)
@@ -226,12 +263,17 @@ class _Kind:
         self._saved, self.outputs = ([each is not None for each in some] for some in (saved, outputs))
         outputs, saved = ([each for each in some if each is not None] for some in (outputs, saved))
         if len(noted) != 1 or noted[0][0].native is None:
-            self.is_in_vain = any(plan.is_ready for plan, _ in noted)
+            self.is_in_vain = not noted or any(plan.is_ready for plan, _ in noted)
             return outputs, saved, None, [], []
         plan, results = noted[0]
-        among = [_place(each, present) for each in saved]
-        places = [place if place >= 0 else -1 - _place(each, results) for place, each in zip(among, saved, strict=True)]
-        return outputs, saved, plan.native, [_place(each, results) for each in outputs], places
+        made = [_place(each, results) for each in (*outputs, *saved)]
+        outputs_at, saved_at = made[: len(outputs)], made[len(outputs) :]
+        given_at = [_place(each, present) for each in saved]
+        if -1 in outputs_at or any(given == made == -1 for given, made in zip(given_at, saved_at, strict=True)):
+            self.is_in_vain = True
+            return outputs, saved, None, [], []
+        places = [given if given >= 0 else -1 - made for given, made in zip(given_at, saved_at, strict=True)]
+        return outputs, saved, plan.native, outputs_at, places
 
     def backward(
         self, grads: list[Tensor | None], saved: list[Tensor], needs: list[bool]

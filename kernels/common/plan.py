@@ -302,7 +302,10 @@ class Plan:
         if ready is None or torch._C._cuda_getDevice() != self._index or is_watched():
             return self._slowly(given)
         if self.native is not None:
-            return self.native.run(given)
+            found = self.native.run(given)
+            if isinstance(found, int):
+                raise RuntimeError(f"the CUDA driver did not launch a kernel: error {found}")
+            return found
         allocate = _guards._empty_strided_cuda
         tensors: list[Any] = [None, *given]
         places: list[Any] = [0, *addresses]
