@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import random
 import statistics
 import sys
@@ -30,7 +29,7 @@ import torch
 
 from benchmarks import timing
 from benchmarks.registry import OPERATIONS, OURS, CannotRun
-from benchmarks.run import first_line, read
+from benchmarks.run import append, first_line, read
 from epic_fast.ops import native
 
 CASES = {"attention": ["text L", "vision L/14"], "interaction": ["L, B=64, P=8"]}
@@ -60,11 +59,11 @@ def rounds(everybody: Sequence[Timed], device: torch.device, *, count: int, call
             with each.settings():
                 for _ in range(WARM):
                     each.run()
-                _wait(device)
+                timing.wait(device)
                 start = time.perf_counter()
                 for _ in range(calls):
                     each.run()
-                _wait(device)
+                timing.wait(device)
                 each.times.append(1e3 * (time.perf_counter() - start) / calls)
 
 
@@ -164,17 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for case in cases:
             for row in rows_of(name, case, providers, device, given.smoke):
                 rows.append({**row, "run": run})
-                if given.output is not None:
-                    given.output.parent.mkdir(parents=True, exist_ok=True)
-                    with given.output.open("a") as lines:
-                        lines.write(json.dumps(rows[-1]) + "\n")
+                append(given.output, rows[-1])
     print(table(rows))
     return 0
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 if __name__ == "__main__":

@@ -169,6 +169,14 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def append(path: Path | None, row: dict[str, Any]) -> None:
+    """One more line of a file, if there is to be one."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as lines:
+            lines.write(json.dumps(row) + "\n")
+
+
 def read(*paths: str | Path) -> list[dict[str, Any]]:
     """The rows of these files."""
     return [json.loads(line) for path in paths for line in Path(path).read_text().splitlines() if line.strip()]
@@ -331,10 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for kind in given.dtype:
         for row in rows_of(operation, cases, providers, DTYPES[kind], device):
             rows.append({**row, **floor_of(row, run["ceilings"]), "run": run})
-            if given.output is not None:
-                given.output.parent.mkdir(parents=True, exist_ok=True)
-                with given.output.open("a") as lines:
-                    lines.write(json.dumps(rows[-1]) + "\n")
+            append(given.output, rows[-1])
     print(summary(rows))
     return 0 if all(row["passes"] for row in rows if row["kind"] == "gate") else 1
 

@@ -43,7 +43,7 @@ def measure_launched(call: Callable[[], Any], device: torch.device, *, one_threa
         one_thread: a backward pass runs in the calling thread, as in this project's training loop on one GPU, and not
             in the thread that PyTorch keeps for a device.
     """
-    _wait(device)
+    wait(device)
     launches, rounds = (LAUNCHES, 5) if device.type == "cuda" else (1, 3)
     times = []
     with torch.autograd.set_multithreading_enabled(not one_thread):
@@ -51,7 +51,7 @@ def measure_launched(call: Callable[[], Any], device: torch.device, *, one_threa
             start = time.perf_counter()
             for _ in range(launches):
                 call()
-            _wait(device)
+            wait(device)
             times.append(1e3 * (time.perf_counter() - start) / launches)
     return statistics.median(times)
 
@@ -214,7 +214,8 @@ def empty_function(device: torch.device) -> dict[str, float]:
     }
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until everything that was launched has run."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

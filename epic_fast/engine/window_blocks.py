@@ -104,17 +104,9 @@ class FrozenWindowBlock:
 
 
 def joined(hidden: Tensor, prompts: Tensor) -> Tensor:
-    """All rows ``(B * (N + P), C)``, tokens before prompts: without a copy where they lie so, as behind a block."""
-    tokens = hidden.shape[0] * hidden.shape[1]
-    count, width = tokens + prompts.shape[0] * prompts.shape[1], hidden.shape[2]
-    if hidden.is_contiguous():
-        if count == tokens:
-            return hidden.view(tokens, width)
-        behind = hidden.data_ptr() + hidden.nbytes == prompts.data_ptr()
-        same = hidden.untyped_storage().data_ptr() == prompts.untyped_storage().data_ptr()
-        if behind and same and prompts.is_contiguous() and hidden.dtype == prompts.dtype:
-            return hidden.as_strided((count, width), (width, 1))
-    return torch.cat([hidden.reshape(tokens, width), prompts.reshape(-1, width)])
+    """All rows ``(B * (N + P), C)``, tokens before prompts; the tokens themselves where there are no prompts."""
+    rows = hidden.flatten(0, 1)
+    return torch.cat([rows, prompts.flatten(0, 1)]) if prompts.numel() else rows.contiguous()
 
 
 def parted(rows: Tensor, hidden: Tensor, prompts: Tensor) -> tuple[Tensor, Tensor]:

@@ -161,8 +161,8 @@ class Plan {
                                                 : static_cast<const void*>(&places[each.places[index]]);
         parameters.push_back(const_cast<void*>(at));
       }
-      const int status = launch_(reinterpret_cast<void*>(each.function), each.programs, 1, 1, each.threads, 1, 1, each.shared, stream,
-                                 parameters.data(), nullptr);
+      const int status = launch_(reinterpret_cast<void*>(each.function), each.programs, 1, 1, each.threads, 1, 1,
+                                 each.shared, stream, parameters.data(), nullptr);
       if (status != 0) return status;
     }
     return 0;
@@ -332,9 +332,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
                     const std::vector<LaunchFields>&, std::vector<int64_t>, uintptr_t, py::function, py::function>())
       .def("run", torch::wrap_pybind_function(run));
   py::class_<Call, CallRef>(module, "Call")
-      .def(py::init([](py::function forward, py::function backward, py::function quiet, std::vector<int64_t> gradients) {
-        return c10::make_intrusive<Call>(std::move(forward), std::move(backward), std::move(quiet), std::move(gradients));
-      }))
-      .def("plans", [](const Call& call) { return std::make_pair(call.forward_plan != nullptr, call.backward_plans.size()); })
+      .def(py::init<py::function, py::function, py::function, std::vector<int64_t>>())
+      .def("plans",
+           [](const Call& call) { return std::make_pair(call.forward_plan != nullptr, call.backward_plans.size()); })
       .def("__call__", torch::wrap_pybind_function(apply));
 }
