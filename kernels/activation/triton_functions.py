@@ -16,15 +16,45 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _QUICK = tl.constexpr(1.702)
 _TANH_SCALE = tl.constexpr(1.5957691216057308)  # 2 sqrt(2 / pi)
 _TANH_CUBE = tl.constexpr(0.044715)
-_SQRT_HALF = tl.constexpr(0.7071067811865476)
 _GAUSS = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
+# Φ(-|x|) = exp(-x² / 2) t poly(t), t = 1 / (1 + _NEAR |x|); README.md has where the numbers come from.
+_NEAR = tl.constexpr(0.29)
+_C0 = tl.constexpr(0.11541899293661118)
+_C1 = tl.constexpr(0.11979620903730392)
+_C2 = tl.constexpr(0.0795462504029274)
+_C3 = tl.constexpr(0.1816919595003128)
+_C4 = tl.constexpr(-0.1480533629655838)
+_C5 = tl.constexpr(0.30518588423728943)
+_C6 = tl.constexpr(-0.19308505952358246)
+_C7 = tl.constexpr(0.039499152451753616)
+
+
+@triton.jit
+def bell(x):
+    """exp(-x² / 2)."""
+    return tl.exp2(x * x * (-0.5 * _LOG2E))
+
+
+@triton.jit
+def normal_distribution(x):
+    """Φ(x): without a branch, and sharing its exponential with the derivative."""
+    t = 1.0 / (1.0 + _NEAR * tl.abs(x))
+    poly = _C7 * t + _C6
+    poly = poly * t + _C5
+    poly = poly * t + _C4
+    poly = poly * t + _C3
+    poly = poly * t + _C2
+    poly = poly * t + _C1
+    poly = poly * t + _C0
+    tail = poly * t * bell(x)
+    return tl.where(x < 0, tail, 1.0 - tail)
 
 
 @triton.jit
 def gate_of(x, KIND: tl.constexpr):
     """What the activation multiplies ``x`` by: a sigmoid, or the normal distribution's Φ."""
     if KIND == "gelu":
-        gate = 0.5 + 0.5 * tl.erf(x * _SQRT_HALF)
+        gate = normal_distribution(x)
     elif KIND == "quick_gelu":
         gate = 1.0 / (1.0 + tl.exp2(x * (-_QUICK * _LOG2E)))
     else:
@@ -38,7 +68,7 @@ def gate_of(x, KIND: tl.constexpr):
 def slope_of(x, gate, KIND: tl.constexpr):
     """The derivative, given the gate."""
     if KIND == "gelu":
-        slope = gate + x * tl.exp2(x * x * (-0.5 * _LOG2E)) * _GAUSS
+        slope = gate + x * bell(x) * _GAUSS
     elif KIND == "quick_gelu":
         slope = gate + _QUICK * x * gate * (1.0 - gate)
     else:
