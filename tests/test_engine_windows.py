@@ -233,13 +233,13 @@ def test_without_a_graph_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> Non
     block, windows = block_of(), Windows((8, 8), WINDOW, 2)
     fused = FrozenWindowBlock(block)
     kept: list[Any] = []
-    real = window_blocks.mlp_forward
+    real = window_blocks.activated_product
 
     def watched(*args: Any) -> Any:
         kept.append(args[-1])
         return real(*args)
 
-    monkeypatch.setattr(window_blocks, "mlp_forward", watched)
+    monkeypatch.setattr(window_blocks, "activated_product", watched)
     run(block, fused, windows, "eight_bit", (False, False))
     assert kept == ["none"]
     with torch.no_grad():

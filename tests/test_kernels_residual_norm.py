@@ -25,6 +25,8 @@ from epic_fast.kernels.residual_norm import reference, triton_backward, triton_f
 from epic_fast.kernels.residual_norm.tiles import MAX_WIDTH, norm_tile
 from epic_fast.ops import library, residual_norm
 from epic_fast.ops.residual_norm import (
+    moved_norm_backward,
+    moved_norm_forward,
     residual_norm_backward,
     residual_norm_forward,
     residual_norm_forward_kept,
@@ -497,6 +499,131 @@ def test_what_does_not_fit_is_said() -> None:
     mean = torch.zeros(6, device=DEVICE)
     with pytest.raises(ConfigError, match=r"shapes \(2, 3, 20\) and \(3, 20\); wanted \(2, 3, 20\)"):
         residual_norm_backward(stream, stream[0], stream, weight, mean, mean)
+
+
+# -- rows in two orders ----------------------------------------------------------------------------------------------
+
+
+def order_of(rows: int, seed: int = 5) -> Tensor:
+    return torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("width", [20, 64, 300])
+def test_moved_rows_are_those_that_a_gather_would_give(width: int, dtype: torch.dtype, keep: bool, impl: str) -> None:
+    rows, more = 11, 14
+    stream, branch = draw(rows, width, dtype=dtype), draw(more, width, dtype=dtype, seed=1)
+    weight, bias = parameters(width)
+    branch_at, normed_at = order_of(more)[:rows].contiguous(), order_of(rows, 6)
+    operation = residual_norm_forward_kept if keep else residual_norm_forward
+    total, normed, *saved, _ = operation(stream, branch[branch_at], weight, bias, 1e-5, impl=impl)
+    found = moved_norm_forward(
+        stream, branch, weight, bias, 1e-5, branch_at=branch_at, normed_at=normed_at, keep=keep, impl=impl
+    )
+    assert_bits_equal((found[0], found[1][normed_at]), (total, normed))
+    assert_bits_equal(found[2:5], saved if keep else (total, *saved))
+    assert found[5] is None
+
+    grad_normed, grad_total = draw(more, width, dtype=dtype, seed=2), draw(rows, width, dtype=dtype, seed=3)
+    wanted = residual_norm_backward(
+        grad_normed[branch_at], grad_total, found[2], weight, *found[3:5], grad_dtype=dtype, impl=impl
+    )
+    grad, moved = moved_norm_backward(
+        *(grad_normed, grad_total, found[2], weight, *found[3:5]),
+        normed_at=branch_at,
+        moved_at=normed_at,
+        moved_dtype=HALF,
+        grad_dtype=dtype,
+        impl=impl,
+    )
+    assert_bits_equal(grad, wanted)
+    assert moved.dtype == HALF
+    if dtype == HALF:
+        assert_bits_equal(moved[normed_at], wanted)
+    else:
+        # Rounded from what is in registers, which is what was stored.
+        assert_bits_equal(moved[normed_at], wanted.to(HALF))
+    grad, nothing = moved_norm_backward(
+        grad_normed[:rows], None, found[2], weight, *found[3:5], grad_dtype=dtype, impl=impl
+    )
+    plain = residual_norm_backward(grad_normed[:rows], None, found[2], weight, *found[3:5], grad_dtype=dtype, impl=impl)
+    assert nothing is None
+    assert_bits_equal(grad, plain)
+
+
+@pytest.mark.parametrize("with_branch", [True, False])
+@pytest.mark.parametrize("probes", [1, 2, 5])
+@pytest.mark.parametrize("width", [20, 300, 1024])
+def test_products_with_a_probe_are_those_of_the_rounded_sum(width: int, probes: int, with_branch: bool) -> None:
+    stream, (weight, bias) = draw(7, width, dtype=HALF) + 3, parameters(width)
+    branch = draw(7, width, dtype=HALF, seed=1) if with_branch else None
+    probe = draw(probes, width, seed=2)
+    for offset in (bias, None):
+        total, *_, found = moved_norm_forward(stream, branch, weight, offset, 1e-5, probe=probe, impl="triton")
+        wanted = total.double() @ probe.double().T
+        size = total.double().abs() @ probe.double().abs().T
+        assert found.dtype == torch.float32
+        assert found.shape == (7, probes)
+        assert ((found - wanted).abs() <= 2 * width**0.5 * 2**-24 * size).all()
+        *_, plain = moved_norm_forward(stream, branch, weight, offset, 1e-5, probe=probe, impl="reference")
+        torch.testing.assert_close(plain, wanted.float(), rtol=1e-4, atol=1e-4)
+        one = slice(3, 4)
+        alone = moved_norm_forward(
+            *(stream[one], None if branch is None else branch[one], weight, offset, 1e-5), probe=probe, impl="triton"
+        )
+        assert_bits_equal(alone[5], found[one], "a row alone")
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("with_branch", [True, False])
+def test_the_operators_of_moved_rows_are_what_they_say(with_branch: bool, keep: bool) -> None:
+    stream, (weight, bias) = draw(6, 20), parameters(20)
+    branch = draw(6, 20, dtype=HALF, seed=1) if with_branch else None
+    order, probe = order_of(6), draw(2, 20, seed=2)
+    given = (stream, branch, weight, bias, 1e-5, order if with_branch else None, order, probe, None, keep)
+    torch.library.opcheck(residual_norm.MOVED, given)
+    _, normed, rows, mean, rstd, _ = moved_norm_forward(
+        stream, branch, weight, bias, 1e-5, normed_at=order, keep=keep, impl="triton"
+    )
+    torch.library.opcheck(
+        residual_norm.MOVED_BACKWARD, (normed, stream, rows, weight, mean, rstd, order, order, HALF, torch.float32)
+    )
+
+    def both(stream: Tensor, branch: Tensor | None) -> Any:
+        found = moved_norm_forward(
+            stream, branch, weight, bias, 1e-5, normed_at=order, probe=probe, keep=keep, impl="triton"
+        )
+        return found, moved_norm_backward(
+            *(found[1], None, found[2], weight, *found[3:5]), moved_at=order, grad_dtype=HALF, impl="triton"
+        )
+
+    torch._dynamo.reset()
+    assert_bits_equal(
+        [each for part in torch.compile(both, backend="aot_eager", fullgraph=True)(stream, branch) for each in part],
+        [each for part in both(stream, branch) for each in part],
+    )
+
+
+def test_what_does_not_fit_moved_rows_is_said() -> None:
+    stream, (weight, bias) = draw(6, 20), parameters(20)
+    order = order_of(6)
+    with pytest.raises(ConfigError, match=r"stream has shape \(1, 6, 20\); wanted rows \(R, D\)"):
+        moved_norm_forward(stream[None], None, weight, bias, 1e-5)
+    with pytest.raises(ConfigError, match=r"branch has shape \(4, 20\); wanted \(6, 20\) for rows of shape \(6, 20\)"):
+        moved_norm_forward(stream, stream[:4], weight, bias, 1e-5)
+    with pytest.raises(ConfigError, match=r"normed_at has shape \(5,\); wanted \(6,\)"):
+        moved_norm_forward(stream, None, weight, bias, 1e-5, normed_at=order[:5])
+    with pytest.raises(ConfigError, match=r"branch_at is torch.int32; wanted torch.int64"):
+        moved_norm_forward(stream, stream, weight, bias, 1e-5, branch_at=order.int())
+    with pytest.raises(ConfigError, match=r"probe has shape \(2, 19\); wanted \(2, 20\)"):
+        moved_norm_forward(stream, None, weight, bias, 1e-5, probe=draw(2, 19))
+    with pytest.raises(ConfigError, match="bias=None is an RMS norm"):
+        moved_norm_forward(stream, None, weight, None, 1e-5, keep=True)
+    mean = torch.zeros(6, device=DEVICE)
+    with pytest.raises(ConfigError, match=r"moved_at has shape \(5,\); wanted \(6,\)"):
+        moved_norm_backward(stream, None, stream, weight, mean, mean, moved_at=order[:5])
 
 
 @pytest.mark.parametrize(("found", "able"), [((8, 0), False), ((8, 9), True), ((9, 0), True), (None, True)])

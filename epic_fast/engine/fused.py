@@ -180,7 +180,7 @@ def _pre_norm_step(
         stream, owned = geometry.rows.take(stream, geometry.prompts), True
     stream, normed = _norm(stream, branch, weights.second_norm, weights, in_place=owned)
     del branch
-    hidden = activated_product(normed, weights.up, weights.up_bias, _kind(parts), "none")[0]
+    hidden = activated_product(normed, weights.up, weights.up_bias, activation_of(parts), "none")[0]
     del normed
     branch = product(hidden, weights.down, weights.down_bias)[0]
     del hidden
@@ -199,7 +199,7 @@ def _post_norm_step(parts: LayerParts, weights: Weights, stream: Tensor, geometr
         stream, branch, *weights.first_norm, normed_dtype=stream.dtype, in_place=owned
     )[1]  # fmt: skip
     del branch
-    hidden = activated_product(stream.to(dtype), weights.up, weights.up_bias, _kind(parts), "none")[0]
+    hidden = activated_product(stream.to(dtype), weights.up, weights.up_bias, activation_of(parts), "none")[0]
     branch = product(hidden, weights.down, weights.down_bias)[0]
     del hidden
     return residual_norm_forward(stream, branch, *weights.second_norm, normed_dtype=stream.dtype, in_place=True)[1]
@@ -217,7 +217,7 @@ def _norm(
     return kept_norm(stream, branch, norm, weights, False, in_place=in_place)[:2]
 
 
-def _kind(parts: LayerParts) -> str:
+def activation_of(parts: LayerParts) -> str:
     assert parts.activation is not None
     return parts.activation
 
@@ -234,23 +234,18 @@ def _mlp_gradient(
     return product_backward(rows, weights.up)
 
 
-def mlp_forward(
-    parts: LayerParts, weights: Weights, stream: Tensor, branch: Tensor, keep: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The second half of a pre-norm layer from ``stream + branch`` on: its result, and the four tensors by which
-    :func:`mlp_backward` knows it."""
-    total, normed, *second = kept_norm(stream, branch, weights.second_norm, weights, keep == "eight_bit")
-    hidden, kept = activated_product(normed, weights.up, weights.up_bias, _kind(parts), keep)
-    del normed
-    return total + product(hidden, weights.down, weights.down_bias)[0], *second, kept
-
-
 def mlp_backward(parts: LayerParts, weights: Weights, grad: Tensor, second: Sequence[Any], keep: str) -> Tensor:
     """The gradient of the sum that the second half of a pre-norm layer starts from."""
-    total, mean, rstd, kept = second
-    normed = _norm(total, None, weights.second_norm, weights)[1] if kept is None else None
-    branch = _mlp_gradient(parts, weights, grad.to(weights.dtype), kept, keep, normed)
+    total, mean, rstd, _ = second
+    branch = mlp_branch_backward(parts, weights, grad, second, keep)
     return residual_norm_backward(branch, grad, total, weights.second_norm[0], mean, rstd, grad_dtype=grad.dtype)
+
+
+def mlp_branch_backward(parts: LayerParts, weights: Weights, grad: Tensor, second: Sequence[Any], keep: str) -> Tensor:
+    """The gradient of that sum's norm."""
+    total, _, _, kept = second
+    normed = _norm(total, None, weights.second_norm, weights)[1] if kept is None else None
+    return _mlp_gradient(parts, weights, grad.to(weights.dtype), kept, keep, normed)
 
 
 # -- attention: of all rows, or of those that are read ----------------------------------------------------------------
@@ -410,7 +405,7 @@ def _pre_norm_forward(
     )  # fmt: skip
     # What lives here lives at the peak of a step.
     del branch
-    hidden, kept = activated_product(normed, weights.up, weights.up_bias, _kind(parts), keep)
+    hidden, kept = activated_product(normed, weights.up, weights.up_bias, activation_of(parts), keep)
     del normed
     branch = product(hidden, weights.down, weights.down_bias)[0]
     del hidden
@@ -466,7 +461,7 @@ def _post_norm_forward(
         in_place=prompt_rows_only or geometry.rows is not None or (owned and eight_bit),
     )  # fmt: skip
     del branch
-    hidden, kept = activated_product(normed.to(dtype), weights.up, weights.up_bias, _kind(parts), keep)
+    hidden, kept = activated_product(normed.to(dtype), weights.up, weights.up_bias, activation_of(parts), keep)
     branch = product(hidden, weights.down, weights.down_bias)[0]
     del hidden
     _, result, *second = kept_norm(

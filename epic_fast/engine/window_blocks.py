@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from epic_fast.engine.blocks import LayerParts, Weights
-from epic_fast.engine.fused import KEEP, kept_norm, mlp_backward, mlp_forward, no_autocast
-from epic_fast.engine.products import product, product_backward
+from epic_fast.engine.fused import KEEP, activation_of, mlp_branch_backward, no_autocast
+from epic_fast.engine.products import activated_product, product, product_backward
 from epic_fast.engine.windows import WindowRows, Windows, call_swin_block_with_prompts
-from epic_fast.ops.residual_norm import residual_norm_backward
+from epic_fast.ops.residual_norm import moved_norm_backward, moved_norm_forward
 from epic_fast.ops.window_prompt_attention import window_attention_backward, window_attention_forward
 
 # Batches of other sizes, and of other pictures, that a block remembers.
@@ -124,22 +124,28 @@ def _forward(
     with no_autocast(stream) as dtype:
         weights = parts.weights(dtype, backward=graph)
         order, mask = block.order(windows, sizes, stream.device)
-        _, normed, *first = kept_norm(stream, None, weights.first_norm, weights, keep == "eight_bit")
-        rows = order.cut(normed)
+        options: dict[str, Any] = {"normed_dtype": weights.dtype, "keep": keep == "eight_bit"}
+        _, normed, *first, _ = moved_norm_forward(stream, None, *weights.first_norm, normed_at=order.move, **options)
+        normed = normed if order.move is not None else order.cut(normed)
+        qkv = product(normed, weights.qkv, weights.qkv_bias)[0]
+        attended = qkv.new_empty(len(normed), weights.inner)
         del normed
-        qkv = product(rows, weights.qkv, weights.qkv_bias)[0]
-        attended = qkv.new_empty(len(rows), weights.inner)
-        del rows
         *_, lse = window_attention_forward(
             *_qkv_of(qkv, parts.heads, windows, sizes, order.cut_tokens),
             *(block.bias(), mask, parts.scale),
             save_lse=graph,
             out=_split(attended, windows, sizes, order.cut_tokens),
         )
-        branch = order.join(product(attended, weights.output, weights.output_bias)[0])
+        branch = product(attended, weights.output, weights.output_bias)[0]
         del attended
-        result, *second = mlp_forward(parts, weights, stream, branch, keep)
-    return result, weights, (*first, *second, qkv, lse)
+        total, normed, *second, _ = moved_norm_forward(
+            stream, branch, *weights.second_norm, branch_at=order.place, **options
+        )  # fmt: skip
+        del branch
+        hidden, kept = activated_product(normed, weights.up, weights.up_bias, activation_of(parts), keep)
+        del normed
+        result = total + product(hidden, weights.down, weights.down_bias)[0]
+    return result, weights, (*first, *second, kept, qkv, lse)
 
 
 class _WindowBlock(torch.autograd.Function):
@@ -166,9 +172,19 @@ class _WindowBlock(torch.autograd.Function):
         first, second, qkv, lse = ctx.saved_tensors[:3], ctx.saved_tensors[3:7], *ctx.saved_tensors[7:]
         needs_tokens = ctx.needs_input_grad[0]
         with no_autocast(grads[0]):
-            stream = mlp_backward(parts, weights, joined(*grads), second, keep)
-            order, mask = block.order(windows, sizes, stream.device)
-            attended = product_backward(order.cut(stream.to(weights.dtype)), weights.output)
+            above = joined(*grads)
+            order, mask = block.order(windows, sizes, above.device)
+            branch = mlp_branch_backward(parts, weights, above, second, keep)
+            total, mean, rstd, _ = second
+            stream, moved = moved_norm_backward(
+                *(branch, above, total, weights.second_norm[0], mean, rstd),
+                moved_at=order.move,
+                moved_dtype=weights.dtype,
+                grad_dtype=above.dtype,
+            )
+            moved = order.cut(stream.to(weights.dtype)) if moved is None else moved
+            attended = product_backward(moved, weights.output)
+            del branch, above, moved
             projected = torch.empty_like(qkv) if needs_tokens else None
             _, of_prompts = window_attention_backward(
                 *_split(attended, windows, sizes, order.cut_tokens),
@@ -180,12 +196,15 @@ class _WindowBlock(torch.autograd.Function):
             )
             del attended
             if projected is not None:
-                branch, read = order.join(product_backward(projected, weights.qkv)), slice(None)
+                branch, read, at = product_backward(projected, weights.qkv), slice(None), order.place
             else:
-                branch, read = product_backward(of_prompts.flatten(0, 1), weights.qkv), slice(order.tokens, None)
+                branch = product_backward(of_prompts.flatten(0, 1), weights.qkv)
+                read, at = slice(order.tokens, None), None
             total, mean, rstd = (each[read] for each in first)
-            result = residual_norm_backward(
-                branch, stream[read], total, weights.first_norm[0], mean, rstd, grad_dtype=stream.dtype
+            result, _ = moved_norm_backward(
+                *(branch, stream[read], total, weights.first_norm[0], mean, rstd),
+                normed_at=at,
+                grad_dtype=stream.dtype,
             )
         if needs_tokens:
             of_tokens, of_prompts = parted(result, *grads)

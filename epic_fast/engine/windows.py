@@ -85,6 +85,11 @@ class WindowRows:
     place: Tensor
     source: Tensor | None
 
+    @property
+    def move(self) -> Tensor | None:
+        """:attr:`place` where it has every place of the second order; None where windows are filled up."""
+        return None if self.source is None else self.place
+
     def cut(self, rows: Tensor) -> Tensor:
         """Rows ``(R, C)`` of the first order in the second."""
         if self.source is not None:

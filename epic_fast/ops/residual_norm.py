@@ -140,11 +140,126 @@ def residual_norm_backward(
     return _BACKWARD(grad_normed, grad_total, total, weight, mean, rstd, grad_dtype=grad_dtype, impl=impl)
 
 
+def moved_norm_forward(
+    stream: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    branch_at: Tensor | None = None,
+    normed_at: Tensor | None = None,
+    probe: Tensor | None = None,
+    normed_dtype: torch.dtype | None = None,
+    keep: bool = False,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """:func:`residual_norm_forward` of rows whose branch, or whose norm, lies in another order: nothing is gathered.
+
+    Args:
+        stream: ``(R, D)``.
+        branch: ``(S, D)``, or None.
+        weight, bias, eps, normed_dtype: as there.
+        branch_at: ``(R,)`` int64, rows of ``branch``: the sum of row r is ``stream[r] + branch[branch_at[r]]``.
+            Without it S is R.
+        normed_at: ``(R,)`` int64, each of 0 to R - 1 once: the norm of row r is row ``normed_at[r]`` of ``normed``.
+        probe: ``(J, D)``: each row of the sum is multiplied by each of its rows.
+        keep: what backward reads is the normalised rows in 8 bits, not the sum.
+
+    Returns:
+        ``(total, normed, rows, mean, rstd, probed)``: the sum, its norm, what :func:`moved_norm_backward` takes as
+        ``total``, ``mean`` and ``rstd``, and the products ``(R, J)`` in float32, None without a probe.
+
+    Raises:
+        ConfigError: shapes that do not fit.  What an index holds is not looked at.
+    """
+    name = "moved_norm_forward"
+    _check_matrix(name, "stream", stream)
+    width = stream.shape[1]
+    rows = len(stream) if branch is None or branch_at is None else len(branch)
+    wanted = {"weight": (width,), "bias": (width,), "branch": (rows, width)}
+    wanted |= {"branch_at": (len(stream),), "normed_at": (len(stream),)}
+    if probe is not None:
+        wanted["probe"] = (len(probe), width)
+    given = {"weight": weight, "bias": bias, "branch": branch, "branch_at": branch_at, "normed_at": normed_at}
+    _check_shapes(name, {**given, "probe": probe}, wanted, stream)
+    if keep and bias is None:
+        raise ConfigError(f"{name}: bias=None is an RMS norm, whose rows are not kept in 8 bits; wanted a bias")
+    return _MOVED(
+        stream, branch, weight, bias, eps,
+        branch_at=branch_at, normed_at=normed_at, probe=probe, normed_dtype=normed_dtype, keep=keep, impl=impl,
+    )  # fmt: skip
+
+
+def moved_norm_backward(
+    grad_normed: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    *,
+    normed_at: Tensor | None = None,
+    moved_at: Tensor | None = None,
+    moved_dtype: torch.dtype | None = None,
+    grad_dtype: torch.dtype | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, Tensor | None]:
+    """:func:`residual_norm_backward` of rows ``(R, D)`` in two orders.
+
+    Args:
+        grad_normed: ``(S, D)``; without ``normed_at`` S is R.
+        grad_total, total, weight, mean, rstd, grad_dtype: as there.
+        normed_at: ``(R,)`` int64: the gradient of row r's norm is row ``normed_at[r]`` of ``grad_normed``.
+        moved_at: ``(R,)`` int64, each of 0 to R - 1 once: the gradient is wanted a second time, row r at
+            ``moved_at[r]``, in ``moved_dtype`` (that of the first if None).
+
+    Returns:
+        The gradient ``(R, D)``, and the same in the other order or None.
+    """
+    name = "moved_norm_backward"
+    _check_matrix(name, "total", total)
+    shape = tuple(total.shape)
+    rows = len(total) if normed_at is None else len(grad_normed)
+    wanted = {"grad_normed": (rows, shape[1]), "grad_total": shape, "normed_at": shape[:1], "moved_at": shape[:1]}
+    given = {"grad_normed": grad_normed, "grad_total": grad_total, "normed_at": normed_at, "moved_at": moved_at}
+    _check_shapes(name, given, wanted, total)
+    return _MOVED_BACKWARD(
+        grad_normed, grad_total, total, weight, mean, rstd,
+        normed_at=normed_at, moved_at=moved_at, moved_dtype=moved_dtype, grad_dtype=grad_dtype, impl=impl,
+    )  # fmt: skip
+
+
+def _check_matrix(operation: str, name: str, tensor: Tensor) -> None:
+    if tensor.dim() != 2:
+        raise ConfigError(f"{operation}: {name} has shape {tuple(tensor.shape)}; wanted rows (R, D)")
+
+
+def _check_shapes(
+    operation: str, given: dict[str, Tensor | None], wanted: dict[str, tuple[int, ...]], rows: Tensor
+) -> None:
+    for name, tensor in given.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != wanted[name]:
+            raise ConfigError(
+                f"{operation}: {name} has shape {tuple(tensor.shape)}; wanted {wanted[name]} for rows of shape "
+                f"{tuple(rows.shape)}"
+            )
+        if name.endswith("_at") and tensor.dtype != torch.int64:
+            raise ConfigError(f"{operation}: {name} is {tensor.dtype}; wanted torch.int64")
+
+
 @functools.cache
-def _launchers() -> tuple[Callable[..., Any], Callable[..., Any]]:
+def _launchers() -> tuple[Callable[..., Any], ...]:
     from epic_fast.kernels.residual_norm import triton_backward, triton_forward  # pyright: ignore[reportMissingImports]
 
-    return triton_forward.residual_norm_forward, triton_backward.residual_norm_backward
+    return (
+        triton_forward.residual_norm_forward,
+        triton_backward.residual_norm_backward,
+        triton_forward.moved_norm_forward,
+        triton_backward.moved_norm_backward,
+    )
 
 
 def _no_none(like: Tensor, found: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -298,6 +413,130 @@ BACKWARD = library.register(
 )
 
 
+def _op_moved(
+    stream: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    branch_at: Tensor | None,
+    normed_at: Tensor | None,
+    probe: Tensor | None,
+    normed_dtype: torch.dtype | None,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    total, normed, kept, *others = _launchers()[2](
+        stream, branch, weight, bias, eps,
+        branch_at=branch_at, normed_at=normed_at, probe=probe, normed_dtype=normed_dtype, keep=keep,
+    )  # fmt: skip
+    return _no_none(stream, (None if branch is None else total, normed, kept if keep else None, *others))
+
+
+def _fake_moved(
+    stream: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    branch_at: Tensor | None,
+    normed_at: Tensor | None,
+    probe: Tensor | None,
+    normed_dtype: torch.dtype | None,
+    keep: bool,
+) -> tuple[Tensor, ...]:
+    rows = stream.shape[0]
+    return (
+        stream.new_empty(0 if branch is None else stream.shape),
+        stream.new_empty(stream.shape, dtype=normed_dtype or (stream if branch is None else branch).dtype),
+        stream.new_empty(stream.shape, dtype=torch.int8) if keep else stream.new_empty(0),
+        stream.new_empty(0) if bias is None else stream.new_empty(rows, dtype=torch.float32),
+        stream.new_empty(rows, dtype=torch.float32),
+        stream.new_empty(0) if probe is None else stream.new_empty(rows, probe.shape[0], dtype=torch.float32),
+    )
+
+
+MOVED = library.register(
+    "moved_norm_forward(Tensor stream, Tensor? branch, Tensor weight, Tensor? bias, float eps, Tensor? branch_at, "
+    "Tensor? normed_at, Tensor? probe, ScalarType? normed_dtype, bool keep) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _op_moved,
+    _fake_moved,
+)
+
+
+def _op_moved_backward(
+    grad_normed: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    normed_at: Tensor | None,
+    moved_at: Tensor | None,
+    moved_dtype: torch.dtype | None,
+    grad_dtype: torch.dtype | None,
+) -> tuple[Tensor, ...]:
+    found = _launchers()[3](
+        grad_normed, grad_total, total, weight, mean, rstd,
+        normed_at=normed_at, moved_at=moved_at, moved_dtype=moved_dtype, grad_dtype=grad_dtype,
+    )  # fmt: skip
+    return _no_none(total, found)
+
+
+def _fake_moved_backward(
+    grad_normed: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    normed_at: Tensor | None,
+    moved_at: Tensor | None,
+    moved_dtype: torch.dtype | None,
+    grad_dtype: torch.dtype | None,
+) -> tuple[Tensor, ...]:
+    dtype = grad_dtype or (grad_normed if total.dtype == torch.int8 else total).dtype
+    moved = total.new_empty(0) if moved_at is None else total.new_empty(total.shape, dtype=moved_dtype or dtype)
+    return total.new_empty(total.shape, dtype=dtype), moved
+
+
+MOVED_BACKWARD = library.register(
+    "moved_norm_backward(Tensor grad_normed, Tensor? grad_total, Tensor total, Tensor weight, Tensor? mean, "
+    "Tensor rstd, Tensor? normed_at, Tensor? moved_at, ScalarType? moved_dtype, ScalarType? grad_dtype) "
+    "-> (Tensor, Tensor)",
+    _op_moved_backward,
+    _fake_moved_backward,
+)
+
+
+def _triton_moved(
+    stream: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, **options: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    at = options["branch_at"], options["normed_at"], options["probe"]
+    if library.direct(stream, branch, weight, bias, *at):
+        return _launchers()[2](stream, branch, weight, bias, eps, **options)
+    total, normed, kept, mean, rstd, probed = MOVED(
+        stream, branch, weight, bias, eps, *at, options["normed_dtype"], options["keep"]
+    )
+    total = stream if branch is None else total
+    return (
+        total,
+        normed,
+        kept if options["keep"] else total,
+        None if bias is None else mean,
+        rstd,
+        None if options["probe"] is None else probed,
+    )
+
+
+def _triton_moved_backward(*tensors: Tensor | None, **options: Any) -> tuple[Tensor, Tensor | None]:
+    at = options["normed_at"], options["moved_at"]
+    if library.direct(*tensors, *at):
+        return _launchers()[3](*tensors, **options)
+    grad, moved = MOVED_BACKWARD(*tensors, *at, options["moved_dtype"], options["grad_dtype"])
+    return grad, None if options["moved_at"] is None else moved
+
+
 def _triton_forward(
     stream: Tensor,
     branch: Tensor | None,
@@ -402,5 +641,17 @@ _BACKWARD = Operation(
     "residual_norm_backward",
     reference=reference.residual_norm_backward,
     triton=_triton_backward,
+    limits=functools.partial(_limits, None),
+)
+_MOVED = Operation(
+    "moved_norm_forward",
+    reference=reference.moved_norm_forward,
+    triton=_triton_moved,
+    limits=functools.partial(_limits, None),
+)
+_MOVED_BACKWARD = Operation(
+    "moved_norm_backward",
+    reference=reference.moved_norm_backward,
+    triton=_triton_moved_backward,
     limits=functools.partial(_limits, None),
 )

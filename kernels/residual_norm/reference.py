@@ -114,3 +114,54 @@ def residual_norm_backward(
     if grad_total is not None:
         grad = grad + grad_total.to(wide)
     return grad.to(grad_dtype)
+
+
+def moved_norm_forward(
+    stream: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    branch_at: Tensor | None = None,
+    normed_at: Tensor | None = None,
+    probe: Tensor | None = None,
+    normed_dtype: torch.dtype | None = None,
+    keep: bool = False,
+) -> tuple[Tensor | None, ...]:
+    """The public contract is that of :func:`epic_fast.ops.residual_norm.moved_norm_forward`."""
+    if branch is not None and branch_at is not None:
+        branch = branch.index_select(0, branch_at)
+    operation = residual_norm_forward_kept if keep else residual_norm_forward
+    total, normed, *saved, _ = operation(stream, branch, weight, bias, eps, normed_dtype=normed_dtype)  # pyright: ignore
+    if normed_at is not None:
+        normed = torch.empty_like(normed).index_copy_(0, normed_at, normed)
+    probed = None
+    if probe is not None:
+        wide = torch.promote_types(total.dtype, torch.float32)
+        probed = total.to(wide) @ probe.to(wide).T
+    return total, normed, *(saved if keep else (total, *saved)), probed
+
+
+def moved_norm_backward(
+    grad_normed: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    *,
+    normed_at: Tensor | None = None,
+    moved_at: Tensor | None = None,
+    moved_dtype: torch.dtype | None = None,
+    grad_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The public contract is that of :func:`epic_fast.ops.residual_norm.moved_norm_backward`."""
+    if normed_at is not None:
+        grad_normed = grad_normed.index_select(0, normed_at)
+    grad = residual_norm_backward(grad_normed, grad_total, total, weight, mean, rstd, grad_dtype=grad_dtype)
+    if moved_at is None:
+        return grad, None
+    return grad, torch.empty_like(grad, dtype=moved_dtype or grad.dtype).index_copy_(
+        0, moved_at, grad.to(moved_dtype or grad.dtype)
+    )

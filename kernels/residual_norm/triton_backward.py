@@ -40,6 +40,9 @@ def backward_kernel(
     mean,  # (rows,) float32; or the scales of these rows; None: RMS norm
     rstd,  # (rows,) float32
     grad,  # (rows, D), contiguous, written
+    normed_at,  # (rows,) int64: the row of grad_normed for each row; None: the same
+    moved,  # (rows, D), contiguous, written: the gradient a second time, in another order; or None
+    moved_at,  # (rows,) int64: where each row goes there; None with it
     rows,
     inner_rows,
     normed_outer,
@@ -63,7 +66,10 @@ def backward_kernel(
     column_exists = column < D
     exists = (row < rows)[:, None] & column_exists
 
-    start = row_offsets(row, inner_rows, normed_outer, normed_inner, UNIT)
+    own = row
+    if normed_at is not None:
+        own = tl.load(normed_at + row, mask=row < rows, other=0)
+    start = row_offsets(own, inner_rows, normed_outer, normed_inner, UNIT)
     g = tl.load(grad_normed + start + column, mask=exists, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
     start = row_offsets(row, inner_rows, total_outer, total_inner, UNIT)
     x = tl.load(total + start + column, mask=exists, other=0.0).to(tl.float32)
@@ -90,6 +96,9 @@ def backward_kernel(
     if grad_total is not None:
         result += residual
     tl.store(grad + row.to(tl.int64)[:, None] * D + column, result.to(grad.dtype.element_ty), mask=exists)
+    if moved is not None:
+        place = tl.load(moved_at + row, mask=row < rows, other=0)
+        tl.store(moved + place[:, None] * D + column, result.to(moved.dtype.element_ty), mask=exists)
 
 
 def residual_norm_backward(
@@ -105,10 +114,31 @@ def residual_norm_backward(
 ) -> Tensor:
     """Shapes and meanings are those of :func:`epic_fast.ops.residual_norm.residual_norm_backward`; ``tile`` is one
     other than the table's."""
-    tensors = (grad_normed, grad_total, total, weight, mean, rstd)
+    tensors = (grad_normed, grad_total, total, weight, mean, rstd, None, None)
     if grad_dtype is None:
         grad_dtype = grad_normed.dtype if total.dtype == torch.int8 else total.dtype
-    return plan.run(backward, tensors, (grad_dtype, tile))[0]  # pyright: ignore[reportReturnType]
+    return plan.run(backward, tensors, (grad_dtype, None, tile))[0]  # pyright: ignore[reportReturnType]
+
+
+def moved_norm_backward(
+    grad_normed: Tensor,
+    grad_total: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    *,
+    normed_at: Tensor | None = None,
+    moved_at: Tensor | None = None,
+    moved_dtype: torch.dtype | None = None,
+    grad_dtype: torch.dtype | None = None,
+    tile: RowTile | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Shapes and meanings are those of :func:`epic_fast.ops.residual_norm.moved_norm_backward`."""
+    tensors = (grad_normed, grad_total, total, weight, mean, rstd, normed_at, moved_at)
+    if grad_dtype is None:
+        grad_dtype = grad_normed.dtype if total.dtype == torch.int8 else total.dtype
+    return plan.run(backward, tensors, (grad_dtype, moved_dtype or grad_dtype, tile))  # pyright: ignore[reportReturnType]
 
 
 def backward(
@@ -119,25 +149,32 @@ def backward(
     weight: Tensor,
     mean: Tensor | None,
     rstd: Tensor,
+    normed_at: Tensor | None,
+    moved_at: Tensor | None,
     grad_dtype: torch.dtype,
+    moved_dtype: torch.dtype | None,
     tile: RowTile | None,
-) -> tuple[Tensor, ...]:
-    """:func:`residual_norm_backward` on a tape."""
+) -> tuple[Tensor | None, ...]:
+    """:func:`moved_norm_backward` on a tape."""
     width = total.shape[-1]
     rows = total.numel() // width
     grad = tape.empty(total.shape, grad_dtype)
+    moved = None if moved_at is None else tape.empty(total.shape, moved_dtype)
     if not rows:
-        return (grad,)
+        return grad, moved
     if tile is None:
         tile = norm_tile(width)
     grad_normed, total = rows_of(tape, grad_normed), rows_of(tape, total)
     if grad_total is not None:
         grad_total = rows_of(tape, grad_total)
     inner_rows, strides, unit = row_strides((grad_normed, grad_total, total))
+    if normed_at is not None:
+        # There may be more rows there; all are matrices.
+        inner_rows = max(inner_rows, grad_normed.shape[0])
     constants = (width, unit, total.dtype == torch.int8, tile.rows, tile.block)
     per_row = None if mean is None else contiguous(tape, mean), contiguous(tape, rstd)
-    tensors = (grad_normed, grad_total, total, contiguous(tape, weight), *per_row, grad)
+    tensors = (grad_normed, grad_total, total, contiguous(tape, weight), *per_row, grad, normed_at, moved, moved_at)
     integers = (rows, inner_rows, *strides)
     facts = facts_of(tensors, integers, (constants, tile.warps))
     tape.launch(backward_kernel, -(-rows // tile.rows), (*tensors, *integers, *constants), tile.options, facts)
-    return (grad,)
+    return grad, moved

@@ -46,6 +46,10 @@ def forward_kernel(
     scale,  # (rows,) float32, written; None unless EIGHT_BIT
     kept,  # (rows, D) int8, contiguous, written: the row before weight and bias; or None
     step,  # (rows,) float32, written: the scales of these; None with them
+    branch_at,  # (rows,) int64: the branch's row for each row of the stream; None: the same
+    normed_at,  # (rows,) int64: where each row's norm goes; None: to the same
+    probe,  # (PROBES, D) or None
+    probed,  # (rows, PROBES) float32, written: products of the sum's rows with the probe's; None with it
     eps,
     rows,
     inner_rows,
@@ -60,6 +64,7 @@ def forward_kernel(
     EIGHT_BIT: tl.constexpr,  # None, "fp8" or "int8"
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PROBES: tl.constexpr,
 ):
     """``total = stream + branch`` and its norm, ``ROWS`` rows a program."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -70,12 +75,20 @@ def forward_kernel(
     start = row_offsets(row, inner_rows, stream_outer, stream_inner, UNIT)
     x = tl.load(stream + start + column, mask=exists, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
     if branch is not None:
-        start = row_offsets(row, inner_rows, branch_outer, branch_inner, UNIT)
+        own = row
+        if branch_at is not None:
+            own = tl.load(branch_at + row, mask=row < rows, other=0)
+        start = row_offsets(own, inner_rows, branch_outer, branch_inner, UNIT)
         x += tl.load(branch + start + column, mask=exists, other=0.0).to(tl.float32)
         # What is normalised is what is written: backward will read the rounded sum.
         rounded = x.to(total.dtype.element_ty)
         x = rounded.to(tl.float32)
         tl.store(total + row_offsets(row, inner_rows, total_outer, total_inner, UNIT) + column, rounded, mask=exists)
+
+    if probe is not None:
+        for number in tl.static_range(PROBES):
+            direction = tl.load(probe + number * D + column, mask=column_exists, other=0.0).to(tl.float32)
+            tl.store(probed + row.to(tl.int64) * PROBES + number, tl.sum(x * direction, axis=1), mask=row < rows)
 
     if bias is not None:
         center = tl.sum(x, axis=1) * (1.0 / D)  # [ROWS]
@@ -95,7 +108,10 @@ def forward_kernel(
     y = x * gain
     if bias is not None:
         y += tl.load(bias + column, mask=column_exists, other=0.0).to(tl.float32)
-    start = row.to(tl.int64)[:, None] * D
+    place = row.to(tl.int64)
+    if normed_at is not None:
+        place = tl.load(normed_at + row, mask=row < rows, other=0)
+    start = place[:, None] * D
     if EIGHT_BIT is None:
         tl.store(normed + start + column, y.to(normed.dtype.element_ty), mask=exists)
     else:
@@ -128,8 +144,31 @@ def residual_norm_forward(
         normed_dtype = stream.dtype if branch is None else branch.dtype
     if eight_bit is not None:
         normed_dtype = EIGHT_BIT_TYPES[eight_bit]
-    tensors, options = (stream, branch, weight, bias), (float(eps), normed_dtype, in_place, eight_bit, keep, tile)
-    return plan.run(forward, tensors, options)  # pyright: ignore[reportReturnType]
+    tensors = (stream, branch, weight, bias, None, None, None)
+    options = (float(eps), normed_dtype, in_place, eight_bit, keep, tile)
+    return plan.run(forward, tensors, options)[:-1]  # pyright: ignore[reportReturnType]
+
+
+def moved_norm_forward(
+    stream: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    branch_at: Tensor | None = None,
+    normed_at: Tensor | None = None,
+    probe: Tensor | None = None,
+    normed_dtype: torch.dtype | None = None,
+    keep: bool = False,
+    tile: RowTile | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Shapes and meanings are those of :func:`epic_fast.ops.residual_norm.moved_norm_forward`."""
+    if normed_dtype is None:
+        normed_dtype = stream.dtype if branch is None else branch.dtype
+    tensors = (stream, branch, weight, bias, branch_at, normed_at, probe)
+    total, normed, *saved, _, probed = plan.run(forward, tensors, (float(eps), normed_dtype, False, None, keep, tile))
+    return total, normed, *(saved if keep else (total, *saved)), probed
 
 
 def forward(
@@ -138,6 +177,9 @@ def forward(
     branch: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
+    branch_at: Tensor | None,
+    normed_at: Tensor | None,
+    probe: Tensor | None,
     eps: float,
     normed_dtype: torch.dtype,
     in_place: bool,
@@ -145,7 +187,7 @@ def forward(
     keep: bool,
     tile: RowTile | None,
 ) -> tuple[Tensor | None, ...]:
-    """:func:`residual_norm_forward` on a tape."""
+    """:func:`residual_norm_forward` on a tape, with what its rows were multiplied by the probe's behind it."""
     shape, width = stream.shape, stream.shape[-1]
     rows = stream.numel() // width
     normed = tape.empty(shape, normed_dtype)
@@ -155,7 +197,10 @@ def forward(
     rstd = tape.empty((rows,), torch.float32)
     scale = None if eight_bit is None else tape.empty((rows,), torch.float32)
     total = stream if branch is None or in_place else tape.empty(shape, stream.dtype)
+    probes = 0 if probe is None else probe.shape[0]
+    probed = None if probe is None else tape.empty((rows, probes), torch.float32)
     results = (total, normed, data, first, rstd, scale) if keep else (total, normed, first, rstd, scale)
+    results = (*results, probed)
     if not rows:
         return results
     read, written = rows_of(tape, stream), None
@@ -170,10 +215,14 @@ def forward(
     if tile is None:
         tile = norm_tile(width)
     inner_rows, strides, unit = row_strides((read, branch, written))
-    constants = (width, unit, eight_bit, tile.rows, tile.block)
+    if branch_at is not None:
+        # A branch may have more rows than the stream; both are matrices.
+        inner_rows = max(inner_rows, branch.shape[0])
+    constants = (width, unit, eight_bit, tile.rows, tile.block, probes)
     mean, step = (None, first) if keep else (first, None)
     frozen = contiguous(tape, weight), None if bias is None else contiguous(tape, bias)
     tensors = (read, branch, written, *frozen, normed, mean, rstd, scale, data, step)
+    tensors = (*tensors, branch_at, normed_at, None if probe is None else contiguous(tape, probe), probed)
     integers = (rows, inner_rows, *strides)
     facts = facts_of(tensors, integers, (constants, tile.warps))
     tape.launch(forward_kernel, -(-rows // tile.rows), (*tensors, eps, *integers, *constants), tile.options, facts)
