@@ -170,7 +170,9 @@ def _check_router(batch: int, count: int, router: tuple[Tensor | None, ...], exp
         labels = ("token_dots", "prompt_dots", "router_bias", "projected", "embeddings")
         given = [label for label, each in zip(labels, router, strict=True) if each is not None]
         if given:
-            raise _wrong(f"{', '.join(given)} without the rest of a router", "projected and embeddings as well, or none")
+            raise _wrong(
+                f"{', '.join(given)} without the rest of a router", "projected and embeddings as well, or none"
+            )
         return
     own = None
     for label, tensor in (("token_dots", token_dots), ("prompt_dots", prompt_dots)):

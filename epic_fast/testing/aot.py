@@ -483,13 +483,19 @@ def launch_experts(case: MixCase, dtype: torch.dtype) -> None:
 
 
 def launch_routing(case: RouteCase, dtype: torch.dtype) -> None:
-    """The launcher on tensors without memory, twice: parameters in the type of the rows, and in float32."""
+    """The launcher on tensors without memory, with parameters in the type of the rows and in float32, and again with
+    products that start anywhere."""
     from epic_fast.kernels.route_prompts.triton_forward import (  # pyright: ignore[reportMissingImports]
         route_prompts,
     )
 
     for kind in dict.fromkeys((dtype, torch.float32)):
-        route_prompts(*case.targets(dtype, "meta"), **case.make(kind, "meta"), **case.options("meta"))
+        given = case.make(kind, "meta")
+        route_prompts(*case.targets(dtype, "meta"), **given, **case.options("meta"))
+        if given["token_dots"] is not None:
+            joined = torch.cat([given["prompt_dots"], given["token_dots"]], dim=1)
+            given |= {"prompt_dots": joined[:, :13], "token_dots": joined[:, 13:]}
+            route_prompts(*case.targets(dtype, "meta"), **given, **case.options("meta"))
 
 
 def launch_infused_attention(case: InfusedAttentionCase, dtype: torch.dtype) -> None:
