@@ -2,7 +2,8 @@
 the operation."""
 
 # pyright: basic, reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
-# pyright: reportMissingImports=false, reportOptionalMemberAccess=false, reportOptionalSubscript=false
+# pyright: reportMissingImports=false, reportOperatorIssue=false, reportOptionalMemberAccess=false
+# pyright: reportOptionalSubscript=false
 
 from __future__ import annotations
 

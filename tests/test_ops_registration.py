@@ -22,9 +22,9 @@ from torch.utils.checkpoint import checkpoint
 from epic_fast.errors import ConfigError, ImplementationError
 from epic_fast.functional import prompt_attention, prompt_interaction
 from epic_fast.ops import frozen_linear, library
-from epic_fast.ops import route_prompts as route_operation
 from epic_fast.ops import prompt_attention as attention_operation
 from epic_fast.ops import prompt_interaction as interaction_operation
+from epic_fast.ops import route_prompts as route_operation
 from epic_fast.testing.cases import (
     AttentionCase,
     GateCase,

@@ -26,6 +26,8 @@ from epic_fast.kernels.common.rows import contiguous, row_strides
 LONGEST = 1024
 # Numbers of a query at a time, and products of a sample at a time.
 QUERY, DOTS = 8, 256
+# Experts whose rows are asked for together, where there are few; with many that costs registers that an A100 spills.
+UNROLL, FEW_EXPERTS = 4, 16
 # Small tensors that may start anywhere, as slices do.
 SCALARS = ["token_dots", "prompt_dots", "router_bias", "projected", "embeddings"]
 
@@ -240,6 +242,7 @@ def _forward_kernel(
     WIDTH: tl.constexpr,
     UNIT: tl.constexpr,
     SPARSE: tl.constexpr,
+    UNROLL: tl.constexpr,
     BLOCK_B: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_J: tl.constexpr,
@@ -259,7 +262,7 @@ def _forward_kernel(
 
     expert = tl.arange(0, BLOCK_E)  # [BLOCK_E]
     found = tl.zeros([BLOCK_B, BLOCK_E], tl.float32)
-    if scores is not None:
+    if scores is not None:  # noqa: SIM102 (known when the kernel is compiled)
         if mixes | (row == 0):
             found = _routing_scores(
                 token_dots, prompt_dots, router_bias, projected, embeddings, sample, batch, tokens, old_prompts, count,
@@ -271,13 +274,13 @@ def _forward_kernel(
                 tl.store(target, found, mask=(sample < batch)[:, None] & (expert < EXPERTS)[None, :])
 
     x = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
-    if static is not None:
+    if static is not None:  # noqa: SIM102 (known when the kernel is compiled)
         if row < static_rows:
             own = tl.load(static + row.to(tl.int64) * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
             x += own[None, :]
-    if experts is not None:
+    if experts is not None:  # noqa: SIM102 (known when the kernel is compiled)
         if mixes:
-            for each in tl.range(0, EXPERTS, loop_unroll_factor=4):
+            for each in tl.range(0, EXPERTS, loop_unroll_factor=UNROLL):
                 source = experts + (each * mixed_rows + inner) * WIDTH + column
                 own = tl.load(source, mask=inside, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_C]
                 if scores is not None:
@@ -286,7 +289,7 @@ def _forward_kernel(
                     x += own
             if scores is None:
                 x = x / EXPERTS
-    if mapped is not None:
+    if mapped is not None:  # noqa: SIM102 (known when the kernel is compiled)
         if inner >= mixed_rows:
             start = (sample.to(tl.int64) * mapped_sample + (inner - mixed_rows) * mapped_row) * UNIT
             x += tl.load(mapped + start[:, None] + column[None, :], mask=exists, other=0.0).to(tl.float32)
@@ -352,8 +355,10 @@ def forward(
 ) -> tuple[Tensor | None, ...]:
     """:func:`route_prompts` on a tape; also returns the two tensors that it writes."""
     batch, rows, width = out.shape
-    routed = embeddings if embeddings is not None else experts
-    found = 1 if routed is None else routed.shape[0 if embeddings is None else 1]
+    if embeddings is not None:
+        found = embeddings.shape[1]
+    else:
+        found = 1 if experts is None else experts.shape[0]
     scores = None if embeddings is None else tape.empty((batch, found), torch.float32)
     if not batch:
         return scores, out, normed
@@ -375,7 +380,7 @@ def forward(
     _, mapped_strides, unit = row_strides((mapped,))
     tile = route_tile(width)
     blocks = (tile.samples, DOTS // block_j, block_j, padded(min(other, QUERY)), padded(found), tile.block)
-    constants = (own, other, found, width, unit, sparse, *blocks)
+    constants = (own, other, found, width, unit, sparse, UNROLL if found <= FEW_EXPERTS else 1, *blocks)
     lengths = [0 if each is None else each.shape[-2] for each in (static, experts, token_dots, prompt_dots)]
     integers = (
         batch,
