@@ -24,12 +24,14 @@ from epic_fast.functional import prompt_attention, prompt_interaction
 from epic_fast.ops import frozen_linear, library
 from epic_fast.ops import prompt_attention as attention_operation
 from epic_fast.ops import prompt_interaction as interaction_operation
+from epic_fast.ops import route_prompts as route_operation
 from epic_fast.testing.cases import (
     AttentionCase,
     GateCase,
     InfusedAttentionCase,
     InteractionCase,
     MixCase,
+    RouteCase,
     SwigluCase,
     WindowCase,
 )
@@ -245,6 +247,21 @@ def mix_prompt_experts_backward_of_some() -> Any:
     return (torch.randn(3, 2, 16), None, *MixCase(3, 4, 2, 16).make().values(), 0.1, 3, [False, True]), {}
 
 
+def route_arguments(case: RouteCase) -> list[Any]:
+    targets = (each.zero_() for each in case.targets(torch.float32))
+    return [*targets, *case.make().values(), case.temperature, case.top_k]
+
+
+@operator
+def route_prompts() -> Any:
+    return tuple(route_arguments(RouteCase(3, 4, 2, 16, 5, 3, top_k=2))), {}
+
+
+@operator
+def route_prompts_without_router() -> Any:
+    return tuple(route_arguments(RouteCase(3, 4, 2, 16, other=0))), {}
+
+
 INFUSED = InfusedAttentionCase(2, 4, 2, 5, 16, lengths=(5, 3), wide_vectors=True)
 
 
@@ -355,7 +372,8 @@ def quantise_rows() -> Any:
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck(name: str) -> None:
     arguments, options = OPERATORS[name]()
-    assert frozen_linear.FORWARD  # its operators are registered where it is imported
+    assert frozen_linear.FORWARD  # operators are registered where they are imported
+    assert route_operation.FORWARD
     packet = name.split("_without")[0].split("_of_")[0]
     torch.library.opcheck(getattr(torch.ops.epic_fast, packet).default, arguments, options)
 

@@ -40,6 +40,7 @@ from epic_fast.testing.cases import (
     INTERACTION_PRODUCTION,
     MIX_MEASURED,
     MIX_PRODUCTION,
+    ROUTE_PRODUCTION,
     SWIGLU_MEASURED,
     SWIGLU_PRODUCTION,
     WINDOW_MEASURED,
@@ -50,6 +51,7 @@ from epic_fast.testing.cases import (
     InfusedAttentionCase,
     InteractionCase,
     MixCase,
+    RouteCase,
     SwigluCase,
     WindowCase,
 )
@@ -480,6 +482,22 @@ def launch_experts(case: MixCase, dtype: torch.dtype) -> None:
     mix_prompt_experts_backward(*outputs, *inputs, **options, needs=(True, True))
 
 
+def launch_routing(case: RouteCase, dtype: torch.dtype) -> None:
+    """The launcher on tensors without memory, with parameters in the type of the rows and in float32, and again with
+    products that start anywhere."""
+    from epic_fast.kernels.route_prompts.triton_forward import (  # pyright: ignore[reportMissingImports]
+        route_prompts,
+    )
+
+    for kind in dict.fromkeys((dtype, torch.float32)):
+        given = case.make(kind, "meta")
+        route_prompts(*case.targets(dtype, "meta"), **given, **case.options("meta"))
+        if given["token_dots"] is not None:
+            joined = torch.cat([given["prompt_dots"], given["token_dots"]], dim=1)
+            given |= {"prompt_dots": joined[:, :13], "token_dots": joined[:, 13:]}
+            route_prompts(*case.targets(dtype, "meta"), **given, **case.options("meta"))
+
+
 def launch_infused_attention(case: InfusedAttentionCase, dtype: torch.dtype) -> None:
     """Forward and backward launchers on tensors without memory: everything with a gradient, and what the first infused
     layer needs, where only the vectors have one."""
@@ -656,7 +674,7 @@ def _variants(case: AttentionCase) -> tuple[AttentionCase, ...]:
     )
 
 
-OPERATIONS: dict[str, tuple[Callable[[Any, torch.dtype], None], tuple[Case | RowsCase, ...]]] = {
+OPERATIONS: dict[str, tuple[Callable[[Any, torch.dtype], None], tuple[Case | RouteCase | RowsCase, ...]]] = {
     "attention": (
         launch_attention,
         (*ATTENTION_MEASURED, *(variant for case in ATTENTION_PRODUCTION for variant in _variants(case))),
@@ -664,6 +682,7 @@ OPERATIONS: dict[str, tuple[Callable[[Any, torch.dtype], None], tuple[Case | Row
     "interaction": (launch_interaction, (*INTERACTION_MEASURED, *INTERACTION_PRODUCTION)),
     "windows": (launch_windows, (*WINDOW_MEASURED, *WINDOW_PRODUCTION)),
     "experts": (launch_experts, (*MIX_MEASURED, *MIX_PRODUCTION)),
+    "routing": (launch_routing, ROUTE_PRODUCTION),
     "infused": (launch_infused_attention, (*INFUSED_MEASURED, *INFUSED_PRODUCTION)),
     "gate": (launch_gate, (*GATE_MEASURED, *GATE_PRODUCTION)),
     "swiglu": (launch_swiglu, (*SWIGLU_MEASURED, *SWIGLU_PRODUCTION)),

@@ -602,6 +602,81 @@ def _generator(device: torch.device, seed: int) -> torch.Generator | None:
     return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)
 
 
+@dataclass(frozen=True)
+class RouteCase:
+    """One call of :func:`epic_fast.ops.route_prompts.route_prompts`.
+
+    Attributes:
+        batch, experts, length, width: the sizes B, E, L, C.
+        tokens, old_prompts: rows T and O of the products.
+        own, other: numbers J and D of a query; own 0: no products, other 0: no router.
+        static, dynamic, mapped: whether there are static and mixed rows, and how many mapped ones.
+        temperature, top_k: as in the call.
+        name: a short one, for tables.
+    """
+
+    batch: int
+    experts: int
+    length: int
+    width: int
+    tokens: int = 196
+    old_prompts: int = 13
+    own: int = 2
+    other: int = 8
+    static: bool = True
+    dynamic: bool = True
+    mapped: int = 1
+    temperature: float = 0.1
+    top_k: int | None = None
+    name: str = ""
+
+    outputs: ClassVar[tuple[str, ...]] = ("out", "normed", "scores")
+
+    @property
+    def rows(self) -> int:
+        return self.length * (self.static + self.dynamic) + self.mapped
+
+    def make(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, seed: int = 0
+    ) -> dict[str, Any]:
+        """Random arguments by parameter name but the two tensors to write, rows in ``dtype``; a router of the size that
+        leaves several experts a weight."""
+        device = torch.device(device)
+        random = _generator(device, seed)
+
+        def draw(*shape: int, scale: float = 1.0, dtype: torch.dtype = dtype) -> Tensor:
+            return (torch.randn(shape, generator=random, device=device) * scale).to(dtype)
+
+        wide, own = torch.float32, self.own if self.other else 0
+        query = self.temperature / max(own + self.other, 1) ** 0.5
+        count = max(self.tokens + self.old_prompts, 1)
+        dots = query * count**0.5  # of which the mean is taken
+        return {
+            "norm_weight": 1 + draw(self.width, scale=0.3),
+            "norm_bias": draw(self.width, scale=0.3),
+            "eps": 1e-5,
+            "token_dots": draw(self.batch, self.tokens, own, scale=dots, dtype=wide) if own else None,
+            "prompt_dots": draw(self.batch, self.old_prompts, own, scale=dots, dtype=wide) if own else None,
+            "count": count,
+            "router_bias": draw(own, scale=query) if own else None,
+            "projected": draw(self.batch, self.other, scale=query) if self.other else None,
+            "embeddings": draw(own + self.other, self.experts) if self.other else None,
+            "static": draw(self.length, self.width) if self.static else None,
+            "experts": draw(self.experts, self.length, self.width) if self.dynamic else None,
+            "mapped": draw(self.batch, self.mapped, self.width) if self.mapped else None,
+        }
+
+    def targets(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+        """``out`` and ``normed``, to be written: NaN until then."""
+        shape = (self.batch, self.rows, self.width)
+        out, normed = (torch.full(shape, float("nan"), dtype=dtype, device=device) for _ in range(2))
+        return out, normed
+
+    def options(self, device: torch.device | str = "cpu") -> dict[str, Any]:
+        """The other arguments of the call."""
+        return {"temperature": self.temperature, "top_k": self.top_k}
+
+
 InfusionCase = InfusedAttentionCase | GateCase | SwigluCase
 Case = AttentionCase | InteractionCase | WindowCase | MixCase | InfusionCase
 
@@ -687,6 +762,20 @@ MIX_PRODUCTION = (
 )
 
 MIX_SMOKE = (MixCase(3, 4, 2, 16, name="smoke"), MixCase(3, 5, 2, 16, top_k=2, name="smoke, top 2"))
+
+ROUTE_PRODUCTION = (
+    *(
+        RouteCase(64, 4, 6, width, tokens, name=f"Swin-B, C={width}")
+        for width, tokens in ((128, 3136), (256, 784), (512, 196), (1024, 49))
+    ),
+    RouteCase(64, 64, 6, 512, top_k=2, name="top 2 of 64"),
+    RouteCase(16, 4, 6, 512, own=0, name="the other modality alone"),
+    RouteCase(16, 4, 6, 512, other=0, name="no router"),
+    RouteCase(7, 3, 5, 100, temperature=0.7, name="odd sizes"),
+    RouteCase(16, 4, 6, 4096, name="C=4096"),
+    RouteCase(16, 4, 6, 8192, name="C=8192"),
+)
+"""The routed layers of MoPE in the stages of a Swin-B, and what its options change."""
 
 INFUSED_MEASURED = tuple(
     InfusedAttentionCase(8, 32, 32, tokens, wide_vectors=True, name=f"LLaMA-2-7B, n={tokens}") for tokens in (40, 64)
