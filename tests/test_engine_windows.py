@@ -15,7 +15,7 @@ from epic_fast.engine import window_blocks
 from epic_fast.engine.blocks import why_not
 from epic_fast.engine.graphs import made_of_weights
 from epic_fast.engine.packed import say_plain
-from epic_fast.engine.window_blocks import FrozenWindowBlock, differs, joined, parted
+from epic_fast.engine.window_blocks import FrozenWindowBlock, WindowStream, differs, joined, parted
 from epic_fast.engine.windows import Windows, call_swin_block_with_prompts
 from epic_fast.ops import library
 from epic_fast.ops import window_prompt_attention as operation
@@ -135,9 +135,91 @@ def test_a_tower_without_prompts(size: int, kernels: bool, monkeypatch: pytest.M
 def watch_alone(monkeypatch: pytest.MonkeyPatch) -> list[FrozenWindowBlock]:
     """The blocks that ran without prompts, as they run."""
     seen: list[FrozenWindowBlock] = []
-    real = FrozenWindowBlock.alone
-    monkeypatch.setattr(FrozenWindowBlock, "alone", lambda *args: (seen.append(args[0]), real(*args))[1])
+    real = WindowStream.step
+
+    def watched(stream: WindowStream, block: FrozenWindowBlock, *others: Any) -> Any:
+        if not stream.parted()[1].numel():
+            seen.append(block)
+        return real(stream, block, *others)
+
+    monkeypatch.setattr(WindowStream, "step", watched)
     return seen
+
+
+ROUTED: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "the first of equal experts": {"top_k": 2},
+    "routed by the text alone": {"router": "complement"},
+    "one expert": {"num_experts": 1},
+    "no static prompt": {"static_prompts": False},
+    "no experts": {"dynamic_prompts": False},
+    "no mapped prompt": {"mapped_prompts": 0},
+    "two mapped prompts alone": {"mapped_prompts": 2, "static_prompts": False, "dynamic_prompts": False},
+    "every layer": {"route_first_block": True},
+    "from the second layer": {"first_layer": 1},
+    "from the middle of a stage": {"first_layer": 3},
+    "many experts": {"num_experts": 20},
+}
+
+
+@pytest.mark.parametrize("size", [32, 40])
+@pytest.mark.parametrize("options", ROUTED.values(), ids=ROUTED)
+def test_without_a_graph_prompts_are_made_where_they_lie(
+    options: dict[str, Any], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As layer by layer: the routing of every layer, and the logits."""
+    towers = lively((tiny_swin(image_size=size, depths=(2, 3)), tiny_bert(layers=2)))
+    batch, found = make_batch([3, 5]), []
+    batch["pixel_values"] = torch.randn(2, 3, size, size)
+    routes: list[Any] = []
+    real = WindowStream.step
+    monkeypatch.setattr(WindowStream, "step", lambda *args: (routes.append(args[3]), real(*args))[1])
+    for engine in (None, EngineConfig(blocks="fused")):
+        torch.manual_seed(0)
+        config = MopeConfig(prompt_length=2, **options)
+        model = perturb(wrap(towers, config, 3, self_check=False, engine=engine)).eval()
+        routes.clear()
+        with torch.no_grad():
+            found.append([model(**batch).logits, *model.routing(**batch).values()])
+        # Layer 0 has no prompts to write over where it is routed, and then layer by layer it is.
+        routed = len(model.routed) - (config.first_layer in model.routed)
+        assert sum(each is not None for each in routes) == (0 if engine is None else 2 * routed)
+        model.train()
+        routes.clear()
+        model(**batch)
+        assert not any(routes)
+        with torch.no_grad():
+            model(**batch)
+        noisy = model.router is not None
+        assert sum(each is not None for each in routes) == (0 if engine is None or noisy else routed)
+        model.unwrap()
+    assert len(found[0]) == len(found[1])
+    assert all(distance(one, other) <= 1e-5 for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.parametrize("size", [32, 40])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"num_experts": 1}], ids=["all", "two", "one"])
+def test_gpu_prompts_are_made_where_they_lie(options: dict[str, Any], size: int, captured: bool) -> None:
+    towers = lively((tiny_swin(image_size=size, depths=(2, 3)), tiny_bert(layers=2)))
+    batch, logits = make_batch([3, 5]), {}
+    batch["pixel_values"] = torch.randn(2, 3, size, size)
+    for name, engine, dtype in (
+        ("exact", None, torch.float64),
+        ("plain", None, torch.bfloat16),
+        ("fused", EngineConfig(blocks="fused", graphs=captured), torch.bfloat16),
+    ):
+        torch.manual_seed(0)
+        own = tuple(copy.deepcopy(each).to(dtype) for each in towers)
+        model = perturb(wrap(own, MopeConfig(prompt_length=2, **options), 3, self_check=False, engine=engine))
+        model = (model.double() if dtype == torch.float64 else model).cuda().eval()
+        given = {key: each.cuda() for key, each in batch.items()}
+        with torch.no_grad():
+            logits[name] = model(**given).logits.clone()
+            assert torch.equal(model(**given).logits, logits[name])
+        model.unwrap()
+    assert distance(logits["fused"], logits["exact"]) <= 2 * distance(logits["plain"], logits["exact"])
 
 
 @pytest.mark.parametrize(

@@ -214,12 +214,14 @@ def test_sums_have_the_same_steps_whatever_the_number_of_rows(itemsize: int, hop
 
 
 def test_the_last_round_chooses_the_tile() -> None:
-    """On a card of 132: wide tiles where there are many, small ones where wide ones leave a round nearly empty."""
-    small, wide = tiles.product_tiles(2, True, True, 232_448)
+    """Of 8 bits on a card of 132: wide tiles where there are many, small ones where wide ones leave a round nearly
+    empty."""
+    assert len(tiles.product_tiles(2, True, True, 232_448)) == 1
+    small, wide = tiles.product_tiles(1, True, True, 232_448)
     assert (small.columns, wide.columns) == (128, 256)
 
     def chosen(rows: int, columns: int) -> ProductTile:
-        return tiles.product_tile(2, True, True, 232_448, rows, columns, 132)
+        return tiles.product_tile(1, True, True, 232_448, rows, columns, 132)
 
     assert chosen(16960, 4096) is wide
     # 272 wide tiles are three rounds, 544 small ones four rounds of half the time and a tenth.

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from epic_fast.backbones.towers import TOWERS, Tower, VisionTower
 from epic_fast.engine import EngineConfig, TowerState
 from epic_fast.engine.packed import FrozenTower
-from epic_fast.engine.window_blocks import FrozenWindowBlock, differs
+from epic_fast.engine.routes import PromptRoute
+from epic_fast.engine.window_blocks import FrozenWindowBlock, WindowStream, differs
 from epic_fast.engine.windows import Windows, call_swin_block, call_swin_block_with_prompts, merge_prompts
 from epic_fast.errors import ConfigError
 
@@ -106,9 +107,9 @@ class SwinTower(VisionTower):
         for index in range(state.layer, stop):
             grid = self.grid(state)
             hidden = call_swin_block(
-                self.layers[index], state.hidden, grid, window=self.window, shift=self._shift(index)
+                self.layers[index], state.hidden, grid, window=self.window, shift=self.shift(index)
             )
-            state = self._leave(index, state, hidden, grid)
+            state = self.leave(index, state, hidden, grid)
         return state
 
     def advance(
@@ -117,11 +118,18 @@ class SwinTower(VisionTower):
         blocks = self.window_blocks(engine) if state.layer < stop else None
         if blocks is None or (torch.is_grad_enabled() and state.hidden.requires_grad):
             return self.run(state, stop)
+        way = SwinRun(self, blocks, state, state.hidden.new_zeros(len(state.hidden), 0, state.hidden.shape[2]))
         for index in range(state.layer, stop):
-            grid = self.grid(state)
-            hidden = blocks[index].alone(state.hidden, Windows.of(grid, self.window, self._shift(index)))
-            state = self._leave(index, state, hidden, grid)
-        return state
+            way.step(index)
+        return way.finish()[0]
+
+    def routed_run(self, state: TowerState, prompts: Tensor, engine: EngineConfig | None) -> SwinRun | None:
+        """A way without a graph through the layers that makes prompts ``(B, P, C)`` where they lie; None where there
+        are no prompts, or where the model's own blocks run."""
+        blocks = self.window_blocks(engine)
+        if blocks is None or not prompts.shape[1]:
+            return None
+        return SwinRun(self, blocks, state, prompts)
 
     def run_prompted(
         self, state: TowerState, index: int, prompts: Tensor, prompt_mask: str, engine: EngineConfig | None = None
@@ -133,11 +141,11 @@ class SwinTower(VisionTower):
                 "'full'"
             )
         state = self.advance(state, index, engine)
-        merge = self._merge(index)
+        merge = self.merge(index)
         if prompts.shape[1] == 0:
             width = prompts.shape[2] if merge is None else 2 * prompts.shape[2]
             return self.advance(state, index + 1, engine), prompts.new_zeros(len(prompts), 0, width)
-        grid, shift = self.grid(state), self._shift(index)
+        grid, shift = self.grid(state), self.shift(index)
         blocks = self.window_blocks(engine)
         if blocks is None:
             hidden, prompts = call_swin_block_with_prompts(
@@ -147,7 +155,7 @@ class SwinTower(VisionTower):
             assert engine is not None
             windows = Windows.of(grid, self.window, shift)
             hidden, prompts = blocks[index](state.hidden, prompts.to(state.hidden.dtype), windows, save=engine.save)
-        return self._leave(index, state, hidden, grid), prompts if merge is None else merge_prompts(merge, prompts)
+        return self.leave(index, state, hidden, grid), prompts if merge is None else merge_prompts(merge, prompts)
 
     def fused_blocks(self, state: TowerState, engine: EngineConfig | None) -> None:
         """None: rows of windows do not stay in one buffer with the prompts; :meth:`window_blocks` has other ones."""
@@ -160,18 +168,19 @@ class SwinTower(VisionTower):
             say_exact(self.modality)
         return self.frozen.blocks()
 
-    def _shift(self, index: int) -> int:
+    def shift(self, index: int) -> int:
         """Every second block of a stage is built with a shift of half a window."""
         first = self.stages[self.stage_at(index)].start
         return 0 if (index - first) % 2 == 0 else self.window // 2
 
-    def _merge(self, index: int) -> Any:
+    def merge(self, index: int) -> Any:
         """The merging of patches behind a layer, if there is one."""
         number = self.stage_at(index)
         return self.model.encoder.layers[number].downsample if index + 1 == self.stages[number].stop else None
 
-    def _leave(self, index: int, state: TowerState, hidden: Tensor, grid: tuple[int, int]) -> TowerState:
-        merge = self._merge(index)
+    def leave(self, index: int, state: TowerState, hidden: Tensor, grid: tuple[int, int]) -> TowerState:
+        """The state behind layer ``index``, which gave ``hidden`` on ``grid``."""
+        merge = self.merge(index)
         if merge is not None:
             hidden, grid = merge(hidden, grid), halved(grid)
         return replace(state.after(hidden, index + 1), grid=grid)
@@ -196,6 +205,52 @@ class SwinTower(VisionTower):
 
     def mean(self, state: TowerState) -> Tensor:
         return self.normalise(state.hidden).mean(dim=1)
+
+
+class SwinRun:
+    """A Swin's way through its fused blocks where no graph is made.
+
+    Args:
+        tower: the Swin.
+        blocks: of all its layers.
+        state: the tokens.
+        prompts: ``(B, P, C)``; P may be 0.
+    """
+
+    def __init__(self, tower: SwinTower, blocks: Sequence[FrozenWindowBlock], state: TowerState, prompts: Tensor):
+        self._tower = tower
+        self._blocks = blocks
+        self._state = state
+        self._grid = tower.grid(state)
+        self._prompts = prompts
+        self._stream: WindowStream | None = None
+
+    def step(self, index: int, route: PromptRoute | None = None) -> Tensor | None:
+        """Layer ``index`` on tokens and prompts, with a route on its prompts in place of those that are there; the
+        routing scores ``(B, E)``, None without a router."""
+        tower = self._tower
+        if self._stream is None:
+            self._stream = WindowStream(self._state.hidden, self._prompts)
+        scores = self._stream.step(
+            self._blocks[index], Windows.of(self._grid, tower.window, tower.shift(index)), route
+        )  # fmt: skip
+        merge = tower.merge(index)
+        if merge is None:
+            self._state = replace(self._state, layer=index + 1)
+            return scores
+        hidden, prompts = self._stream.parted()
+        self._stream = None
+        self._state = tower.leave(index, self._state, hidden, self._grid)
+        self._grid = tower.grid(self._state)
+        self._prompts = merge_prompts(merge, prompts) if prompts.shape[1] else prompts.repeat(1, 1, 2)
+        return scores
+
+    def finish(self) -> tuple[TowerState, Tensor]:
+        """Tokens and prompts."""
+        if self._stream is None:
+            return self._state, self._prompts
+        hidden, prompts = self._stream.parted()
+        return replace(self._state.after(hidden, self._state.layer), grid=self._grid), prompts
 
 
 @functools.cache

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from epic_fast.engine.blocks import LayerParts, Weights
 from epic_fast.engine.fused import KEEP, activation_of, mlp_branch_backward, no_autocast
 from epic_fast.engine.products import activated_product, product, product_backward
+from epic_fast.engine.routes import PromptRoute
 from epic_fast.engine.windows import WindowRows, Windows, call_swin_block_with_prompts
 from epic_fast.ops.residual_norm import moved_norm_backward, moved_norm_forward
 from epic_fast.ops.window_prompt_attention import window_attention_backward, window_attention_forward
@@ -96,12 +97,6 @@ class FrozenWindowBlock:
             result = _forward(self, stream, windows, _Sizes.of(hidden, prompts), "none", graph=False)[0]
             return parted(result, hidden, prompts)
 
-    @torch.no_grad()
-    def alone(self, hidden: Tensor, windows: Windows) -> Tensor:
-        """Tokens ``(B, N, C)`` behind the block where there are no prompts; never part of a graph."""
-        nothing = hidden.new_zeros(len(hidden), 0, hidden.shape[2])
-        return self(hidden, nothing, windows)[0]
-
 
 def joined(hidden: Tensor, prompts: Tensor) -> Tensor:
     """All rows ``(B * (N + P), C)``, tokens before prompts; the tokens themselves where there are no prompts."""
@@ -113,6 +108,31 @@ def parted(rows: Tensor, hidden: Tensor, prompts: Tensor) -> tuple[Tensor, Tenso
     """The inverse of :func:`joined`: views in the shapes of these tokens and prompts."""
     tokens = hidden.shape[0] * hidden.shape[1]
     return rows[:tokens].view(hidden.shape), rows[tokens:].view(prompts.shape)
+
+
+def _attend(
+    block: FrozenWindowBlock,
+    weights: Weights,
+    normed: Tensor,
+    windows: Windows,
+    sizes: _Sizes,
+    order: WindowRows,
+    mask: Tensor | None,
+    *,
+    graph: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """What the attention adds to the stream, in the order of windows, from the normed rows in that order; the
+    projections and the log-sum-exp."""
+    parts = block.parts
+    qkv = product(normed, weights.qkv, weights.qkv_bias)[0]
+    attended = qkv.new_empty(len(normed), weights.inner)
+    *_, lse = window_attention_forward(
+        *_qkv_of(qkv, parts.heads, windows, sizes, order.cut_tokens),
+        *(block.bias(), mask, parts.scale),
+        save_lse=graph,
+        out=_split(attended, windows, sizes, order.cut_tokens),
+    )
+    return product(attended, weights.output, weights.output_bias)[0], qkv, lse
 
 
 def _forward(
@@ -127,17 +147,8 @@ def _forward(
         options: dict[str, Any] = {"normed_dtype": weights.dtype, "keep": keep == "eight_bit"}
         _, normed, *first, _ = moved_norm_forward(stream, None, *weights.first_norm, normed_at=order.move, **options)
         normed = normed if order.move is not None else order.cut(normed)
-        qkv = product(normed, weights.qkv, weights.qkv_bias)[0]
-        attended = qkv.new_empty(len(normed), weights.inner)
+        branch, qkv, lse = _attend(block, weights, normed, windows, sizes, order, mask, graph=graph)
         del normed
-        *_, lse = window_attention_forward(
-            *_qkv_of(qkv, parts.heads, windows, sizes, order.cut_tokens),
-            *(block.bias(), mask, parts.scale),
-            save_lse=graph,
-            out=_split(attended, windows, sizes, order.cut_tokens),
-        )
-        branch = product(attended, weights.output, weights.output_bias)[0]
-        del attended
         total, normed, *second, _ = moved_norm_forward(
             stream, branch, *weights.second_norm, branch_at=order.place, **options
         )  # fmt: skip
@@ -146,6 +157,80 @@ def _forward(
         del normed
         result = total + product(hidden, weights.down, weights.down_bias)[0]
     return result, weights, (*first, *second, kept, qkv, lse)
+
+
+class WindowStream:
+    """All rows of a stage where no graph is made, in one matrix from block to block; made of tokens ``(B, N, C)`` and
+    prompts ``(B, P, C)``.
+
+    What a block adds last waits for the next one, whose first norm adds it; and the prompts of a routed layer are
+    written where the last ones lie, once their sum has told the router what it asks.
+    """
+
+    def __init__(self, hidden: Tensor, prompts: Tensor):
+        self._shapes = hidden.shape, prompts.shape
+        self._sizes = _Sizes.of(hidden, prompts)
+        self._rows = joined(hidden, prompts.to(hidden.dtype))
+        self._branch: Tensor | None = None
+
+    @torch.no_grad()
+    def step(self, block: FrozenWindowBlock, windows: Windows, route: PromptRoute | None = None) -> Tensor | None:
+        """The block on all rows; with a route on its prompts in place of those that are there.  The routing scores
+        ``(B, E)``, None without a router."""
+        scores = None
+        with no_autocast(self._rows) as dtype:
+            weights = block.parts.weights(dtype, backward=False)
+            order, mask = block.order(windows, self._sizes, self._rows.device)
+            stream, normed, *_, probed = moved_norm_forward(
+                *(self._rows, self._branch, *weights.first_norm),
+                normed_at=order.move,
+                probe=None if route is None else route.probe,
+                normed_dtype=weights.dtype,
+            )
+            normed = normed if order.move is not None else order.cut(normed)
+            if route is not None:
+                scores = self._route(stream, normed, order, weights, probed, route)
+            branch, *_ = _attend(block, weights, normed, windows, self._sizes, order, mask, graph=False)
+            del normed
+            stream, normed, *_ = moved_norm_forward(
+                stream, branch, *weights.second_norm, branch_at=order.place, normed_dtype=weights.dtype
+            )
+            del branch
+            hidden = activated_product(normed, weights.up, weights.up_bias, activation_of(block.parts), "none")[0]
+            del normed
+            self._branch = product(hidden, weights.down, weights.down_bias)[0]
+            self._rows = stream
+        return scores
+
+    def parted(self) -> tuple[Tensor, Tensor]:
+        """Tokens and prompts."""
+        with torch.no_grad():
+            rows = self._rows if self._branch is None else self._rows + self._branch
+        hidden, prompts = self._shapes
+        tokens = hidden[0] * hidden[1]
+        return rows[:tokens].view(hidden), rows[tokens:].view(prompts)
+
+    def _route(
+        self,
+        stream: Tensor,
+        normed: Tensor,
+        order: WindowRows,
+        weights: Weights,
+        probed: Tensor | None,
+        route: PromptRoute,
+    ) -> Tensor | None:
+        hidden, prompts = self._shapes
+        of_tokens = of_prompts = None
+        if probed is not None:
+            of_tokens = probed[: order.tokens].view(*hidden[:2], -1)
+            of_prompts = probed[order.tokens :].view(*prompts[:2], -1)
+        return route.write(
+            stream[order.tokens :].view(prompts),
+            normed[order.cut_tokens :].view(prompts),
+            weights.first_norm,
+            of_tokens,
+            of_prompts,
+        )
 
 
 class _WindowBlock(torch.autograd.Function):

@@ -28,8 +28,10 @@ import torch
 from torch import Tensor, nn
 
 from epic_fast.backbones import DualEncoder, Tower, stages_of
+from epic_fast.backbones.swin import SwinRun, SwinTower
 from epic_fast.engine import Prefix, TowerState
 from epic_fast.engine.packed import PackedRun
+from epic_fast.engine.routes import PromptRoute
 from epic_fast.errors import ConfigError
 from epic_fast.models.base import PromptedModel
 from epic_fast.models.configuration import MethodConfig, check_choice, check_range
@@ -378,7 +380,13 @@ class MopeModel(PromptedModel):
             prompts = self.prompt_dropout(self.input_prompts.expand(batch, -1, -1))
         scores: list[Tensor] = []
         packed: PackedRun | None = None
+        windows: SwinRun | None = None
         for layer in range(config.first_layer, tower.num_layers):
+            if windows is not None:
+                found = windows.step(layer, self._route(layer, projected, mapped))
+                if found is not None:
+                    scores.append(found)
+                continue
             if layer in self.routed:
                 place = self.routed[layer]
                 logits = None
@@ -396,15 +404,44 @@ class MopeModel(PromptedModel):
                 if packed is not None:
                     packed.prompts = prompts
             if layer == config.first_layer:
-                packed = self._packed(state, prompts)
-            if packed is None:
+                packed, windows = self._packed(state, prompts), self._windows(state, prompts)
+            if windows is not None:
+                windows.step(layer)
+            elif packed is None:
                 state, prompts = tower.run_prompted(state, layer, prompts, "full", self.engine)
             else:
                 packed.step(layer)
                 prompts = packed.prompts
                 if packed.buffer is not None:
                     state = state.after(packed.buffer[:, prompts.shape[1] :], layer + 1)
+        if windows is not None:
+            return *windows.finish(), scores
         return state if packed is None else packed.finish(), prompts, scores
+
+    def _windows(self, state: TowerState, prompts: Tensor) -> SwinRun | None:
+        """A Swin's way through fused blocks that make the prompts of their layers where they lie; None where a graph
+        is made, or noise is to be drawn."""
+        noisy = self.router is not None and self.router.training and self.router.noise_std > 0
+        if torch.is_grad_enabled() or noisy or not isinstance(self.main, SwinTower):
+            return None
+        return self.main.routed_run(state, prompts, self.engine)
+
+    def _route(self, layer: int, projected: Tensor | None, mapped: list[Tensor] | None) -> PromptRoute | None:
+        """Of a routed layer: what its prompts are made of."""
+        if layer not in self.routed:
+            return None
+        place = self.routed[layer]
+        experts, router = self.experts[place], self.router
+        assert isinstance(experts, PromptExperts)
+        made_of: dict[str, Any] = {"static": experts.static, "experts": experts.experts}
+        made_of["mapped"] = None if mapped is None else mapped[self.mapped_of[layer]]
+        if router is not None and projected is not None:
+            made_of |= {"projected": projected[:, place], "embeddings": router.embeddings[place]}
+            made_of |= {"temperature": self.config.temperature, "top_k": self.config.top_k}
+            if router.own is not None:
+                own: Any = router.own[place]
+                made_of |= {"probe": own.weight, "probe_bias": own.bias}
+        return PromptRoute(**made_of)
 
     def _packed(self, state: TowerState, prompts: Tensor) -> PackedRun | None:
         """The main tower's way through fused blocks, prompts and tokens in one buffer; None where there are none."""

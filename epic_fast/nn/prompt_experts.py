@@ -192,10 +192,12 @@ class PromptMapper(nn.Module):
             if self.scale is not None and self.shift is not None:
                 hidden = hidden * self.scale + self.shift
             hidden = nn.functional.gelu(hidden)
-            return [
-                self.dropout(nn.functional.gelu(projection(hidden))).unflatten(1, (self.rows, -1))
-                for projection in self.projections
-            ]
+            # One product for all of them: alone each is a few rows of numbers and a launch.
+            layers = list(self.projections)
+            weight, bias = (torch.cat([getattr(each, name) for each in layers]) for name in ("weight", "bias"))
+            prompts = nn.functional.gelu(nn.functional.linear(hidden, weight, bias))
+            widths = [len(layer.bias) for layer in layers]  # pyright: ignore[reportArgumentType]
+            return [self.dropout(each).unflatten(1, (self.rows, -1)) for each in prompts.split(widths, dim=1)]
 
 
 def routing_entropy(scores: Tensor) -> Tensor:

@@ -560,9 +560,11 @@ def launch_norm(case: RowsCase, dtype: torch.dtype) -> None:
     """Residual sum and layer norm on tensors without memory: whole and sliced, with and without a branch, in
     8 bits; and the RMS norm."""
     from epic_fast.kernels.residual_norm.triton_backward import (  # pyright: ignore[reportMissingImports]
+        moved_norm_backward,
         residual_norm_backward,
     )
     from epic_fast.kernels.residual_norm.triton_forward import (  # pyright: ignore[reportMissingImports]
+        moved_norm_forward,
         residual_norm_forward,
     )
 
@@ -584,6 +586,19 @@ def launch_norm(case: RowsCase, dtype: torch.dtype) -> None:
             residual_norm_backward(grad, above, data, weight, step, rstd, grad_dtype=total.dtype)
             total, _, mean, rstd, _ = residual_norm_forward(stream, other, weight, None, 1e-5, normed_dtype=dtype)
             residual_norm_backward(grad, above, total, weight, mean, rstd)
+        rows = whole.flatten(0, 1)
+        order = torch.empty(len(rows), dtype=torch.int64, device="meta")
+        probe = torch.empty(2, case.width, device="meta")
+        for keep in (False, True):
+            _, _, kept, mean, rstd, _ = moved_norm_forward(
+                rows, None, weight, weight, 1e-5, normed_at=order, probe=probe, normed_dtype=dtype, keep=keep
+            )
+            moved_norm_forward(
+                rows, branch.flatten(0, 1), weight, weight, 1e-5, branch_at=order, normed_dtype=dtype, keep=keep
+            )
+            grad = torch.empty(rows.shape, dtype=dtype, device="meta")
+            for places in ({"normed_at": order}, {"moved_at": order, "moved_dtype": dtype}):
+                moved_norm_backward(grad, rows, kept, weight, mean, rstd, grad_dtype=kind, **places)
 
 
 def launch_rotary(case: RowsCase, dtype: torch.dtype) -> None:

@@ -41,7 +41,7 @@ class ProductTile:
 
 # From here on (H100, B200) products read both operands from shared memory, and there are descriptors.
 _MUCH_SHARED = 200_000
-# Time of a wide tile in that of two small ones, from one H100 at 16960 x 4096 x 1024 in bfloat16.
+# Time of a wide tile of 8 bits in that of two small ones, from one H100 at 16960 x 4096 x 1024.
 WIDE_TIME = 0.93
 # Up to here (MI300) one buffer an operand is what fits.
 _LITTLE_SHARED = 70_000
@@ -72,13 +72,14 @@ def product_tile(
 
 @functools.cache
 def product_tiles(itemsize: int, descriptors: bool, hopper: bool, shared: int) -> tuple[ProductTile, ...]:
-    """All tiles among which :func:`product_tile` chooses: one, or a small and a wide one."""
+    """All tiles among which :func:`product_tile` chooses: one, or for 8 bits on Hopper a small and a wide one."""
     if itemsize == 4:
         return (ProductTile(rows=64, columns=64, depth=32, warps=8, stages=2),)
     depth = 64 if itemsize == 2 else 128
     if descriptors and shared >= _MUCH_SHARED:
         small = ProductTile(rows=128, columns=128, depth=depth, warps=4, stages=3, parts=2, descriptors=True)
-        if not hopper:
+        if not hopper or itemsize == 2:
+            # README.md has what wide tiles of 16 bits took.
             return (small,)
         wide = replace(small, columns=256, warps=8, persistent=True)
         return small, wide

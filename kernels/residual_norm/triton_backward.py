@@ -66,10 +66,11 @@ def backward_kernel(
     column_exists = column < D
     exists = (row < rows)[:, None] & column_exists
 
-    own = row
     if normed_at is not None:
         own = tl.load(normed_at + row, mask=row < rows, other=0)
-    start = row_offsets(own, inner_rows, normed_outer, normed_inner, UNIT)
+        start = own[:, None] * normed_inner * UNIT
+    else:
+        start = row_offsets(row, inner_rows, normed_outer, normed_inner, UNIT)
     g = tl.load(grad_normed + start + column, mask=exists, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
     start = row_offsets(row, inner_rows, total_outer, total_inner, UNIT)
     x = tl.load(total + start + column, mask=exists, other=0.0).to(tl.float32)
@@ -168,9 +169,6 @@ def backward(
     if grad_total is not None:
         grad_total = rows_of(tape, grad_total)
     inner_rows, strides, unit = row_strides((grad_normed, grad_total, total))
-    if normed_at is not None:
-        # There may be more rows there; all are matrices.
-        inner_rows = max(inner_rows, grad_normed.shape[0])
     constants = (width, unit, total.dtype == torch.int8, tile.rows, tile.block)
     per_row = None if mean is None else contiguous(tape, mean), contiguous(tape, rstd)
     tensors = (grad_normed, grad_total, total, contiguous(tape, weight), *per_row, grad, normed_at, moved, moved_at)

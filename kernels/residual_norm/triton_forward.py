@@ -75,10 +75,11 @@ def forward_kernel(
     start = row_offsets(row, inner_rows, stream_outer, stream_inner, UNIT)
     x = tl.load(stream + start + column, mask=exists, other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
     if branch is not None:
-        own = row
         if branch_at is not None:
             own = tl.load(branch_at + row, mask=row < rows, other=0)
-        start = row_offsets(own, inner_rows, branch_outer, branch_inner, UNIT)
+            start = own[:, None] * branch_inner * UNIT
+        else:
+            start = row_offsets(row, inner_rows, branch_outer, branch_inner, UNIT)
         x += tl.load(branch + start + column, mask=exists, other=0.0).to(tl.float32)
         # What is normalised is what is written: backward will read the rounded sum.
         rounded = x.to(total.dtype.element_ty)
@@ -215,9 +216,6 @@ def forward(
     if tile is None:
         tile = norm_tile(width)
     inner_rows, strides, unit = row_strides((read, branch, written))
-    if branch_at is not None:
-        # A branch may have more rows than the stream; both are matrices.
-        inner_rows = max(inner_rows, branch.shape[0])
     constants = (width, unit, eight_bit, tile.rows, tile.block, probes)
     mean, step = (None, first) if keep else (first, None)
     frozen = contiguous(tape, weight), None if bias is None else contiguous(tape, bias)
