@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from epic_fast import functional
-from epic_fast.engine.window_blocks import FrozenWindowBlock
+from epic_fast.engine.window_blocks import WindowStream
 from epic_fast.testing import tiny_bert, tiny_swin
 from epic_fast.testing.probes import lively
 
@@ -173,8 +173,8 @@ def test_the_profile_sorts_device_time() -> None:
 
 def test_the_promptless_swin_of_the_engine_is_the_promptless_swin(monkeypatch: pytest.MonkeyPatch) -> None:
     setting, seen = made(40), []
-    real = FrozenWindowBlock.alone
-    monkeypatch.setattr(FrozenWindowBlock, "alone", lambda *given: (seen.append(given[0]), real(*given))[1])
+    real = WindowStream.step
+    monkeypatch.setattr(WindowStream, "step", lambda *given: (seen.append(given[1]), real(*given))[1])
     pixels = setting.batch(FEW)["pixel_values"]
     ours = mope_step.FrozenInEngine(setting, mope_step._ENGINE)
     _, found = ours(pixels)

@@ -205,31 +205,37 @@ def test_what_descriptors_cannot_reach_goes_by_pointers() -> None:
 @pytest.mark.parametrize("itemsize", [1, 2, 4])
 def test_sums_have_the_same_steps_whatever_the_number_of_rows(itemsize: int, hopper: bool, shared: int) -> None:
     found = {
-        tiles.product_tile(itemsize, hopper, hopper, shared, rows, columns, 132)
+        tiles.product_tile(itemsize, hopper, hopper, shared, rows, columns, depth, 132)
         for rows in (1, 265, 2120, 5440, 16960)
         for columns in (768, 1024, 3072, 4096)
+        for depth in (128, 1024)
     }
     assert found <= set(tiles.product_tiles(itemsize, hopper, hopper, shared))
     assert len({(each.depth, each.descriptors) for each in found}) == 1
 
 
 def test_the_last_round_chooses_the_tile() -> None:
-    """Of 8 bits on a card of 132: wide tiles where there are many, small ones where wide ones leave a round nearly
-    empty."""
-    assert len(tiles.product_tiles(2, True, True, 232_448)) == 1
+    """On a card of 132: wide tiles where there are many, small ones where wide ones leave a round nearly empty; of 16
+    bits only where sums are deep besides."""
     small, wide = tiles.product_tiles(1, True, True, 232_448)
     assert (small.columns, wide.columns) == (128, 256)
 
-    def chosen(rows: int, columns: int) -> ProductTile:
-        return tiles.product_tile(1, True, True, 232_448, rows, columns, 132)
+    def chosen(rows: int, columns: int, depth: int = 1024, itemsize: int = 1) -> ProductTile:
+        return tiles.product_tile(itemsize, True, True, 232_448, rows, columns, depth, 132)
 
-    assert chosen(16960, 4096) is wide
+    assert chosen(16960, 4096) is chosen(16960, 4096, 128) is wide
     # 272 wide tiles are three rounds, 544 small ones four rounds of half the time and a tenth.
     assert chosen(2120, 4096) is small
     assert chosen(1, 4096) is small
     # 132 wide tiles are one round.
     assert chosen(128 * 33, 1024) is wide
     assert chosen(128 * 34, 1024) is small
+    # ViT-L/14 at a batch of 64; Swin-B's four stages; BERT-base.
+    small, wide = tiles.product_tiles(2, True, True, 232_448)
+    assert chosen(16960, 4096, 1024, 2) is wide
+    for rows, columns, depth in ((200_704, 512, 128), (50_176, 1024, 256), (13_376, 2048, 512), (3968, 4096, 1024)):
+        assert chosen(rows, columns, depth, 2) is small
+    assert chosen(5440, 3072, 768, 2) is small
 
 
 @pytest.mark.gpu

@@ -41,14 +41,23 @@ class ProductTile:
 
 # From here on (H100, B200) products read both operands from shared memory, and there are descriptors.
 _MUCH_SHARED = 200_000
-# Time of a wide tile of 8 bits in that of two small ones, from one H100 at 16960 x 4096 x 1024.
+# Time of a wide tile in that of two small ones, from one H100 at 16960 x 4096 x 1024.
 WIDE_TIME = 0.93
+# Wide tiles of 16 bits need so deep a sum and so many rounds of small ones; README.md has what they took.
+WIDE_DEPTH, WIDE_ROUNDS = 1024, 16
 # Up to here (MI300) one buffer an operand is what fits.
 _LITTLE_SHARED = 70_000
 
 
 def product_tile(
-    itemsize: int, descriptors: bool, hopper: bool, shared: int, rows: int, columns: int, processors: int
+    itemsize: int,
+    descriptors: bool,
+    hopper: bool,
+    shared: int,
+    rows: int,
+    columns: int,
+    depth: int,
+    processors: int,
 ) -> ProductTile:
     """The tile for a result of ``rows`` x ``columns``.
 
@@ -58,6 +67,7 @@ def product_tile(
         hopper: the card is one, where wide tiles were measured.
         shared: bytes of shared memory that a block may have.
         rows, columns: of the result.
+        depth: terms of a sum.
         processors: multiprocessors of the card.
     """
     tiles = product_tiles(itemsize, descriptors, hopper, shared)
@@ -66,20 +76,21 @@ def product_tile(
     small, wide = tiles
     # A multiprocessor takes a wide tile in the time of two small ones; the last round need not be full.
     rounds = -(-small.count(rows, columns) // processors)
+    if itemsize == 2 and (depth < WIDE_DEPTH or rounds < WIDE_ROUNDS):
+        return small
     wide_rounds = -(-wide.count(rows, columns) // processors)
     return wide if 2 * WIDE_TIME * wide_rounds < rounds else small
 
 
 @functools.cache
 def product_tiles(itemsize: int, descriptors: bool, hopper: bool, shared: int) -> tuple[ProductTile, ...]:
-    """All tiles among which :func:`product_tile` chooses: one, or for 8 bits on Hopper a small and a wide one."""
+    """All tiles among which :func:`product_tile` chooses: one, or a small and a wide one."""
     if itemsize == 4:
         return (ProductTile(rows=64, columns=64, depth=32, warps=8, stages=2),)
     depth = 64 if itemsize == 2 else 128
     if descriptors and shared >= _MUCH_SHARED:
         small = ProductTile(rows=128, columns=128, depth=depth, warps=4, stages=3, parts=2, descriptors=True)
-        if not hopper or itemsize == 2:
-            # README.md has what wide tiles of 16 bits took.
+        if not hopper:
             return (small,)
         wide = replace(small, columns=256, warps=8, persistent=True)
         return small, wide
