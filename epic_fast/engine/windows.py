@@ -97,10 +97,6 @@ class WindowRows:
         found = rows.new_zeros(self.cut_tokens + len(rows) - self.tokens, rows.shape[1])
         return found.index_copy_(0, self.place, rows)
 
-    def join(self, rows: Tensor) -> Tensor:
-        """The inverse of :meth:`cut`."""
-        return rows.index_select(0, self.place)
-
 
 def _make_rows(windows: Windows, batch: int, prompts: int, device: torch.device) -> WindowRows:
     tokens = batch * windows.grid[0] * windows.grid[1]
