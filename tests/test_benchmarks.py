@@ -377,7 +377,7 @@ SHOWN = {
 
 def test_the_page_of_speed_shows_the_recorded_speed() -> None:
     """Every operation's tables, whole, those of graphs in the operations' order, and no other table."""
-    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8").partition("\n## Speed of a training step\n")[0]
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8").partition("\n## Calls, one by one\n")[0]
     assert list(SHOWN) == list(registry.OPERATIONS)
     wanted, places = [], []
     for name, columns in SHOWN.items():

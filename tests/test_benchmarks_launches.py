@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ pytest.importorskip("triton")
 
 from benchmarks import launches  # pyright: ignore[reportMissingImports]
 from benchmarks.registry import OPERATIONS, OURS, Call, CannotRun, Provider  # pyright: ignore[reportMissingImports]
+from benchmarks.run import read  # pyright: ignore[reportMissingImports]
 from epic_fast.ops import native
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 
 
 def test_everybody_takes_part_in_each_round_inside_its_settings() -> None:
@@ -81,3 +84,14 @@ def test_rows_compare_within_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     printed = launches.table(rows).splitlines()
     assert len(printed) == 2 + 3
     assert f"| {case.name}: ours, from Python | 6.000 | 1.50× | 6.000 | 1.50× |" in printed
+
+
+def test_the_page_of_speed_shows_the_recorded_rounds() -> None:
+    """The whole table of the rows, and the commit that they are of."""
+    page = (ROOT / "docs/speed.md").read_text(encoding="utf-8")
+    section = page.partition("\n## Calls, one by one\n")[2].partition("\n## ")[0]
+    rows = read(ROOT / "benchmarks/results/launches.jsonl")
+    assert launches.table(rows).strip() in section
+    assert {row["run"]["commit"][:10] for row in rows if row["run"]["commit"][:10] not in section} == set()
+    assert not any(row["run"]["modified"] for row in rows)
+    assert {row["run"]["launches"] for row in rows if row["provider"] == "ours"} == {"compiled"}
