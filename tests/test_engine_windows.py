@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from epic_fast.engine.window_blocks import FrozenWindowBlock, WindowStream, diff
 from epic_fast.engine.windows import Windows, call_swin_block_with_prompts
 from epic_fast.ops import library
 from epic_fast.ops import window_prompt_attention as operation
+from epic_fast.ops.dispatch import Operation
 from epic_fast.testing import tiny_bert, tiny_swin
 from epic_fast.testing.probes import lively, make_batch, perturb
 
@@ -122,7 +124,7 @@ def test_a_tower_without_prompts(size: int, kernels: bool, monkeypatch: pytest.M
     assert seen == tower.window_blocks(model.engine)
     assert (found.layer, found.grid) == (wanted.layer, wanted.grid)
     assert distance(found.hidden, wanted.hidden) <= 1e-5
-    # With a gradient to pass on, the blocks' own modules run: those of alone are in no graph.
+    # With a gradient to pass on, the blocks' own modules run.
     seen.clear()
     state = tower.start(pixels)
     state.hidden.requires_grad_(True)
@@ -195,6 +197,79 @@ def test_without_a_graph_prompts_are_made_where_they_lie(
         model.unwrap()
     assert len(found[0]) == len(found[1])
     assert all(distance(one, other) <= 1e-5 for one, other in zip(*found, strict=True))
+
+
+def routed_model(size: int = 32, *, fused: bool = True) -> Any:
+    engine = EngineConfig(blocks="fused") if fused else None
+    torch.manual_seed(0)
+    towers = lively((tiny_swin(image_size=size, depths=(2, 3)), tiny_bert(layers=2)))
+    return perturb(wrap(towers, MopeConfig(prompt_length=2), 3, self_check=False, engine=engine)).eval()
+
+
+@pytest.mark.parametrize("part", ["experts.1", "router", "router.own.0", "mapper.projections.0"])
+def test_hooks_and_other_modules_are_called_without_a_graph_too(part: str) -> None:
+    model, batch = routed_model(), make_batch([3, 5])
+    calls: list[Any] = []
+    module = model.get_submodule(part)
+    hook = module.register_forward_hook(lambda *given: calls.append(given[0]))
+    logits = model(**batch).logits
+    once = len(calls)
+    with torch.no_grad():
+        assert distance(model(**batch).logits, logits) <= 1e-5
+    assert once > 0
+    assert len(calls) == 2 * once
+    hook.remove()
+    if part in ("router.own.0", "mapper.projections.0"):
+        # Another module in its place.
+        parent, name = part.rsplit(".", 1)
+        model.get_submodule(parent)[int(name)] = torch.nn.Sequential(module)
+        with torch.no_grad():
+            assert distance(model(**batch).logits, logits) <= 1e-5
+    model.unwrap()
+
+
+@pytest.mark.parametrize("size", [32, 40])
+def test_prompts_are_made_where_they_lie_by_the_kernels(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not library.TRITON_INSTALLED or not library.interpreting():
+        pytest.skip("Triton's interpreter is off")
+    batch = make_batch([3, 5]) | {"pixel_values": torch.randn(2, 3, size, size)}
+    plain, fused = routed_model(size, fused=False), routed_model(size)
+    seen: list[str] = []
+    with torch.no_grad():
+        wanted = plain(**batch).logits
+        monkeypatch.setattr(Operation, "choose", lambda self, *given: (seen.append(self.name), self.triton)[1])
+        assert distance(fused(**batch).logits, wanted) <= 1e-5
+    assert set(seen) >= {"moved_norm_forward", "route_prompts"}
+    plain.unwrap()
+    fused.unwrap()
+
+
+def test_the_sums_of_a_block_do_not_outlive_it() -> None:
+    """While the MLP runs, nothing of the last block's rows is left."""
+    model, batch = routed_model(), make_batch([3, 5])
+    alive: list[int] = []
+    terms: list[Any] = []
+    with torch.no_grad():
+        # The blocks are compared with their modules once.
+        model(**batch)
+    norm, product = window_blocks.moved_norm_forward, window_blocks.activated_product
+
+    def noting(stream: Tensor, branch: Tensor | None, *others: Any, **options: Any) -> Any:
+        terms.extend(weakref.ref(each) for each in (stream, branch) if each is not None)
+        return norm(stream, branch, *others, **options)
+
+    def counting(*given: Any) -> Any:
+        alive.append(sum(each() is not None for each in terms))
+        terms.clear()
+        return product(*given)
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(window_blocks, "moved_norm_forward", noting)
+        patch.setattr(window_blocks, "activated_product", counting)
+        model(**batch)
+    # Each block's first sum is its second norm's stream.
+    assert alive == [0] * 5
+    model.unwrap()
 
 
 @pytest.mark.gpu

@@ -64,16 +64,14 @@ def slope(kind: str, x: Tensor) -> Tensor:
     return torch.autograd.grad(DEFINITIONS[kind](leaf).sum(), leaf)[0]
 
 
-def test_gelu_in_float32_is_closer_than_erf_gets() -> None:
+def test_gelu_in_float32_keeps_its_digits_in_the_tail() -> None:
     x = torch.linspace(-9, 9, 40001, device=DEVICE)
     wanted = DEFINITIONS["gelu"](x.double())
     found = forward(x[None], "gelu", keep="none")[0][0].double()
-    theirs = gelu(x).double()
-    assert (found - wanted).abs().max() < min(8e-7, (theirs - wanted).abs().max().item())
-    # 1 + erf(x) has few digits where erf is near -1, and from -5.6 on none.
+    assert (found - wanted).abs().max() < 8e-7
+    # Where 1 + erf(x) has few digits, and from -5.6 on none.
     near = x >= -6
     assert ((found - wanted).abs() <= 4e-6 * wanted.abs())[near].all()
-    assert not ((theirs - wanted).abs() <= 4e-6 * wanted.abs())[near].all()
     assert forward(torch.full((1, 1), math.nan, device=DEVICE), "gelu", keep="none")[0].isnan().all()
     ends = torch.tensor([[math.inf, -math.inf]], device=DEVICE)
     torch.testing.assert_close(forward(ends, "gelu", keep="none")[0], DEFINITIONS["gelu"](ends), equal_nan=True)

@@ -236,6 +236,9 @@ def test_the_last_round_chooses_the_tile() -> None:
     for rows, columns, depth in ((200_704, 512, 128), (50_176, 1024, 256), (13_376, 2048, 512), (3968, 4096, 1024)):
         assert chosen(rows, columns, depth, 2) is small
     assert chosen(5440, 3072, 768, 2) is small
+    # 2112 small tiles are sixteen rounds, 1980 fifteen.
+    assert chosen(128 * 132, 2048, 1024, 2) is wide
+    assert chosen(128 * 132, 1920, 1024, 2) is small
 
 
 @pytest.mark.gpu

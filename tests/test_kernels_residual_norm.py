@@ -516,7 +516,8 @@ def test_moved_rows_are_those_that_a_gather_would_give(width: int, dtype: torch.
     rows, more = 11, 14
     stream, branch = draw(rows, width, dtype=dtype), draw(more, width, dtype=dtype, seed=1)
     weight, bias = parameters(width)
-    branch_at, normed_at = order_of(more)[:rows].contiguous(), order_of(rows, 6)
+    # Every second number of a longer tensor: an order need not be contiguous.
+    branch_at, normed_at = (each.repeat_interleave(2)[::2] for each in (order_of(more)[:rows], order_of(rows, 6)))
     operation = residual_norm_forward_kept if keep else residual_norm_forward
     total, normed, *saved, _ = operation(stream, branch[branch_at], weight, bias, 1e-5, impl=impl)
     found = moved_norm_forward(
@@ -540,11 +541,7 @@ def test_moved_rows_are_those_that_a_gather_would_give(width: int, dtype: torch.
     )
     assert_bits_equal(grad, wanted)
     assert moved.dtype == HALF
-    if dtype == HALF:
-        assert_bits_equal(moved[normed_at], wanted)
-    else:
-        # Rounded from what is in registers, which is what was stored.
-        assert_bits_equal(moved[normed_at], wanted.to(HALF))
+    assert_bits_equal(moved[normed_at], wanted.to(HALF))
     grad, nothing = moved_norm_backward(
         grad_normed[:rows], None, found[2], weight, *found[3:5], grad_dtype=dtype, impl=impl
     )
@@ -619,6 +616,13 @@ def test_what_does_not_fit_moved_rows_is_said() -> None:
         moved_norm_forward(stream, stream, weight, bias, 1e-5, branch_at=order.int())
     with pytest.raises(ConfigError, match=r"probe has shape \(2, 19\); wanted \(2, 20\)"):
         moved_norm_forward(stream, None, weight, bias, 1e-5, probe=draw(2, 19))
+    with pytest.raises(ConfigError, match="probe has 17 rows; wanted at most 16"):
+        moved_norm_forward(stream, None, weight, bias, 1e-5, probe=draw(17, 20))
+    with pytest.raises(ConfigError, match="normed_at is on meta; wanted"):
+        moved_norm_forward(stream, None, weight, bias, 1e-5, normed_at=order.to("meta"))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = moved_norm_forward(stream, None, weight, bias, 1e-5, probe=draw(2, 20), impl="reference")
+    assert found[5].dtype == torch.float32
     with pytest.raises(ConfigError, match="bias=None is an RMS norm"):
         moved_norm_forward(stream, None, weight, None, 1e-5, keep=True)
     mean = torch.zeros(6, device=DEVICE)

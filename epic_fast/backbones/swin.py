@@ -158,7 +158,7 @@ class SwinTower(VisionTower):
         return self.leave(index, state, hidden, grid), prompts if merge is None else merge_prompts(merge, prompts)
 
     def fused_blocks(self, state: TowerState, engine: EngineConfig | None) -> None:
-        """None: rows of windows do not stay in one buffer with the prompts; :meth:`window_blocks` has other ones."""
+        """None: rows of windows lie in no buffer ``(B, P + N, D)``; :meth:`window_blocks` has other blocks."""
 
     def window_blocks(self, engine: EngineConfig | None) -> list[FrozenWindowBlock] | None:
         """The fused blocks of all layers, read anew where one was changed; None where the model's own ones run."""
@@ -231,6 +231,8 @@ class SwinRun:
         tower = self._tower
         if self._stream is None:
             self._stream = WindowStream(self._state.hidden, self._prompts)
+            # The stream has them; here they would stay for a whole stage.
+            self._state = replace(self._state, hidden=self._state.hidden.new_empty(0))
         scores = self._stream.step(
             self._blocks[index], Windows.of(self._grid, tower.window, tower.shift(index)), route
         )  # fmt: skip

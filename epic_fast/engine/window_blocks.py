@@ -178,28 +178,30 @@ class WindowStream:
         """The block on all rows; with a route on its prompts in place of those that are there.  The routing scores
         ``(B, E)``, None without a router."""
         scores = None
-        with no_autocast(self._rows) as dtype:
+        # What stands in its place holds no rows meanwhile.
+        with no_autocast(self._rows.new_empty(0)) as dtype:
             weights = block.parts.weights(dtype, backward=False)
             order, mask = block.order(windows, self._sizes, self._rows.device)
-            stream, normed, *_, probed = moved_norm_forward(
+            stream, normed, _, _, _, probed = moved_norm_forward(
                 *(self._rows, self._branch, *weights.first_norm),
                 normed_at=order.move,
                 probe=None if route is None else route.probe,
                 normed_dtype=weights.dtype,
             )
+            # From here on nobody reads the sum's two terms: the attention and the MLP find their memory free.
+            self._rows, self._branch = stream, None
             normed = normed if order.move is not None else order.cut(normed)
             if route is not None:
                 scores = self._route(stream, normed, order, weights, probed, route)
-            branch, *_ = _attend(block, weights, normed, windows, self._sizes, order, mask, graph=False)
+            branch = _attend(block, weights, normed, windows, self._sizes, order, mask, graph=False)[0]
             del normed
-            stream, normed, *_ = moved_norm_forward(
+            self._rows, normed = moved_norm_forward(
                 stream, branch, *weights.second_norm, branch_at=order.place, normed_dtype=weights.dtype
-            )
-            del branch
+            )[:2]
+            del branch, stream
             hidden = activated_product(normed, weights.up, weights.up_bias, activation_of(block.parts), "none")[0]
             del normed
             self._branch = product(hidden, weights.down, weights.down_bias)[0]
-            self._rows = stream
         return scores
 
     def parted(self) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,8 @@ from epic_fast.errors import ConfigError
 from epic_fast.models.base import PromptedModel
 from epic_fast.models.configuration import MethodConfig, check_choice, check_range
 from epic_fast.nn import ExpertRouter, Head, PromptExperts, PromptMapper, importance_loss
-from epic_fast.nn.prompt_experts import uniform
+from epic_fast.nn.prompt_experts import uniform, untouched
+from epic_fast.ops.residual_norm import MOST_PROBES
 
 MAX_PROMPT_ROWS = 256
 
@@ -420,11 +421,21 @@ class MopeModel(PromptedModel):
 
     def _windows(self, state: TowerState, prompts: Tensor) -> SwinRun | None:
         """A Swin's way through fused blocks that make the prompts of their layers where they lie; None where a graph
-        is made, or noise is to be drawn."""
-        noisy = self.router is not None and self.router.training and self.router.noise_std > 0
-        if torch.is_grad_enabled() or noisy or not isinstance(self.main, SwinTower):
+        is made, noise is to be drawn, or somebody hooked or replaced a module that it would not call."""
+        if torch.is_grad_enabled() or not isinstance(self.main, SwinTower) or not self._routes_plainly():
             return None
         return self.main.routed_run(state, prompts, self.engine)
+
+    def _routes_plainly(self) -> bool:
+        router = self.router
+        if not all(untouched(each, PromptExperts) for each in self.experts):
+            return False
+        if router is None:
+            return True
+        noisy = router.training and router.noise_std > 0
+        if noisy or self.config.router_main_size > MOST_PROBES or not untouched(router, ExpertRouter):
+            return False
+        return router.own is None or all(untouched(each, nn.Linear) for each in router.own)
 
     def _route(self, layer: int, projected: Tensor | None, mapped: list[Tensor] | None) -> PromptRoute | None:
         """Of a routed layer: what its prompts are made of."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -192,12 +193,27 @@ class PromptMapper(nn.Module):
             if self.scale is not None and self.shift is not None:
                 hidden = hidden * self.scale + self.shift
             hidden = nn.functional.gelu(hidden)
-            # One product for all of them: alone each is a few rows of numbers and a launch.
-            layers = list(self.projections)
-            weight, bias = (torch.cat([getattr(each, name) for each in layers]) for name in ("weight", "bias"))
-            prompts = nn.functional.gelu(nn.functional.linear(hidden, weight, bias))
-            widths = [len(layer.bias) for layer in layers]  # pyright: ignore[reportArgumentType]
-            return [self.dropout(each).unflatten(1, (self.rows, -1)) for each in prompts.split(widths, dim=1)]
+            layers: list[Any] = list(self.projections)
+            if all(untouched(layer, nn.Linear) for layer in layers):
+                # One product for all of them: alone each is a few rows of numbers and a launch.
+                weight, bias = (torch.cat([getattr(each, name) for each in layers]) for name in ("weight", "bias"))
+                joined = nn.functional.linear(hidden, weight, bias)
+                mapped = joined.split([layer.out_features for layer in layers], dim=1)
+            else:
+                mapped = [layer(hidden) for layer in layers]
+            return [self.dropout(nn.functional.gelu(each)).unflatten(1, (self.rows, -1)) for each in mapped]
+
+
+def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is one of ``kind`` itself, without hooks and with its own ``forward``: what it computes can then
+    be computed of its tensors without calling it."""
+    return type(module) is kind and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )
 
 
 def routing_entropy(scores: Tensor) -> Tensor:

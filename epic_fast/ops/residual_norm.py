@@ -23,6 +23,8 @@ from epic_fast.ops.dispatch import Operation
 
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 OLDEST_FP8 = (8, 9)
+# Vectors that rows are multiplied by in passing: each is compiled for itself.
+MOST_PROBES = 16
 
 
 def residual_norm_forward(
@@ -163,7 +165,7 @@ def moved_norm_forward(
         branch_at: ``(R,)`` int64, rows of ``branch``: the sum of row r is ``stream[r] + branch[branch_at[r]]``.
             Without it S is R.
         normed_at: ``(R,)`` int64, each of 0 to R - 1 once: the norm of row r is row ``normed_at[r]`` of ``normed``.
-        probe: ``(J, D)``: each row of the sum is multiplied by each of its rows.
+        probe: ``(J, D)``, J at most 16: each row of the sum is multiplied by each of its rows.
         keep: what backward reads is the normalised rows in 8 bits, not the sum.
 
     Returns:
@@ -183,6 +185,8 @@ def moved_norm_forward(
         wanted["probe"] = (len(probe), width)
     given = {"weight": weight, "bias": bias, "branch": branch, "branch_at": branch_at, "normed_at": normed_at}
     _check_shapes(name, {**given, "probe": probe}, wanted, stream)
+    if probe is not None and len(probe) > MOST_PROBES:
+        raise ConfigError(f"{name}: probe has {len(probe)} rows; wanted at most {MOST_PROBES}")
     if keep and bias is None:
         raise ConfigError(f"{name}: bias=None is an RMS norm, whose rows are not kept in 8 bits; wanted a bias")
     return _MOVED(
@@ -248,6 +252,8 @@ def _check_shapes(
             )
         if name.endswith("_at") and tensor.dtype != torch.int64:
             raise ConfigError(f"{operation}: {name} is {tensor.dtype}; wanted torch.int64")
+        if tensor.device != rows.device:
+            raise ConfigError(f"{operation}: {name} is on {tensor.device}; wanted {rows.device}, as the rows are")
 
 
 @functools.cache

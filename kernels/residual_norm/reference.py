@@ -139,7 +139,9 @@ def moved_norm_forward(
     probed = None
     if probe is not None:
         wide = torch.promote_types(total.dtype, torch.float32)
-        probed = total.to(wide) @ probe.to(wide).T
+        # Autocast would undo the explicit widening.
+        with torch.autocast(total.device.type, enabled=False):
+            probed = total.to(wide) @ probe.to(wide).T
     return total, normed, *(saved if keep else (total, *saved)), probed
 
 
