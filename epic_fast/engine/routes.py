@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from epic_fast.ops.residual_norm import MOST_PROBES
 from epic_fast.ops.route_prompts import route_prompts
+
+__all__ = ["MOST_PROBES", "PromptRoute"]
 
 
 @dataclass(frozen=True)

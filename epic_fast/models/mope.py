@@ -31,13 +31,12 @@ from epic_fast.backbones import DualEncoder, Tower, stages_of
 from epic_fast.backbones.swin import SwinRun, SwinTower
 from epic_fast.engine import Prefix, TowerState
 from epic_fast.engine.packed import PackedRun
-from epic_fast.engine.routes import PromptRoute
+from epic_fast.engine.routes import MOST_PROBES, PromptRoute
 from epic_fast.errors import ConfigError
 from epic_fast.models.base import PromptedModel
 from epic_fast.models.configuration import MethodConfig, check_choice, check_range
 from epic_fast.nn import ExpertRouter, Head, PromptExperts, PromptMapper, importance_loss
 from epic_fast.nn.prompt_experts import uniform, untouched
-from epic_fast.ops.residual_norm import MOST_PROBES
 
 MAX_PROMPT_ROWS = 256
 
