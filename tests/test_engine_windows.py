@@ -175,7 +175,7 @@ def test_without_a_graph_prompts_are_made_where_they_lie(
     batch["pixel_values"] = torch.randn(2, 3, size, size)
     routes: list[Any] = []
     real = WindowStream.step
-    monkeypatch.setattr(WindowStream, "step", lambda *args: (routes.append(args[3]), real(*args))[1])
+    monkeypatch.setattr(WindowStream, "step", lambda *args: (routes.extend(args[3:]), real(*args))[1])
     for engine in (None, EngineConfig(blocks="fused")):
         torch.manual_seed(0)
         config = MopeConfig(prompt_length=2, **options)

@@ -92,10 +92,9 @@ class FrozenWindowBlock:
         """
         if torch.is_grad_enabled() and (hidden.requires_grad or prompts.requires_grad):
             return _WindowBlock.apply(hidden, prompts, self, windows, save)  # pyright: ignore[reportReturnType]
-        with torch.no_grad():
-            stream = joined(hidden, prompts)
-            result = _forward(self, stream, windows, _Sizes.of(hidden, prompts), "none", graph=False)[0]
-            return parted(result, hidden, prompts)
+        stream = WindowStream(hidden, prompts)
+        stream.step(self, windows)
+        return stream.parted()
 
 
 def joined(hidden: Tensor, prompts: Tensor) -> Tensor:
@@ -136,18 +135,18 @@ def _attend(
 
 
 def _forward(
-    block: FrozenWindowBlock, stream: Tensor, windows: Windows, sizes: _Sizes, keep: str, *, graph: bool
+    block: FrozenWindowBlock, stream: Tensor, windows: Windows, sizes: _Sizes, keep: str
 ) -> tuple[Tensor, Weights, tuple[Tensor | None, ...]]:
     """All rows ``(B * (N + P), C)`` behind the block, the weights, and what backward wants: three tensors for the
-    first norm, four for the rest, the projections, and the log-sum-exp.  Without a graph there may be no prompts."""
+    first norm, four for the rest, the projections, and the log-sum-exp."""
     parts = block.parts
     with no_autocast(stream) as dtype:
-        weights = parts.weights(dtype, backward=graph)
+        weights = parts.weights(dtype, backward=True)
         order, mask = block.order(windows, sizes, stream.device)
         options: dict[str, Any] = {"normed_dtype": weights.dtype, "keep": keep == "eight_bit"}
         _, normed, *first, _ = moved_norm_forward(stream, None, *weights.first_norm, normed_at=order.move, **options)
         normed = normed if order.move is not None else order.cut(normed)
-        branch, qkv, lse = _attend(block, weights, normed, windows, sizes, order, mask, graph=graph)
+        branch, qkv, lse = _attend(block, weights, normed, windows, sizes, order, mask, graph=True)
         del normed
         total, normed, *second, _ = moved_norm_forward(
             stream, branch, *weights.second_norm, branch_at=order.place, **options
@@ -161,7 +160,7 @@ def _forward(
 
 class WindowStream:
     """All rows of a stage where no graph is made, in one matrix from block to block; made of tokens ``(B, N, C)`` and
-    prompts ``(B, P, C)``.
+    prompts ``(B, P, C)``, P may be 0.
 
     What a block adds last waits for the next one, whose first norm adds it; and the prompts of a routed layer are
     written where the last ones lie, once their sum has told the router what it asks.
@@ -243,9 +242,7 @@ class _WindowBlock(torch.autograd.Function):
         ctx: Any, hidden: Tensor, prompts: Tensor, block: FrozenWindowBlock, windows: Windows, save: str
     ) -> tuple[Tensor, Tensor]:
         ctx.block, ctx.windows, ctx.keep, ctx.sizes = block, windows, KEEP[save], _Sizes.of(hidden, prompts)
-        result, ctx.weights, saved = _forward(
-            block, joined(hidden, prompts), windows, ctx.sizes, ctx.keep, graph=True
-        )  # fmt: skip
+        result, ctx.weights, saved = _forward(block, joined(hidden, prompts), windows, ctx.sizes, ctx.keep)
         ctx.save_for_backward(*saved)
         # Whoever writes into one of them does not write into the other, and autograd need not think so.
         results = parted(result, hidden, prompts)
