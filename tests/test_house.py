@@ -17,7 +17,7 @@ from epic_fast import functional
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*(ROOT / "epic_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
 
-# Which rooms a room may know.  Errors and files are for everybody but the kernels, which know nobody.
+# Which rooms a room may know.  Errors, files and hooks are for everybody but the kernels, which know nobody.
 KNOWS: dict[str, set[str]] = {
     "kernels": set(),
     "ops": {"kernels"},
@@ -32,7 +32,7 @@ KNOWS: dict[str, set[str]] = {
     "plots": {"data"},
     "training": {"data", "models", "backbones", "engine", "plots"},
 }
-EVERYBODYS = {"errors", "files", "__version__"}
+EVERYBODYS = {"errors", "files", "hooks", "__version__"}
 # What may be imported from outside, where that is a short list.
 OUTSIDE: dict[str, set[str]] = {
     "kernels": {"torch", "triton"},
@@ -42,6 +42,7 @@ OUTSIDE: dict[str, set[str]] = {
     "nn": {"torch"},
     "errors": set(),
     "files": set(),
+    "hooks": {"torch"},
 }
 LIGHT_AT_TOP = {"transformers", "accelerate", "torchmetrics", "matplotlib", "PIL", "typer", "rich", "tensorboard"}
 # A public name taken from the package itself counts as taken from the room that it lives in.

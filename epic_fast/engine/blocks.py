@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from epic_fast.engine.products import FrozenWeight
+from epic_fast.hooks import is_hooked
 from epic_fast.ops.frozen_linear import (
     EightBitWeight,  # pyright: ignore[reportAttributeAccessIssue]
     quantise_rows,
@@ -155,8 +156,8 @@ class LayerParts:
     def unchanged(self) -> bool:
         """Whether the layer still is what it was when it was read: no module replaced, hooked or trained."""
         return (
-            _untouched(self._layer)
-            and all(modules.get(name) is child and _untouched(child) for modules, name, child in self._children)
+            is_plain(self._layer)
+            and all(modules.get(name) is child and is_plain(child) for modules, name, child in self._children)
             and all(
                 name in parameters and (parameters[name] is None or not parameters[name].requires_grad)
                 for parameters, name in self._tensors
@@ -232,15 +233,9 @@ class LayerParts:
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _untouched(module: nn.Module) -> bool:
-    return not (
-        module.training
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is in evaluation mode and computes what its class says."""
+    return not (module.training or is_hooked(module))
 
 
 def activation_kind(module: nn.Module) -> str | None:
@@ -279,7 +274,7 @@ def why_not(layer: nn.Module) -> str | None:
         kind = type(module)
         if module.training:
             return f"{path or name} is in training mode"
-        if not _untouched(module):
+        if is_hooked(module):
             return f"{path or name} has hooks or a forward of its own"
         stranger = id(module) not in known and kind is not nn.Dropout
         if stranger and (next(module.children(), None) is None or kind.__module__.split(".")[0] != "transformers"):

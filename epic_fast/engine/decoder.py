@@ -28,10 +28,11 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from epic_fast import functional
-from epic_fast.engine.blocks import WEIGHT_TYPES, _untouched
+from epic_fast.engine.blocks import WEIGHT_TYPES, is_plain
 from epic_fast.engine.infused import Form, GatedInfusion, SourceInfusion, joint_mlp_multiplier
 from epic_fast.engine.packed import SAME, say_plain
 from epic_fast.engine.rows import RowSelection
+from epic_fast.hooks import is_hooked
 from epic_fast.ops.residual_norm import residual_norm_backward, residual_norm_forward
 from epic_fast.ops.rotary import join_rotated_back, rotate_heads
 
@@ -104,7 +105,7 @@ def why_not(layer: nn.Module) -> str | None:
     for path, module in layer.named_modules():
         if module.training:
             return f"{path or name} is in training mode"
-        if not _untouched(module):
+        if is_hooked(module):
             return f"{path or name} has hooks or a forward of its own"
     if any(tensor.is_inference() for tensor in layer.parameters()):
         return "its weights were made in inference mode, which does not tell of changes"
@@ -170,7 +171,7 @@ class FrozenDecoderLayer:
     def unchanged(self) -> bool:
         """Whether the layer still is what it was when it was read: no module replaced, hooked or trained."""
         return (
-            all(map(_untouched, self._modules))
+            all(map(is_plain, self._modules))
             and all(modules.get(name) is child for modules, name, child in self._children)
             and not any(
                 parameters[name] is not None and parameters[name].requires_grad

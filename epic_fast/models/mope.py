@@ -33,10 +33,11 @@ from epic_fast.engine import Prefix, TowerState
 from epic_fast.engine.packed import PackedRun
 from epic_fast.engine.routes import MOST_PROBES, PromptRoute
 from epic_fast.errors import ConfigError
+from epic_fast.hooks import untouched
 from epic_fast.models.base import PromptedModel
 from epic_fast.models.configuration import MethodConfig, check_choice, check_range
 from epic_fast.nn import ExpertRouter, Head, PromptExperts, PromptMapper, importance_loss
-from epic_fast.nn.prompt_experts import uniform, untouched
+from epic_fast.nn.prompt_experts import uniform
 
 MAX_PROMPT_ROWS = 256
 

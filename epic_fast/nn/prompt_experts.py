@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from epic_fast import functional
+from epic_fast.hooks import untouched
 
 MEMORY = 0.05
 """How much of the running load and entropy the last batch is."""
@@ -202,18 +203,6 @@ class PromptMapper(nn.Module):
             else:
                 mapped = [layer(hidden) for layer in layers]
             return [self.dropout(nn.functional.gelu(each)).unflatten(1, (self.rows, -1)) for each in mapped]
-
-
-def untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module is one of ``kind`` itself, without hooks and with its own ``forward``: what it computes can then
-    be computed of its tensors without calling it."""
-    return type(module) is kind and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
 
 
 def routing_entropy(scores: Tensor) -> Tensor:
