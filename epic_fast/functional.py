@@ -6,7 +6,8 @@ Tensors are laid out as in :func:`torch.nn.functional.scaled_dot_product_attenti
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -149,6 +150,8 @@ def prompt_interaction(
         vision_gate,
         temperature,
     )
+    if not 0 < eps < float("inf"):
+        raise _wrong("prompt_interaction", f"eps={eps!r}", "a finite number greater than 0")
     known = ops.prompt_interaction.known(impl, *tensors) if out is None else None
     if known is not None:
         return ops.prompt_interaction(*tensors, known=known, eps=eps)
@@ -371,11 +374,23 @@ def _shape(tensor: Tensor) -> str:
     return "(" + ", ".join(map(str, tensor.shape)) + ("," if tensor.dim() == 1 else "") + ")"
 
 
+def _are_tensors(*given: Any) -> bool:
+    return all(isinstance(each, Tensor) for each in given)
+
+
+def _check_tensors(operation: str, named: Sequence[tuple[str, Any]]) -> None:
+    for label, each in named:
+        if not isinstance(each, Tensor):
+            raise _wrong(operation, f"{label} is a {type(each).__name__}", "a tensor")
+
+
 # The messages below are built only where something is wrong: a formatted size in a traced path would pin that
 # size, and a new batch size would recompile.  What nearly every call looks like is recognised by the two functions
 # `_plainly_...` in a few microseconds; only what they turn down goes through the checks that find words for it.
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+A_FLOAT = "a floating-point type of 16, 32 or 64 bits"
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def _plainly_attention(
@@ -387,11 +402,13 @@ def _plainly_attention(
     prompt_value: Tensor,
 ) -> bool:
     """All of one type on one device, shapes alike, last strides 1; nothing else is looked at."""
+    if not _are_tensors(query, key, value, prompt_key, prompt_value):
+        return False
     shape, prompt_shape, dtype, device = query.shape, prompt_key.shape, query.dtype, query.device
     if len(shape) != 4 or len(prompt_shape) != 4 or dtype not in FLOATS or query.stride(3) != 1:
         return False
     batch, heads, _, head_dim = shape
-    if prompt_shape[0] not in (1, batch) or prompt_shape[1] != heads or prompt_shape[3] != head_dim:
+    if prompt_shape[0] not in (1, batch) or prompt_shape[1] != heads or prompt_shape[3] != head_dim or not head_dim:
         return False
     for tensor in (key, value):
         if tensor.shape != shape or tensor.dtype != dtype or tensor.device != device or tensor.stride(3) != 1:
@@ -414,6 +431,9 @@ def _plainly_interaction(
     temperature: Tensor,
 ) -> bool:
     """Prompts and projections of one type, all on one device, shapes that fit; nothing else is looked at."""
+    weights = text_to_vision_weight, text_to_vision_bias, vision_to_text_weight, vision_to_text_bias
+    if not _are_tensors(text_prompt, vision_prompt, *weights, text_gate, vision_gate, temperature):
+        return False
     text_shape, vision_shape, dtype, device = (
         text_prompt.shape,
         vision_prompt.shape,
@@ -455,15 +475,17 @@ def _check_prompt_attention(
     prompt_mask: str,
 ) -> None:
     name = "prompt_attention"
-    if query.dim() != 4:
-        raise _wrong(name, f"query has shape {_shape(query)}", "(batch, heads, tokens, head_dim)")
-    batch, heads, _, head_dim = query.shape
-    for label, tensor in (("key", key), ("value", value)):
-        if tensor.shape != query.shape:
-            raise _wrong(name, f"{label} has shape {_shape(tensor)}", f"query's {_shape(query)}")
+    named = [("query", query), ("key", key), ("value", value)]
     prompts = [("prompt_key", prompt_key), ("prompt_value", prompt_value)]
     if prompt_query is not None:
         prompts.append(("prompt_query", prompt_query))
+    _check_tensors(name, [*named, *prompts])
+    if query.dim() != 4 or not query.shape[3]:
+        raise _wrong(name, f"query has shape {_shape(query)}", "(batch, heads, tokens, head_dim), head_dim at least 1")
+    batch, heads, _, head_dim = query.shape
+    for label, tensor in named[1:]:
+        if tensor.shape != query.shape:
+            raise _wrong(name, f"{label} has shape {_shape(tensor)}", f"query's {_shape(query)}")
     for label, tensor in prompts:
         if (
             tensor.dim() != 4
@@ -474,9 +496,9 @@ def _check_prompt_attention(
             raise _wrong(name, f"{label} has shape {_shape(tensor)}", f"({batch} or 1, {heads}, prompts, {head_dim})")
         if tensor.shape[2] != prompt_key.shape[2]:
             raise _wrong(name, f"{label} has {tensor.shape[2]} prompts", f"{prompt_key.shape[2]}, as prompt_key")
-    for label, tensor in [("query", query), ("key", key), ("value", value), *prompts]:
-        if not tensor.is_floating_point():
-            raise _wrong(name, f"{label} has type {tensor.dtype}", "a floating-point type")
+    for label, tensor in [*named, *prompts]:
+        if tensor.dtype not in FLOATS:
+            raise _wrong(name, f"{label} has type {tensor.dtype}", A_FLOAT)
         if tensor.dtype != query.dtype and not _converted_by_autocast(tensor, query):
             raise _wrong(name, f"{label} has type {tensor.dtype}", f"query's {query.dtype}")
         if tensor.device != query.device:
@@ -496,10 +518,11 @@ def _converted_by_autocast(*tensors: Tensor) -> bool:
 
 def _check_lengths(lengths: Tensor, rows: Tensor, name: str = "prompt_attention", label: str = "query") -> None:
     batch, tokens = rows.shape[0], rows.shape[2]
+    _check_tensors(name, [("lengths", lengths)])
     if lengths.dim() != 1 or lengths.shape[0] != batch:
         raise _wrong(name, f"lengths has shape {_shape(lengths)}", f"({batch},)")
-    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
-        raise _wrong(name, f"lengths has type {lengths.dtype}", "an integer type")
+    if lengths.dtype not in INTEGERS:
+        raise _wrong(name, f"lengths has type {lengths.dtype}", "an integer type: int64, int32, int16, int8 or uint8")
     if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and batch:
         low, high = int(lengths.min()), int(lengths.max())
         if low < 0 or high > tokens:
@@ -538,6 +561,20 @@ def _check_out(
             raise _wrong(name, f"out's {label} has type {target.dtype}", f"{dtype}")
         if target.shape[-1] != 1 and target.stride(-1) != 1 and target.numel():
             raise _wrong(name, f"out's {label} has last stride {target.stride(-1)}", "1")
+        if any(size > 1 and not stride for size, stride in zip(target.shape, target.stride(), strict=True)):
+            raise _wrong(
+                name, f"out's {label} has strides {target.stride()} for shape {_shape(target)}", "memory of its own"
+            )
+        if not torch.compiler.is_compiling() and any(_starts_alike(target, each) for each in tensors):
+            raise _wrong(name, f"out's {label} is the memory of an input", "memory that no input has")
+
+
+def _starts_alike(target: Tensor, tensor: Tensor | None) -> bool:
+    """Whether both are there and begin at one place in memory."""
+    if type(target) is not Tensor or type(tensor) not in (Tensor, torch.nn.Parameter) or not target.numel():
+        return False
+    assert tensor is not None
+    return target.data_ptr() == tensor.data_ptr() != 0
 
 
 def _check_prompt_interaction(
@@ -552,11 +589,22 @@ def _check_prompt_interaction(
     temperature: Tensor,
 ) -> None:
     name = "prompt_interaction"
-    for label, tensor in (("text_prompt", text_prompt), ("vision_prompt", vision_prompt)):
+    prompts = [("text_prompt", text_prompt), ("vision_prompt", vision_prompt)]
+    projections = [
+        ("text_to_vision_weight", text_to_vision_weight),
+        ("text_to_vision_bias", text_to_vision_bias),
+        ("vision_to_text_weight", vision_to_text_weight),
+        ("vision_to_text_bias", vision_to_text_bias),
+        ("text_gate", text_gate),
+        ("vision_gate", vision_gate),
+        ("temperature", temperature),
+    ]
+    _check_tensors(name, [*prompts, *projections])
+    for label, tensor in prompts:
         if tensor.dim() != 3:
             raise _wrong(name, f"{label} has shape {_shape(tensor)}", "(batch, prompts, width)")
-        if not tensor.is_floating_point():
-            raise _wrong(name, f"{label} has type {tensor.dtype}", "a floating-point type")
+        if tensor.dtype not in FLOATS:
+            raise _wrong(name, f"{label} has type {tensor.dtype}", A_FLOAT)
     if vision_prompt.shape[0] != text_prompt.shape[0]:
         raise _wrong(name, f"vision_prompt has batch {vision_prompt.shape[0]}", f"text_prompt's {text_prompt.shape[0]}")
     text, vision = text_prompt.shape[2], vision_prompt.shape[2]
@@ -578,8 +626,8 @@ def _check_prompt_interaction(
                 "(vision)",
             )
     for label, tensor in (("vision_prompt", vision_prompt), *(layout[:2] for layout in layouts)):
-        if not tensor.is_floating_point():
-            raise _wrong(name, f"{label} has type {tensor.dtype}", "a floating-point type")
+        if tensor.dtype not in FLOATS:
+            raise _wrong(name, f"{label} has type {tensor.dtype}", A_FLOAT)
         if tensor.device != text_prompt.device:
             raise _wrong(name, f"{label} is on {tensor.device}", f"{text_prompt.device}, as text_prompt")
     if torch.is_autocast_enabled(text_prompt.device.type):
@@ -609,8 +657,18 @@ def _check_window_prompt_attention(
     window_mask: Tensor | None,
 ) -> None:
     name = "window_prompt_attention"
-    if query.dim() != 4:
-        raise _wrong(name, f"query has shape {_shape(query)}", "(batch * windows, heads, window tokens, head_dim)")
+    named = [
+        ("query", query),
+        ("key", key),
+        ("value", value),
+        ("prompt_query", prompt_query),
+        ("prompt_key", prompt_key),
+        ("prompt_value", prompt_value),
+    ]
+    _check_tensors(name, named)
+    if query.dim() != 4 or not query.shape[3]:
+        wanted = "(batch * windows, heads, window tokens, head_dim), head_dim at least 1"
+        raise _wrong(name, f"query has shape {_shape(query)}", wanted)
     rows, heads, tokens, head_dim = query.shape
     for label, tensor in (("key", key), ("value", value)):
         if tensor.shape != query.shape:
@@ -623,31 +681,23 @@ def _check_window_prompt_attention(
     batch = prompt_key.shape[0]
     if rows % batch if batch else rows:
         raise _wrong(name, f"{rows} windows and prompts of {batch} samples", "as many windows for every sample")
-    named = [
-        ("query", query),
-        ("key", key),
-        ("value", value),
-        ("prompt_query", prompt_query),
-        ("prompt_key", prompt_key),
-        ("prompt_value", prompt_value),
-    ]
     for label, tensor in named:
-        if not tensor.is_floating_point():
-            raise _wrong(name, f"{label} has type {tensor.dtype}", "a floating-point type")
+        if tensor.dtype not in FLOATS:
+            raise _wrong(name, f"{label} has type {tensor.dtype}", A_FLOAT)
         if tensor.dtype != query.dtype and not _converted_by_autocast(tensor, query):
             raise _wrong(name, f"{label} has type {tensor.dtype}", f"query's {query.dtype}")
         if tensor.shape[-1] != 1 and tensor.stride(-1) != 1 and tensor.numel():
             raise _wrong(name, f"{label} has last stride {tensor.stride(-1)}", "1 (call .contiguous())")
     if relative_position_bias is not None:
+        _check_tensors(name, [("relative_position_bias", relative_position_bias)])
         if relative_position_bias.shape != (heads, tokens, tokens):
             found = f"relative_position_bias has shape {_shape(relative_position_bias)}"
             raise _wrong(name, found, f"({heads}, {tokens}, {tokens}): (heads, window tokens, window tokens)")
-        if not relative_position_bias.is_floating_point():
-            raise _wrong(
-                name, f"relative_position_bias has type {relative_position_bias.dtype}", "a floating-point type"
-            )
+        if relative_position_bias.dtype not in FLOATS:
+            raise _wrong(name, f"relative_position_bias has type {relative_position_bias.dtype}", A_FLOAT)
         named.append(("relative_position_bias", relative_position_bias))
     if window_mask is not None:
+        _check_tensors(name, [("window_mask", window_mask)])
         if window_mask.shape[1:] != (tokens, tokens) or window_mask.shape[0] * batch != rows:
             windows = rows // batch if batch else "windows"
             found = f"window_mask has shape {_shape(window_mask)}"
@@ -662,13 +712,14 @@ def _check_window_prompt_attention(
 
 def _check_mix_prompt_experts(router_logits: Tensor, experts: Tensor, temperature: float, top_k: int | None) -> None:
     name = "mix_prompt_experts"
+    _check_tensors(name, [("router_logits", router_logits), ("experts", experts)])
     if experts.dim() != 3 or not experts.shape[0]:
         raise _wrong(name, f"experts has shape {_shape(experts)}", "(experts, prompts, width), at least one expert")
     if router_logits.dim() != 2 or router_logits.shape[1] != experts.shape[0]:
         raise _wrong(name, f"router_logits has shape {_shape(router_logits)}", f"(batch, {experts.shape[0]} experts)")
     for label, tensor in (("router_logits", router_logits), ("experts", experts)):
-        if not tensor.is_floating_point():
-            raise _wrong(name, f"{label} has type {tensor.dtype}", "a floating-point type")
+        if tensor.dtype not in FLOATS:
+            raise _wrong(name, f"{label} has type {tensor.dtype}", A_FLOAT)
     if experts.device != router_logits.device:
         raise _wrong(name, f"experts is on {experts.device}", f"{router_logits.device}, as router_logits")
     if not 0 < temperature < float("inf"):
@@ -683,8 +734,8 @@ def _check_alike(name: str, tensors: list[tuple[str, Tensor]], of_one_type: int)
     """Floating-point tensors on one device with unit last strides, the first ``of_one_type`` of one type."""
     first_label, first = tensors[0]
     for index, (label, tensor) in enumerate(tensors):
-        if not tensor.is_floating_point():
-            raise _wrong(name, f"{label} has type {tensor.dtype}", "a floating-point type")
+        if tensor.dtype not in FLOATS:
+            raise _wrong(name, f"{label} has type {tensor.dtype}", A_FLOAT)
         if index < of_one_type and tensor.dtype != first.dtype and not _converted_by_autocast(tensor, first):
             raise _wrong(name, f"{label} has type {tensor.dtype}", f"{first_label}'s {first.dtype}")
         if tensor.device != first.device:
@@ -695,6 +746,7 @@ def _check_alike(name: str, tensors: list[tuple[str, Tensor]], of_one_type: int)
 
 def _check_infusion_gate(value: Tensor, value_shift: Tensor, head_bias: Tensor) -> None:
     name = "infusion_gate"
+    _check_tensors(name, [("value", value), ("value_shift", value_shift), ("head_bias", head_bias)])
     if value.dim() != 4:
         raise _wrong(name, f"value has shape {_shape(value)}", "(batch, key heads, tokens, head_dim)")
     batch, heads, _, head_dim = value.shape
@@ -716,8 +768,15 @@ def _check_infused_attention(
     form: str,
 ) -> None:
     name = "infused_attention"
-    if key.dim() != 4 or not key.shape[1]:
-        raise _wrong(name, f"key has shape {_shape(key)}", "(batch, key heads, tokens, head_dim), at least one head")
+    vectors = [
+        ("key_multiplier", key_multiplier),
+        ("value_multiplier", value_multiplier),
+        ("value_shift", value_shift),
+    ]
+    _check_tensors(name, [("query", query), ("key", key), ("value", value), *vectors, ("gate", gate)])
+    if key.dim() != 4 or not key.shape[1] or not key.shape[3]:
+        wanted = "(batch, key heads, tokens, head_dim), at least one head, head_dim at least 1"
+        raise _wrong(name, f"key has shape {_shape(key)}", wanted)
     batch, heads, tokens, head_dim = key.shape
     if value.shape != key.shape:
         raise _wrong(name, f"value has shape {_shape(value)}", f"key's {_shape(key)}")
@@ -730,11 +789,6 @@ def _check_infused_attention(
     ):
         wanted = f"({batch}, a multiple of {heads} heads, {tokens} or 1, {head_dim}), as key has shape {_shape(key)}"
         raise _wrong(name, f"query has shape {_shape(query)}", wanted)
-    vectors = [
-        ("key_multiplier", key_multiplier),
-        ("value_multiplier", value_multiplier),
-        ("value_shift", value_shift),
-    ]
     for label, tensor in vectors:
         if tensor.shape != (batch, heads, head_dim):
             raise _wrong(name, f"{label} has shape {_shape(tensor)}", f"({batch}, {heads}, {head_dim})")
@@ -747,6 +801,8 @@ def _check_infused_attention(
 
 def _check_infused_swiglu(gate_projection: Tensor, up_projection: Tensor, multiplier: Tensor) -> None:
     name = "infused_swiglu"
+    rows = [("gate_projection", gate_projection), ("up_projection", up_projection)]
+    _check_tensors(name, [*rows, ("multiplier", multiplier)])
     if gate_projection.dim() != 3:
         raise _wrong(name, f"gate_projection has shape {_shape(gate_projection)}", "(batch, tokens, width)")
     batch, _, width = gate_projection.shape
@@ -755,5 +811,4 @@ def _check_infused_swiglu(gate_projection: Tensor, up_projection: Tensor, multip
         raise _wrong(name, found, f"gate_projection's {_shape(gate_projection)}")
     if multiplier.shape != (batch, width):
         raise _wrong(name, f"multiplier has shape {_shape(multiplier)}", f"({batch}, {width})")
-    rows = [("gate_projection", gate_projection), ("up_projection", up_projection)]
     _check_alike(name, [*rows, ("multiplier", multiplier)], 2)

@@ -392,6 +392,13 @@ BAD = {
         {},
         ["prompt_query has 6 prompts", "wanted 3, as prompt_key"],
     ),
+    "no-tensor": (_broken(PROMPT_KEY, lambda t: None), {}, ["prompt_key is a NoneType", "a tensor"]),
+    "no-width": (_broken(QUERY, lambda t: t[..., :0]), {}, ["query", "(2, 2, 4, 0)", "head_dim at least 1"]),
+    "eight-bits": (
+        _broken(KEY, lambda t: t.to(torch.float8_e4m3fn)),
+        {},
+        ["key", "torch.float8_e4m3fn", "16, 32 or 64 bits"],
+    ),
     "integers": (_broken(QUERY, lambda t: t.long()), {}, ["query", "torch.int64", "floating-point"]),
     "other-type": (_broken(VALUE, lambda t: t.float()), {}, ["value", "torch.float32", "torch.float64"]),
     "prompt-other-type": (
@@ -407,6 +414,11 @@ BAD = {
     ),
     "mask": (lambda inputs: inputs, {"prompt_mask": "causal"}, ["prompt_mask='causal'", "'full' or 'prefix'"]),
     "lengths-shape": (lambda inputs: inputs, {"lengths": [1, 2, 3]}, ["lengths", "(3,)", "(2,)"]),
+    "lengths-unsigned": (
+        lambda inputs: inputs,
+        {"lengths": torch.tensor([1, 2], dtype=torch.uint16)},
+        ["lengths", "torch.uint16", "int64, int32, int16, int8 or uint8"],
+    ),
     "lengths-float": (
         lambda inputs: inputs,
         {"lengths": torch.tensor([1.0, 2.0])},

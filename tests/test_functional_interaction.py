@@ -320,6 +320,7 @@ BAD: dict[str, tuple[str, Any, list[str]]] = {
     "gate": ("text_gate", lambda t: t.expand(6), ["text_gate", "(6,)", "(5,) or ()"]),
     "vision-gate": ("vision_gate", lambda t: t.expand(1), ["vision_gate", "(1,)", "(6,) or ()"]),
     "temperature": ("temperature", lambda t: t.expand(1), ["temperature", "(1,)", "()"]),
+    "temperature-number": ("temperature", lambda t: 0.5, ["temperature is a float", "a tensor"]),
     "gate-integer": ("text_gate", lambda t: t.long(), ["text_gate", "torch.int64", "floating-point"]),
     "device": ("vision_to_text_bias", lambda t: t.to("meta"), ["vision_to_text_bias", "meta", "cpu"]),
     "vision-device": ("vision_prompt", lambda t: t.to("meta"), ["vision_prompt", "meta", "cpu"]),
@@ -342,3 +343,9 @@ def test_errors_name_what_was_given_and_wanted(case: str) -> None:
     assert message.startswith("prompt_interaction: ")
     for word in words:
         assert word in message, f"{word!r} is not in {message!r}"
+
+
+@pytest.mark.parametrize("eps", [0.0, -1.0, float("nan"), float("inf")])
+def test_eps_is_a_positive_number(eps: float) -> None:
+    with pytest.raises(ConfigError, match="wanted a finite number greater than 0"):
+        prompt_interaction(**make(), eps=eps)

@@ -157,6 +157,13 @@ def test_masks_over_several_tiles(
     check(case, torch.float32, kernels(SMALL, SMALL_BACKWARD))
 
 
+@pytest.mark.parametrize(("prompts", "prefix_tuning"), [(30, False), (30, True), (31, False), (14, True), (15, True)])
+def test_the_diagonal_at_the_border_of_a_tile(prompts: int, prefix_tuning: bool) -> None:
+    """Key tiles are 32 columns wide: the last that a row tile sees whole ends where its first row's sight does."""
+    case = AttentionCase(2, 1, 37, prompts, 16, causal=True, prefix_tuning=prefix_tuning)
+    check(case, torch.float32, kernels(SMALL, SMALL_BACKWARD))
+
+
 FORWARD_TILES = {
     "split": SMALL,
     "one loop": dataclasses.replace(SMALL, tail=0, split=False),

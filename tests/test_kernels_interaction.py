@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -20,7 +21,7 @@ from epic_fast.kernels.common import launch as launch_module
 from epic_fast.kernels.common import plan
 from epic_fast.kernels.prompt_interaction import reference, triton_backward, triton_forward
 from epic_fast.kernels.prompt_interaction.tiles import GradientTile, MixTile, ProductTile
-from epic_fast.testing.cases import INTERACTION_MEASURED, InteractionCase
+from epic_fast.testing.cases import INTERACTION_MEASURED, InteractionCase, interaction_cases
 from epic_fast.testing.numerics import assert_bits_equal, budget, check_operation, poisoned_empty
 
 forward, backward = triton_forward.prompt_interaction_forward, triton_backward.prompt_interaction_backward
@@ -110,12 +111,22 @@ CHANNELS = InteractionCase(3, 5, 2, 24, 17, channel_gates=True, temperature=0.5)
         InteractionCase(9, 8, 8, 32, 70, channel_gates=True),
         InteractionCase(1, 17, 40, 48, 33),
         InteractionCase(1, 64, 33, 16, 24, channel_gates=True),
+        # More rows, and more samples, than a sum takes at a time.
+        InteractionCase(130, 1, 1, 16, 16),
+        InteractionCase(130, 1, 2, 16, 16, channel_gates=True),
     ],
     ids=lambda case: f"{case.batch}-{case.text_prompts}-{case.vision_prompts}-{case.text_width}-{case.vision_width}",
 )
 @pytest.mark.parametrize("keep", [False, True], ids=["again", "kept"])
 def test_within_the_budget(case: InteractionCase, dtype: torch.dtype, keep: bool) -> None:
     check(case, dtype, {"keep": keep})
+
+
+@settings(max_examples=5)
+@given(case=interaction_cases(max_prompts=5, widths=(16, 24)))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_any_call_is_within_the_budget(dtype: torch.dtype, case: InteractionCase) -> None:
+    check(case, dtype)
 
 
 @pytest.mark.parametrize("case", [CHANNELS, InteractionCase(1, 17, 2, 16, 16)], ids=["channels", "many prompts"])

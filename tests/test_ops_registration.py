@@ -475,15 +475,21 @@ def test_an_output_that_nobody_uses_has_no_gradient(kind: str, recorder: Recorde
         assert recorder.grads == [(used == 0, used == 1)]
 
 
+@pytest.mark.parametrize("direct", [True, False], ids=["direct", "by the operator"])
 @pytest.mark.parametrize("kind", OPERATIONS)
-def test_without_a_gradient_there_is_no_graph_and_no_statistics(kind: str, recorder: Recorder) -> None:
+def test_without_a_gradient_there_is_no_graph_and_no_statistics(
+    kind: str, direct: bool, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     function, case, _ = OPERATIONS[kind]
+    if not direct:
+        monkeypatch.setattr(library, "unwatched", lambda: False)
     results = [by_kernel(function)(**case.make())]
     for without in (torch.no_grad, torch.inference_mode):
         inputs = make(case)
         with without():
             results.append(by_kernel(function)(**inputs))
     assert all(each.grad_fn is None and not each.requires_grad for result in results for each in result)
+    assert len(recorder.forwards) == 3
     assert not any(each.get("save_lse", False) for each in recorder.forwards)
     by_kernel(function)(**make(case))
     assert recorder.forwards[-1].get("save_lse", True)
@@ -656,6 +662,7 @@ OUTPUT, PROMPT_OUTPUT = torch.empty(2, 2, 4, 16), torch.empty(2, 2, 3, 16)
         ("attention", (OUTPUT.to("meta"), PROMPT_OUTPUT), ["out's output", "meta", "cpu"]),
         ("attention", (OUTPUT.mT.contiguous().mT, PROMPT_OUTPUT), ["out's output", "last stride 4", "wanted 1"]),
         ("attention", (OUTPUT.clone().requires_grad_(), PROMPT_OUTPUT), ["requires a gradient", "torch.no_grad()"]),
+        ("attention", (OUTPUT[:1].expand(2, -1, -1, -1), PROMPT_OUTPUT), ["out's output", "(0, 64, 16, 1)", "its own"]),
         ("interaction", (TEXT, VISION[:, :3]), ["out's next_vision", "(2, 3, 20)", "(2, 4, 20)"]),
         ("interaction", (TEXT, VISION.double()), ["out's next_vision", "torch.float64", "torch.float32"]),
     ],
@@ -666,6 +673,21 @@ def test_a_wrong_out_is_refused(kind: str, out: Any, words: list[str]) -> None:
         function(**case.make(), out=out, impl="triton")
     for word in words:
         assert word in str(caught.value), f"{word!r} is not in {caught.value}"
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("kind", OPERATIONS)
+def test_an_input_is_no_out(kind: str, impl: str) -> None:
+    function, case, names = OPERATIONS[kind]
+    inputs = case.make()
+    for name in (names[0], names[1], names[3]) if kind == "attention" else names[:2]:
+        out = [torch.empty_like(each) for each in function(**inputs, impl=impl)]
+        place = next(index for index, each in enumerate(out) if each.shape == inputs[name].shape)
+        out[place] = inputs[name]
+        before = inputs[name].clone()
+        with pytest.raises(ConfigError, match="memory of an input"):
+            function(**inputs, out=tuple(out), impl=impl)
+        assert torch.equal(inputs[name], before)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])

@@ -279,6 +279,22 @@ def test_any_gradient_may_come_in(function: Callable[..., Any], case: Any, kind:
     torch.testing.assert_close(plain, wanted, rtol=2e-4, atol=2e-4)
 
 
+@CALLS
+def test_a_gradient_of_other_strides_has_no_old_plan(function: Callable[..., Any], case: Any) -> None:
+    def run(grads: list[Tensor]) -> list[Tensor]:
+        inputs = make(case)
+        return list(torch.autograd.grad(function(**inputs, impl="triton"), list(inputs.values()), grads))
+
+    outputs = function(**make(case, grad=False), impl="triton")
+    plain = [torch.linspace(0.1, 0.9, each.numel(), device=DEVICE).view(each.shape) for each in outputs]
+    # The same numbers in another order in memory.
+    moved = [each.transpose(0, 1).contiguous().transpose(0, 1) for each in plain]
+    wanted = run(plain)
+    for grads in (plain, plain, moved, plain, moved):
+        for one, other in zip(run(grads), wanted, strict=True):
+            assert_bits_equal(one, other)
+
+
 def test_a_changed_input_is_noticed_in_the_backward_pass() -> None:
     inputs = make(INTERACTION)
     prompt_interaction(**inputs, impl="triton")
