@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
 
 from epic_fast.cli import main
 from epic_fast.cli.failures import is_disk_full
@@ -312,10 +319,15 @@ def test_other_failures(
 def test_doctor_floors_are_those_of_the_project() -> None:
     from epic_fast.cli.doctor import PACKAGES
 
-    project = (Path(__file__).resolve().parent.parent / "pyproject.toml").read_text()
-    for name, floor, _ in PACKAGES:
-        wanted = f'"{name}=={floor}' if name.startswith("gt-") else f'"{name}>={floor}'
-        assert any(f"{wanted}{end}" in project for end in ('"', ";", ",")), wanted
+    project = tomllib.loads((Path(__file__).resolve().parent.parent / "pyproject.toml").read_text())["project"]
+    extras = {each: project["optional-dependencies"][each] for each in ("hf", "train", "plots", "demo", "mit")}
+    wanted = set()
+    for extra, requirements in {None: project["dependencies"], **extras}.items():
+        for each in requirements:
+            if not each.startswith("epic_fast["):
+                name, floor = re.split(r"[=>]=", each.split(";")[0])
+                wanted.add((name, floor, extra))
+    assert set(PACKAGES) == wanted
 
 
 def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

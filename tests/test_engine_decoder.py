@@ -300,6 +300,36 @@ def test_a_changed_weight_is_read_anew() -> None:
     torch.testing.assert_close(third * valid, tower.run(state, 4).hidden * valid, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("which", ["epsilon", "scale"])
+def test_another_number_in_a_layer_counts(which: str) -> None:
+    tower = tower_of()
+    state = tokens(tower)
+    first = tower.advance(state, 4, FUSED).hidden
+    layer: Any = tower.layers[2]
+    if which == "scale":
+        layer.self_attn.scaling *= 3
+    else:
+        layer.post_attention_layernorm.variance_epsilon = 1.0
+    second = tower.advance(state, 4, FUSED).hidden
+    valid = state.valid[:, :, None]
+    torch.testing.assert_close(second * valid, tower.run(state, 4).hidden * valid, rtol=1e-4, atol=1e-4)
+    assert relative(second, first) > 1e-3
+
+
+def test_hooks_on_all_modules_are_called() -> None:
+    tower, seen = tower_of(), []
+    state = tokens(tower)
+    wanted = tower.advance(state, 4, FUSED).hidden
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *given: seen.append(module))
+    try:
+        found = tower.advance(state, 4, FUSED).hidden
+    finally:
+        hook.remove()
+    assert set(tower.layers) <= set(seen)
+    valid = state.valid[:, :, None]
+    torch.testing.assert_close(found * valid, wanted * valid, rtol=1e-4, atol=1e-4)
+
+
 def test_what_is_not_known_runs_its_own_layers() -> None:
     tower = tower_of()
     layer: Any = tower.layers[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ from epic_fast import EpicConfig, wrap
 from epic_fast.engine import EngineConfig, call_layer_with_prompts, prompted_visibility
 from epic_fast.engine.blocks import LayerParts, why_not
 from epic_fast.engine.fused import FrozenBlock, Geometry, run_blocks
-from epic_fast.engine.packed import say_plain
+from epic_fast.engine.packed import SAME, FrozenTower, say_plain
 from epic_fast.engine.rows import RowSelection
 from epic_fast.ops import dispatch, frozen_linear, library
 from epic_fast.testing import tiny_bert, tiny_clip, tiny_vit
@@ -281,6 +282,48 @@ def test_layers_that_are_something_else_are_refused(change: Callable[[Any], None
     change(layer)
     assert why_not(layer)
     assert not parts.unchanged()
+
+
+@pytest.mark.parametrize("which", ["layer_norm1.eps", "layer_norm2.eps", "self_attn.scale"])
+def test_another_number_in_a_layer_counts(which: str) -> None:
+    batch = make_batch([4, 6])
+    models = [model_of("clip", each) for each in (EngineConfig(blocks="fused"), None)]
+    before = models[0](**batch).logits
+    for model in models:
+        holder, _, name = f"backbone.vision.layers.1.{which}".rpartition(".")
+        part = functools.reduce(lambda each, step: each[int(step)] if step.isdigit() else getattr(each, step),
+                                holder.split("."), model)  # fmt: skip
+        setattr(part, name, 0.5)
+    found, wanted = (model(**batch).logits for model in models)
+    assert relative(found, wanted) <= 1e-5
+    assert relative(found, before) > 1e-3
+    assert models[0].backbone.vision.frozen.blocks() is not None
+
+
+@pytest.mark.parametrize("error", [float("nan"), float("inf"), 2 * SAME])
+def test_a_block_that_is_not_like_its_layer_is_not_taken(error: float) -> None:
+    layers = layers_of("clip vision", 2)
+    assert FrozenTower(layers, "vision", compare=lambda *given: SAME).blocks() is not None
+    tower = FrozenTower(layers, "vision", compare=lambda *given: error)
+    assert tower.blocks() is None
+    assert tower.blocks() is None
+
+
+def test_hooks_on_all_modules_are_called(caplog: pytest.LogCaptureFixture) -> None:
+    batch, seen = make_batch([4, 6]), []
+    model = model_of("clip", EngineConfig(blocks="fused"))
+    wanted = model(**batch).logits
+    say_plain.cache_clear()
+    with caplog.at_level("INFO", logger="epic_fast"):
+        hook = nn.modules.module.register_module_forward_hook(lambda module, *given: seen.append(module))
+        try:
+            found = model(**batch).logits
+        finally:
+            hook.remove()
+    assert set(model.backbone.vision.layers) <= set(seen)
+    assert relative(found, wanted) <= 1e-5
+    assert "hooks on all modules" in caplog.text
+    assert model.backbone.vision.frozen.blocks() is not None
 
 
 def test_a_stranger_is_refused_with_the_layers_that_are_known() -> None:

@@ -103,7 +103,7 @@ def test_what_no_cache_can_hold_is_refused() -> None:
 @torch.no_grad()
 def test_a_prefix_of_other_layer_pairs_is_refused() -> None:
     prefix = make_model("clip").extract(**make_batch([6, 4]))
-    with pytest.raises(ConfigError, match=r"have been through \d layers.*made for other layer pairs"):
+    with pytest.raises(ConfigError, match=r"have been through \d layers.*made for another configuration"):
         make_model("clip", layer_pairs=[(0, 1), (2, 3)])(prefix=prefix)
 
 

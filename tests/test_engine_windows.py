@@ -178,7 +178,8 @@ def test_without_a_graph_prompts_are_made_where_they_lie(
     monkeypatch.setattr(WindowStream, "step", lambda *args: (routes.extend(args[3:]), real(*args))[1])
     for engine in (None, EngineConfig(blocks="fused")):
         torch.manual_seed(0)
-        config = MopeConfig(prompt_length=2, **options)
+        # At the temperature of training one expert would have it all.
+        config = MopeConfig(prompt_length=2, temperature=2.0, **options)
         model = perturb(wrap(towers, config, 3, self_check=False, engine=engine)).eval()
         routes.clear()
         with torch.no_grad():
@@ -203,22 +204,98 @@ def routed_model(size: int = 32, *, fused: bool = True) -> Any:
     engine = EngineConfig(blocks="fused") if fused else None
     torch.manual_seed(0)
     towers = lively((tiny_swin(image_size=size, depths=(2, 3)), tiny_bert(layers=2)))
-    return perturb(wrap(towers, MopeConfig(prompt_length=2), 3, self_check=False, engine=engine)).eval()
+    config = MopeConfig(prompt_length=2, temperature=2.0)
+    return perturb(wrap(towers, config, 3, self_check=False, engine=engine)).eval()
 
 
+def test_too_many_vectors_and_noise_are_routed_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, routes = make_batch([3, 5]), []
+    real = WindowStream.step
+    monkeypatch.setattr(WindowStream, "step", lambda *args: (routes.extend(args[3:]), real(*args))[1])
+
+    def routed(**options: Any) -> tuple[int, Tensor]:
+        logits = []
+        for engine in (None, EngineConfig(blocks="fused")):
+            torch.manual_seed(0)
+            towers = lively((tiny_swin(depths=(2, 3)), tiny_bert(layers=2)))
+            config = MopeConfig(prompt_length=2, temperature=2.0, **options)
+            model = perturb(wrap(towers, config, 3, self_check=False, engine=engine)).eval()
+            routes.clear()
+            with torch.no_grad():
+                logits.append(model(**batch).logits)
+        assert distance(logits[1], logits[0]) <= 1e-5
+        return sum(each is not None for each in routes), model
+
+    assert routed(router_main_size=17)[0] == 0
+    assert routed(router_main_size=16)[0] == 3
+    # A router that reads no rows has no vectors.
+    found, model = routed(router_main_size=17, router="complement")
+    assert found == 3
+    # The router alone in training draws its noise, and goes without the fused way.
+    model.router.train()
+    with torch.no_grad():
+        assert not torch.equal(model(**batch).logits, model(**batch).logits)
+    assert sum(each is not None for each in routes) == 3
+
+
+def test_under_autocast_without_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frozen products in autocast's type, everything else as without the fused blocks; float64 is the truth."""
+    batch = make_batch([3, 5])
+    plain, fused = routed_model(fused=False), routed_model()
+    types: list[torch.dtype] = []
+    product = window_blocks.product
+    monkeypatch.setattr(
+        window_blocks, "product", lambda rows, *given: (types.append(rows.dtype), product(rows, *given))[1]
+    )
+    with torch.no_grad():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            # The first of these compares a block with its modules, in float32.
+            fused(**batch)
+            types.clear()
+            narrow = {"plain": plain(**batch).logits, "fused": fused(**batch).logits}
+            routing = {"plain": plain.routing(**batch), "fused": fused.routing(**batch)}
+        exact = plain.double()
+        wide = {name: each.double() if each.is_floating_point() else each for name, each in batch.items()}
+        wanted, scores = exact(**wide).logits, exact.routing(**wide)
+    assert set(types) == {torch.bfloat16}
+    assert distance(narrow["fused"], wanted) <= 2 * distance(narrow["plain"], wanted)
+    for layer, each in scores.items():
+        found = {name: distance(given[layer], each) for name, given in routing.items()}
+        assert found["fused"] <= 2 * found["plain"] + 2**-9
+        assert routing["fused"][layer].dtype == routing["plain"][layer].dtype == torch.float32
+    plain.unwrap()
+    fused.unwrap()
+
+
+@pytest.mark.parametrize("kind", ["hook", "hook before", "forward", "hooks on all modules"])
 @pytest.mark.parametrize("part", ["experts.1", "router", "router.own.0", "mapper.projections.0"])
-def test_hooks_and_other_modules_are_called_without_a_graph_too(part: str) -> None:
+def test_hooks_and_other_modules_are_called_without_a_graph_too(part: str, kind: str) -> None:
     model, batch = routed_model(), make_batch([3, 5])
     calls: list[Any] = []
     module = model.get_submodule(part)
-    hook = module.register_forward_hook(lambda *given: calls.append(given[0]))
+
+    def seen(which: Any, *given: Any) -> None:
+        if which is module:
+            calls.append(which)
+
+    if kind == "hook":
+        hook = module.register_forward_hook(seen)
+    elif kind == "hook before":
+        hook = module.register_forward_pre_hook(seen)
+    elif kind == "forward":
+        hook, real = None, module.forward
+        module.forward = lambda *given, **options: (seen(module), real(*given, **options))[1]
+    else:
+        hook = torch.nn.modules.module.register_module_forward_hook(seen)
     logits = model(**batch).logits
     once = len(calls)
     with torch.no_grad():
         assert distance(model(**batch).logits, logits) <= 1e-5
+        called = len(calls)
+    if hook is not None:
+        hook.remove()
     assert once > 0
-    assert len(calls) == 2 * once
-    hook.remove()
+    assert called == 2 * once
     if part in ("router.own.0", "mapper.projections.0"):
         # Another module in its place.
         parent, name = part.rsplit(".", 1)
@@ -287,7 +364,8 @@ def test_gpu_prompts_are_made_where_they_lie(options: dict[str, Any], size: int,
     ):
         torch.manual_seed(0)
         own = tuple(copy.deepcopy(each).to(dtype) for each in towers)
-        model = perturb(wrap(own, MopeConfig(prompt_length=2, **options), 3, self_check=False, engine=engine))
+        config = MopeConfig(prompt_length=2, temperature=2.0, **options)
+        model = perturb(wrap(own, config, 3, self_check=False, engine=engine))
         model = (model.double() if dtype == torch.float64 else model).cuda().eval()
         given = {key: each.cuda() for key, each in batch.items()}
         with torch.no_grad():
@@ -416,6 +494,9 @@ def test_a_graph_holds_the_rows_that_it_gathers() -> None:
     held = block.made()[-1]
     for batch in range(3, 3 + 2 * window_blocks.MOST_READ):
         block(torch.randn(batch, 64, 16), torch.randn(batch, 3, 16), windows)
+        # What is used again stays.
+        block(torch.randn(3, 64, 16), torch.randn(3, 3, 16), windows)
+    assert any(key[1].batch == 3 for key in block.made()[-1])
     (rows, mask), *others = held.values()
     assert rows.place is used[0].place
     assert mask is used[1]

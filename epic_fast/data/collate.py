@@ -123,7 +123,7 @@ class Collator:
                 f"the text of {bare[0]!r} makes no token, nor does anything around it; wanted a text, or a "
                 "text_template (MitConfig.prompt_template) with words of its own"
             )
-        if self.pictures and self.image_processor is not None:
+        if self.pictures:
             without = next((example.name for example in examples if example.image is None), None)
             if without is not None:
                 raise DataError(

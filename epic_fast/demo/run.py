@@ -34,7 +34,6 @@ from epic_fast.models import wrap
 from epic_fast.plots import SheetItem, confusion_matrix, contact_sheet, training_curves
 
 SHEET_PICTURES = 24
-RELOADED_PAIRS = 3
 WIDTH_OF_FILES = 120
 
 
@@ -199,7 +198,7 @@ def reload(task: Task, frozen: FrozenPairs, result: Result, output: Path) -> lis
     Raises:
         EpicFastError: it says other labels than the model in memory did.
     """
-    chosen = [0, len(task.test) // 2, len(task.test) - 1][:RELOADED_PAIRS]
+    chosen = [0, len(task.test) // 2, len(task.test) - 1]
     pairs = [
         {
             "file_name": str(_picture(frozen, task.test, index)),

@@ -151,10 +151,14 @@ class LayerParts:
         self._tensors = [(each._parameters, name) for each in holders for name in ("weight", "bias")]
         if "position" in self.parts:
             self._tensors.append((self.parts["position"]._parameters, "relative_position_bias_table"))
+        numbers = [(self.parts[name], "eps") for name in NORMS]
+        numbers += [(attention, name) for name in (*HEADS, *SCALES) if hasattr(attention, name)]
+        self._numbers = [(each, name, getattr(each, name)) for each, name in numbers]
         self._cache: dict[tuple[torch.dtype, str | None], tuple[Any, Weights]] = {}
 
     def unchanged(self) -> bool:
-        """Whether the layer still is what it was when it was read: no module replaced, hooked or trained."""
+        """Whether the layer still is what it was when it was read: no module replaced, hooked or trained, no other
+        epsilon, scale or number of heads."""
         return (
             is_plain(self._layer)
             and all(modules.get(name) is child and is_plain(child) for modules, name, child in self._children)
@@ -162,6 +166,7 @@ class LayerParts:
                 name in parameters and (parameters[name] is None or not parameters[name].requires_grad)
                 for parameters, name in self._tensors
             )
+            and all(getattr(each, name, None) == value for each, name, value in self._numbers)
         )
 
     def weights(

@@ -27,8 +27,9 @@ class EngineConfig:
         trim_text: texts are cut to the longest of the batch.
         prefix_cache: None; ``"memory"``; or a folder, for what the layers below the first prompts compute, filled in
             the first epoch or by ``epic-fast data cache``.
-        weights: ``"frozen"`` (as the backbone has them), or the frozen products in 8 bits: ``"fp8"`` (Hopper and
-            newer), ``"int8"``, ``"8bit"`` (whichever the card has).  A CPU computes the same numbers, slowly.
+        weights: ``"frozen"`` (as the backbone has them), or the frozen products in 8 bits: ``"fp8"`` (Ada,
+            Hopper and newer), ``"int8"``, ``"8bit"`` (whichever the card has).  A CPU computes the same numbers,
+            slowly.
         exact_layers: with ``weights`` in 8 bits, so many first layers of each tower that multiply with their own
             weights nevertheless: what is rounded there passes all layers above.
         graphs: capture whole steps as CUDA graphs, one per shape; falls back with a reason.

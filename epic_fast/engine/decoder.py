@@ -30,9 +30,9 @@ from torch.utils.checkpoint import checkpoint
 from epic_fast import functional
 from epic_fast.engine.blocks import WEIGHT_TYPES, is_plain
 from epic_fast.engine.infused import Form, GatedInfusion, SourceInfusion, joint_mlp_multiplier
-from epic_fast.engine.packed import SAME, say_plain
+from epic_fast.engine.packed import ALL_HOOKED, SAME, say_plain
 from epic_fast.engine.rows import RowSelection
-from epic_fast.hooks import is_hooked
+from epic_fast.hooks import all_hooked, is_hooked
 from epic_fast.ops.residual_norm import residual_norm_backward, residual_norm_forward
 from epic_fast.ops.rotary import join_rotated_back, rotate_heads
 
@@ -165,11 +165,15 @@ class FrozenDecoderLayer:
         self.kv_heads = self._parts["key"].out_features // self.head_dim
         self.mlp_width: int = self._parts["down"].in_features
         self._tensors = [(each._parameters, name) for each in self._parts.values() for name in ("weight", "bias")]
+        numbers = [(self._parts[name], "variance_epsilon") for name in NORMS]
+        numbers += [(attention, "scaling"), (attention, "head_dim")]
+        self._numbers = [(each, name, getattr(each, name)) for each, name in numbers]
         self._made: tuple[Any, DecoderWeights] | None = None
         self._vectors: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def unchanged(self) -> bool:
-        """Whether the layer still is what it was when it was read: no module replaced, hooked or trained."""
+        """Whether the layer still is what it was when it was read: no module replaced, hooked or trained, no other
+        epsilon or scale."""
         return (
             all(map(is_plain, self._modules))
             and all(modules.get(name) is child for modules, name, child in self._children)
@@ -178,6 +182,7 @@ class FrozenDecoderLayer:
                 for parameters, name in self._tensors
                 if name in parameters
             )
+            and all(getattr(each, name, None) == value for each, name, value in self._numbers)
         )
 
     def weights(self) -> DecoderWeights:
@@ -310,6 +315,9 @@ class FrozenDecoder:
     def layers(self, start: int, stop: int) -> list[FrozenDecoderLayer] | None:
         """All layers, read anew where one of those from ``start`` to ``stop - 1``, which are to run, was changed; None,
         saying why once, where a layer cannot be fused."""
+        if all_hooked():
+            say_plain(self._name, ALL_HOOKED)
+            return None
         if self._fused is None or not all(each.unchanged() for each in self._fused[start:stop]):
             self._fused = None
             for layer in self._layers:

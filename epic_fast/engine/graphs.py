@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from epic_fast.engine.prefix import Prefix
+from epic_fast.hooks import HOOKS, all_hooked
 
 logger = logging.getLogger("epic_fast")
 
@@ -302,8 +303,10 @@ def made_of_weights(module: nn.Module) -> list[Any]:
 
 def hooked(module: nn.Module) -> str | None:
     """The first hook in a module, in words: a graph would run it once, when it is captured, and never again."""
+    if all_hooked():
+        return "there are hooks on all modules, which a graph does not call"
     for name, part in module.named_modules():
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        for kind in HOOKS:
             if getattr(part, kind):
                 return f"{type(part).__name__} {name!r} has hooks, which a graph does not call"
     for name, parameter in module.named_parameters():

@@ -22,6 +22,7 @@ from epic_fast.engine.fused import FrozenBlock, Geometry, run_blocks
 from epic_fast.engine.plain import call_layer
 from epic_fast.engine.rows import RowSelection
 from epic_fast.engine.state import TowerState
+from epic_fast.hooks import all_hooked
 from epic_fast.ops import prompt_interaction as interaction
 from epic_fast.ops.prompt_interaction import BACKWARD as INTERACTION_BACKWARD
 
@@ -29,6 +30,7 @@ logger = logging.getLogger("epic_fast")
 
 # What a layer adds to its rows may differ by so much from what its block adds: products in TF32 or bfloat16 do.
 SAME = 0.05
+ALL_HOOKED = "there are hooks on all modules, which a fused block would not call"
 
 
 class FrozenTower:
@@ -55,6 +57,7 @@ class FrozenTower:
         self._compare = compare
         self._blocks: list[Any] | None = None
         self._eight_bit: dict[str, list[Any]] = {}
+        self._error = 0.0
 
     def blocks(self, eight_bit: str | None = None, exact: int = 0) -> list[Any] | None:
         """The blocks, read anew where a layer was changed; None, saying why once, where a layer cannot have one.
@@ -63,6 +66,9 @@ class FrozenTower:
             eight_bit: ``"fp8"`` or ``"int8"``: blocks that multiply in 8 bits.
             exact: so many first ones that do not.
         """
+        if all_hooked():
+            say_plain(self._name, ALL_HOOKED)
+            return None
         if self._blocks is None or not all(block.parts.unchanged() for block in self._blocks):
             self._blocks, self._eight_bit = None, {}
             for layer in self._layers:
@@ -73,7 +79,8 @@ class FrozenTower:
             self._blocks = [self._make(layer) for layer in self._layers]
             compare = self._compare or differs
             self._error = compare(self._layers[0], self._blocks[0]) if self._blocks else 0.0
-        if self._error > SAME:
+        # What is not a number is no small one.
+        if not self._error <= SAME:
             name = type(self._layers[0]).__name__
             say_plain(self._name, f"this release's {name} differs from its fused block by {self._error:.1e}")
             return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -59,6 +60,14 @@ class TowerState:
             return self
         lengths, regular, _ = measure(self.valid, self.pool_index)
         return replace(self, lengths=lengths) if regular else replace(self, irregular=True)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All that lies in memory."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            for each in value if isinstance(value, tuple) else (value,):
+                if isinstance(each, Tensor):
+                    yield each
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> TowerState:
         """On another device; the native mask is made anew there."""

@@ -139,10 +139,6 @@ class PrefixStore(ABC):
         """Whether both halves of a sample are there."""
         return key.text in self._records["text"] and key.vision in self._records["vision"]
 
-    def holds_half(self, tower: str, digest: bytes) -> bool:
-        """Whether a text (``"text"``) or a picture (``"vision"``) is there."""
-        return digest in self._records[tower]
-
     def put(self, keys: Sequence[SampleKey], prefix: Prefix, *, replace: bool = False) -> None:
         """Keep the prefix of a batch of samples; halves that are there already stay unless ``replace``.
 
@@ -580,7 +576,7 @@ class _Writer:
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any], *, most: int = 5) -> str | None:
     """What differs between two keys, in words; None where they agree."""
     missing = object()
-    old, new = _flat(before), _flat(now)
+    old, new = flat(before), flat(now)
     names = [name for name in {**old, **new} if old.get(name, missing) != new.get(name, missing)]
     if not names:
         return None
@@ -588,13 +584,14 @@ def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any], *, most:
     return "; ".join(shown) + (f"; and {len(names) - most} more" if len(names) > most else "")
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Mappings in mappings as one, its names joined by dots."""
     if not isinstance(value, Mapping) or not value:
         return {prefix: value}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for name, each in value.items():
-        flat |= _flat(each, f"{prefix}.{name}" if prefix else str(name))
-    return flat
+        found |= flat(each, f"{prefix}.{name}" if prefix else str(name))
+    return found
 
 
 def _write_all(handle: int, content: memoryview, offset: int) -> None:

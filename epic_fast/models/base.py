@@ -27,7 +27,7 @@ class PromptedModelOutput(ModelOutput):
 
     Attributes:
         loss: ``()``, None without labels.
-        logits: ``(B, K)`` float32.
+        logits: ``(B, K)``, of masks ``(B, 2, H, W)``; float32, or float64 where the head is.
     """
 
     loss: Tensor | None = None
@@ -41,7 +41,8 @@ class PromptedModel(nn.Module, ABC):
         backbone: the towers; frozen, and in ``eval()`` for good.
         config: the method's configuration.
         num_labels: K, outputs of the head.
-        problem_type: ``"single_label_classification"``, ``"multi_label_classification"`` or ``"regression"``.
+        problem_type: ``"single_label_classification"``, ``"multi_label_classification"``, ``"regression"``, or
+            what else is among the method's ``problem_types`` (MiT: ``"segmentation"``).
         labels: K names, or None.
         pos_weight: of the multi-label loss: ``(K,)``, None, or ``"auto"``, which :func:`epic_fast.fit` resolves to
             negatives / positives of the training set.

@@ -331,7 +331,8 @@ class MopeModel(PromptedModel):
 
     @torch.no_grad()
     def routing(self, prefix: Prefix | None = None, **inputs: Any) -> dict[int, Tensor]:
-        """Which experts samples take: routed layer of the main tower to scores ``(B, E)``; empty without a router.
+        """Which experts samples take: routed layer of the main tower to scores ``(B, E)`` in float32 (float64 where it
+        is); empty without a router.
 
         Args:
             prefix: as for :meth:`forward`.
@@ -339,7 +340,9 @@ class MopeModel(PromptedModel):
         """
         inputs.pop("labels", None)
         prefix = self.extract(**inputs) if prefix is None else prefix
-        return dict(zip(self.routed, self._run(self._measured(prefix))[1], strict=False))
+        scores = self._run(self._measured(prefix))[1]
+        wide = [each.to(torch.promote_types(each.dtype, torch.float32)) for each in scores]
+        return dict(zip(self.routed, wide, strict=False))
 
     def _run(self, prefix: Prefix) -> tuple[Tensor, list[Tensor]]:
         """The head's input, and the scores of each routed layer."""
@@ -433,9 +436,11 @@ class MopeModel(PromptedModel):
         if router is None:
             return True
         noisy = router.training and router.noise_std > 0
-        if noisy or self.config.router_main_size > MOST_PROBES or not untouched(router, ExpertRouter):
+        if noisy or not untouched(router, ExpertRouter):
             return False
-        return router.own is None or all(untouched(each, nn.Linear) for each in router.own)
+        if router.own is None:
+            return True
+        return self.config.router_main_size <= MOST_PROBES and all(untouched(each, nn.Linear) for each in router.own)
 
     def _route(self, layer: int, projected: Tensor | None, mapped: list[Tensor] | None) -> PromptRoute | None:
         """Of a routed layer: what its prompts are made of."""

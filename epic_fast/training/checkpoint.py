@@ -13,6 +13,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from epic_fast.engine.store import describe_changes, flat
 from epic_fast.errors import ConfigError, EpicFastError
 from epic_fast.files import atomic_folder, recover_folder
 from epic_fast.training.config import FREE_ON_RESUME, TrainingConfig
@@ -101,7 +102,7 @@ def identity(
         "data": data,
         "processes": processes,
     }
-    return _flat(json.loads(json.dumps(parts, default=repr)))
+    return flat(json.loads(json.dumps(parts, default=repr)))
 
 
 def check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
@@ -110,12 +111,8 @@ def check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> 
     Raises:
         ConfigError: naming the keys that differ.
     """
-    missing = object()
-    differing = [key for key in sorted({*saved, *now}) if saved.get(key, missing) != now.get(key, missing)]
-    if differing:
-        shown = "; ".join(
-            f"{key} was {saved.get(key, '(not set)')!r}, now {now.get(key, '(not set)')!r}" for key in differing
-        )
+    shown = describe_changes(saved, now)
+    if shown is not None:
         raise ConfigError(
             f"{folder}: belongs to another run: {shown}. Give the same settings to resume it, or train with "
             "resume='never' or into another folder to start afresh."
@@ -128,12 +125,3 @@ def _digest(model: Any) -> str | None:
     if fingerprint is None:
         return None
     return hashlib.blake2b(json.dumps(fingerprint(), sort_keys=True).encode(), digest_size=8).hexdigest()
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        flat: dict[str, Any] = {}
-        for key, each in value.items():
-            flat |= _flat(each, f"{prefix}.{key}" if prefix else key)
-        return flat
-    return {prefix: value}

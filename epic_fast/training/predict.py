@@ -67,6 +67,7 @@ def predict(
         DataError: the data set is empty or a sample cannot be read.
         ConfigError: a batch size below 1 or an unknown precision.
     """
+    _check_batch_size("predict", batch_size)
     device = device_of(model)
     kind = resolve_precision(precision, device)
     result = infer(
@@ -100,6 +101,7 @@ def count_masks(
         ConfigError: a model of another task, a batch size below 1 or an unknown precision.
     """
     _check_makes_masks(model, "count_masks")
+    _check_batch_size("count_masks", batch_size)
     device = device_of(model)
     kind = resolve_precision(precision, device)
     found = infer(
@@ -115,6 +117,11 @@ def count_masks(
     if not found.labels:
         raise DataError("count_masks: these samples have no masks to compare with; predict_masks needs none")
     return torch.cat(found.logits)
+
+
+def _check_batch_size(name: str, batch_size: Any) -> None:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ConfigError(f"{name}: batch_size is {batch_size!r}; wanted a whole number of at least 1")
 
 
 def _check_makes_masks(model: Any, name: str) -> None:
@@ -138,16 +145,19 @@ def predict_masks(
         ConfigError: a model of another task, a batch size below 1 or an unknown precision.
     """
     _check_makes_masks(model, "predict_masks")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError(f"predict_masks: batch_size is {batch_size!r}; wanted a whole number of at least 1")
+    _check_batch_size("predict_masks", batch_size)
+    kind = resolve_precision(precision, device_of(model))
+    count = length_of(dataset, "given")
+    return _masks(model, dataset, collator or collator_for(model, dataset), batch_size, count, kind)
+
+
+def _masks(model: Any, dataset: Any, collator: Any, batch_size: int, count: int, kind: str) -> Iterator[np.ndarray]:
     device = device_of(model)
-    kind = resolve_precision(precision, device)
-    collator = collator or collator_for(model, dataset)
     was_training = model.training
     model.eval()
     try:
-        for start in range(0, length_of(dataset, "given"), batch_size):
-            examples = [dataset[index] for index in range(start, min(start + batch_size, len(dataset)))]
+        for start in range(0, count, batch_size):
+            examples = [dataset[index] for index in range(start, min(start + batch_size, count))]
             batch = {name: each for name, each in collator(examples).items() if name != "labels"}
             batch = {name: each.to(device) for name, each in prepared(model, batch).items()}
             with torch.no_grad(), passes(kind, device):
@@ -189,6 +199,7 @@ def predict_routing(
 
     if not hasattr(model, "routing"):
         raise ConfigError(f"predict_routing: a {type(model).__name__} has no routing; wanted a model of MoPE")
+    _check_batch_size("predict_routing", batch_size)
     device = device_of(model)
     kind = resolve_precision(precision, device)
     batches = _in_order(model, dataset, collator, batch_size, num_workers)
@@ -218,8 +229,6 @@ def _in_order(
     num_workers: int,
 ) -> Any:
     """The data set's batches, first to last."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ConfigError(f"predict: batch_size is {batch_size!r}; wanted a whole number of at least 1")
     plan = ordered_batches(length_of(dataset, "given"), batch_size)
     return loader(dataset, collator or collator_for(model, dataset), plan, seed=0, num_workers=num_workers)
 

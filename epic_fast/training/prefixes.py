@@ -460,9 +460,7 @@ def _copied_ahead(batches: Iterator[tuple[Batch, dict[str, Any]]], device: torch
 
 def _tensors(batch: Mapping[str, Any]) -> Iterator[Tensor]:
     prefix = batch["prefix"]
-    for each in (
-        batch.get("labels"),
-        *(part for state in (prefix.text, prefix.vision) for part in (state.hidden, state.valid, state.pool_index)),
-    ):
-        if each is not None:
-            yield each
+    if batch.get("labels") is not None:
+        yield batch["labels"]
+    yield from prefix.text.tensors()
+    yield from prefix.vision.tensors()

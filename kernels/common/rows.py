@@ -5,12 +5,11 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager
 
 from torch import Tensor
 
 from epic_fast.kernels.common import launch
-from epic_fast.kernels.common.plan import Tape, on_device
+from epic_fast.kernels.common.plan import Tape
 
 
 def as_rows(tensor: Tensor) -> Tensor:
@@ -61,8 +60,3 @@ def contiguous(tape: Tape, tensor: Tensor) -> Tensor:
 def facts_of(tensors: Sequence[Tensor | None], integers: Sequence[int], constants: Hashable) -> Hashable:
     """:func:`epic_fast.kernels.common.launch.facts_of` where every pointer is compiled for its alignment."""
     return launch.facts_of(tensors, (), integers, constants)
-
-
-def on_device_of(tensor: Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return on_device(tensor.device)
