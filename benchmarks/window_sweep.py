@@ -59,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--registers", nargs="+", type=int, default=[0, 128, 168], help="0: no limit")
     parser.add_argument("--hold", nargs="+", type=int, default=[0, 1])
     given = parser.parse_args(arguments)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available():
+        parser.error("times are those of CUDA graphs, which need a GPU; none was found")
+    device = torch.device("cuda")
     for number in given.cases:
         case = WINDOW_MEASURED[number]
         both = dict(zip(("forward", "backward"), calls(case, device), strict=True))

@@ -6,6 +6,9 @@ into its exit code.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Sequence
+
 
 class EpicFastError(Exception):
     """Base of the errors that this library raises on purpose."""
@@ -35,3 +38,16 @@ class ImplementationError(EpicFastError, RuntimeError):
     """An explicitly requested implementation of an operation that cannot run here."""
 
     exit_code = 4
+
+
+def check_names(owner: str, given: Iterable[object], known: Sequence[str]) -> None:
+    """Refuse names that are none of an owner's fields.
+
+    Raises:
+        ConfigError: with the nearest that is, where one is near.
+    """
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(f"{owner} has no field {name!r}; {hint}It has {', '.join(known)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import weakref
 from typing import Any
 
@@ -302,6 +303,43 @@ def test_hooks_and_other_modules_are_called_without_a_graph_too(part: str, kind:
         model.get_submodule(parent)[int(name)] = torch.nn.Sequential(module)
         with torch.no_grad():
             assert distance(model(**batch).logits, logits) <= 1e-5
+    model.unwrap()
+
+
+@pytest.mark.parametrize("prompts", [0, 2])
+def test_what_a_run_through_the_blocks_hands_back(prompts: int) -> None:
+    """Grid, widths and layer behind a stage in its middle, and behind its last layer, where patches are merged."""
+    model = routed_model(40)
+    tower, pixels = model.backbone.vision, torch.randn(2, 3, 40, 40)
+    start = tower.start(pixels)
+    given = torch.randn(2, prompts, start.hidden.shape[2])
+    # Without the grid, as a prefix that was kept.
+    for state in (start, dataclasses.replace(start, grid=None)):
+        for stop in (1, 2, 4):
+            run = swin.SwinRun(tower, tower.window_blocks(model.engine), state, given)
+            plain, own = dataclasses.replace(start), given
+            with torch.no_grad():
+                for layer in range(stop):
+                    run.step(layer)
+                    plain, own = tower.run_prompted(plain, layer, own, "full")
+            found, left = run.finish()
+            assert (found.layer, found.grid) == (stop, plain.grid)
+            assert left.shape == own.shape
+            assert distance(found.hidden, plain.hidden) <= 1e-5
+            assert not prompts or distance(left, own) <= 1e-5
+    model.unwrap()
+
+
+def test_a_run_keeps_no_tokens_that_it_handed_over() -> None:
+    model = routed_model()
+    tower = model.backbone.vision
+    state = tower.start(torch.randn(2, 3, 32, 32))
+    tokens = weakref.ref(state.hidden)
+    run = swin.SwinRun(tower, tower.window_blocks(model.engine), state, torch.randn(2, 2, state.hidden.shape[2]))
+    del state
+    with torch.no_grad():
+        run.step(0)
+    assert tokens() is None
     model.unwrap()
 
 

@@ -187,11 +187,16 @@ def test_every_form_of_the_kernels(forward_tiles: str, backward_tiles: str, caus
     check(case, torch.float16, kernels(FORWARD_TILES[forward_tiles], BACKWARD_TILES[backward_tiles]))
 
 
+ALONE_AND_IN_A_GRAPH = pytest.mark.parametrize("candidate", [None, in_one_graph], ids=["launched", "in one graph"])
+
+
+@ALONE_AND_IN_A_GRAPH
 @pytest.mark.parametrize("head_dim", [16, 24, 48, 72, 80, 96, 256])
-def test_head_dims(head_dim: int) -> None:
-    check(AttentionCase(1, 2, 9, 3, head_dim, causal=True, layout="packed"), torch.float32)
+def test_head_dims(head_dim: int, candidate: Any) -> None:
+    check(AttentionCase(1, 2, 9, 3, head_dim, causal=True, layout="packed"), torch.float32, candidate)
 
 
+@ALONE_AND_IN_A_GRAPH
 @pytest.mark.parametrize(
     "case",
     [
@@ -205,8 +210,8 @@ def test_head_dims(head_dim: int) -> None:
     ],
     ids=str,
 )
-def test_corners(case: AttentionCase) -> None:
-    check(case, torch.float32)
+def test_corners(case: AttentionCase, candidate: Any) -> None:
+    check(case, torch.float32, candidate)
 
 
 @pytest.mark.parametrize("used", [(True, False), (False, True)], ids=["output", "prompt_output"])

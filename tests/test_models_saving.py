@@ -14,6 +14,7 @@ import epic_fast
 from epic_fast import EpicConfig
 from epic_fast.errors import AdapterError, ConfigError
 from epic_fast.testing import tiny_bert, tiny_clip, tiny_vit
+from epic_fast.testing.pairs import RandomPairs
 from epic_fast.testing.probes import lively, make_batch, perturb
 
 BATCH = make_batch([8, 5, 6])
@@ -294,6 +295,43 @@ def test_nothing_is_ever_unpickled(saved: tuple[Any, Path]) -> None:
     torch.save({"text_prompt": torch.zeros(2, 32)}, path)
     with pytest.raises(AdapterError, match="is damaged"):
         epic_fast.from_pretrained(saved[1])
+
+
+@pytest.mark.parametrize("by", ["save_pretrained", "fit"])
+def test_a_backbone_is_not_written_over(by: str, tmp_path: Path) -> None:
+    place = tmp_path / "clip"
+    tiny_clip(place)
+    before = {each.name: each.read_bytes() for each in place.iterdir()}
+    model = epic_fast.wrap(place, EpicConfig(prompt_length=2, num_layer_pairs=2), num_labels=4)
+    ways = {
+        "save_pretrained": lambda: model.save_pretrained(place),
+        "fit": lambda: epic_fast.fit(model, RandomPairs(4), output_dir=place, progress=False),
+    }
+    with pytest.raises(AdapterError, match=r"config.json is no adapter's.*another model.*wanted an empty folder"):
+        ways[by]()
+    assert {each.name: each.read_bytes() for each in place.iterdir()} == before
+    # Another adapter is replaced.
+    for _ in range(2):
+        model.save_pretrained(tmp_path / "adapter")
+
+
+def test_a_folder_is_remembered_wherever_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_clip(tmp_path / "clip")
+    tiny_vit(tmp_path / "vit")
+    tiny_bert(tmp_path / "bert")
+    monkeypatch.chdir(tmp_path)
+    config = EpicConfig(prompt_length=2, num_layer_pairs=2)
+    pair = f"vision={tmp_path / 'vit'},text={tmp_path / 'bert'}"
+    for spec, wanted in (("clip", str(tmp_path / "clip")), ("vision=vit,text=bert", pair)):
+        model = epic_fast.wrap(spec, config, num_labels=4).eval()
+        model.save_pretrained("saved")
+        assert json.loads(Path("saved/config.json").read_text())["backbone"]["source"] == wanted
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        with monkeypatch.context() as elsewhere:
+            elsewhere.chdir(tmp_path / "elsewhere")
+            again = epic_fast.from_pretrained(tmp_path / "saved")
+        with torch.no_grad():
+            assert torch.equal(again(**BATCH).logits, model(**BATCH).logits)
 
 
 def test_saving_where_a_file_stands(saved: tuple[Any, Path], tmp_path: Path) -> None:

@@ -282,6 +282,8 @@ def test_the_regression_loss_is_the_mean_squared_error(outputs: int) -> None:
     ("problem_type", "labels", "said"),
     [
         ("single_label_classification", torch.zeros(2, dtype=torch.long), r"labels have shape \(2,\).*\(3,\)"),
+        ("single_label_classification", torch.tensor([0, 7, 1]), r"labels hold 7; wanted classes 0 to"),
+        ("single_label_classification", torch.tensor([0, -1, 1]), r"labels hold -1; wanted classes 0 to"),
         ("single_label_classification", torch.zeros(3), r"labels .*float32.*integers"),
         ("multi_label_classification", torch.zeros(3, dtype=torch.long), r"shape \(3,\).*\(3, 4\)"),
         ("regression", torch.zeros(4, 3), r"shape \(4, 3\).*\(3, 4\)"),
@@ -292,6 +294,21 @@ def test_labels_of_the_wrong_kind_say_what_was_wanted(problem_type: str, labels:
     model = make_model(problem_type=problem_type, num_labels=4)
     with pytest.raises(ConfigError, match=said):
         model(**make_batch([8, 5, 6]), labels=labels)
+
+
+def test_labels_that_do_not_count() -> None:
+    model, batch = make_model(num_labels=4).eval(), make_batch([8, 5, 6])
+    found = model(**batch, labels=torch.tensor([1, -100, 3]))
+    wanted = torch.nn.functional.cross_entropy(found.logits[[0, 2]], torch.tensor([1, 3]))
+    torch.testing.assert_close(found.loss, wanted)
+
+
+@pytest.mark.parametrize("engine", ["fast", {"graphs": True}, True])
+def test_an_engine_is_a_configuration(engine: Any) -> None:
+    model = make_model()
+    with pytest.raises(ConfigError, match=r"engine=.*wanted an EngineConfig, or None"):
+        model.engine = engine
+    assert model.engine is None
 
 
 def test_inputs_that_do_not_belong_together_say_so() -> None:

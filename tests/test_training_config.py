@@ -57,7 +57,7 @@ def test_optional_values_may_be_none():
 
 
 def test_unknown_key_names_the_nearest_known_one():
-    with pytest.raises(ConfigError, match="no setting 'learning_rat'; did you mean 'learning_rate'"):
+    with pytest.raises(ConfigError, match="no field 'learning_rat'; did you mean 'learning_rate'"):
         TrainingConfig.from_dict({"learning_rat": 1e-3})
 
 

@@ -138,6 +138,22 @@ def test_best_metrics_are_those_of_the_returned_model():
     assert result.best_metrics["loss"] == pytest.approx(float(expected), abs=1e-6)
 
 
+def test_a_threshold_that_could_not_be_saved_is_taken_back(tmp_path, monkeypatch):
+    model = build(MULTI)
+    model.threshold = 0.125
+    full, asked = OSError(28, "No space left on device"), []
+
+    def failing(folder):
+        asked.append(model.threshold)
+        raise full
+
+    monkeypatch.setattr(model, "save_pretrained", failing)
+    with pytest.raises(EpicFastError, match="No space left"):
+        run(model, output_dir=tmp_path)
+    assert asked != [0.125]
+    assert model.threshold == 0.125
+
+
 def test_multi_label_tunes_and_saves_the_threshold(tmp_path):
     model = build(MULTI, pos_weight="auto")
     result = run(model, output_dir=tmp_path)

@@ -289,6 +289,14 @@ def test_resume_arguments():
         fit(build(), RandomPairs(4), resume="auto", progress=False)
 
 
+def test_a_run_that_is_replaced_is_said_to_be(tmp_path, whole_run, caplog):
+    shutil.copytree(whole_run[0], tmp_path, dirs_exist_ok=True)
+    train(tmp_path, resume="auto")
+    assert "holds a run" not in caplog.text
+    train(tmp_path, resume="never", epochs=1)
+    assert "holds a run, which is replaced" in caplog.text
+
+
 def test_checkpoint_holds_no_pickle(whole_run):
     assert sorted(path.name for path in (whole_run[0] / "checkpoint").iterdir()) == ["state.json", "state.safetensors"]
     assert b"backbone." not in (whole_run[0] / "checkpoint" / "state.safetensors").read_bytes()

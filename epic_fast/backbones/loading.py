@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from epic_fast.backbones.demo import load_demo_towers, load_demo_vision
 from epic_fast.backbones.dual_encoder import DualEncoder
 from epic_fast.backbones.llama import LANGUAGE_MODELS
-from epic_fast.backbones.source import locate, split_pair
+from epic_fast.backbones.source import absolute, locate, split_pair
 from epic_fast.errors import ConfigError
 
 
@@ -62,7 +62,7 @@ def _load_named(spec: str, dtype: torch.dtype) -> DualEncoder:
         text = _one_side(_load_side("text", text_source, dtype), "text")
         is_language_model = text.config.model_type in LANGUAGE_MODELS
         vision = _projected(vision) if is_language_model else _one_side(vision, "vision")
-        return DualEncoder((vision, text), source=spec)
+        return DualEncoder((vision, text), source=absolute(spec))
     kind = _from_pretrained(AutoConfig, spec).model_type
     if kind in LANGUAGE_MODELS:
         raise ConfigError(
@@ -74,7 +74,7 @@ def _load_named(spec: str, dtype: torch.dtype) -> DualEncoder:
             f"the backbone {spec!r} is of type {kind!r}; there are adapters for 'clip' and "
             "'vision-text-dual-encoder', and for two towers given as 'vision=PATH,text=PATH'"
         )
-    return DualEncoder(_load_model(AutoModel, spec, dtype), source=spec)
+    return DualEncoder(_load_model(AutoModel, spec, dtype), source=absolute(spec))
 
 
 def _load_side(side: str, source: str, dtype: torch.dtype) -> Any:
@@ -136,6 +136,11 @@ def _from_pretrained(loader: Any, source: str, **arguments: Any) -> Any:
 
 def _source_of(backbone: Any) -> str | None:
     """The name or folder that model objects were loaded from, if they were."""
+    found = _names_of(backbone)
+    return None if found is None else absolute(found)
+
+
+def _names_of(backbone: Any) -> str | None:
     if isinstance(backbone, (tuple, list)):
         names = [getattr(model, "name_or_path", "") for model in backbone]
         if len(names) == 2 and backbone[0] is None and names[1]:

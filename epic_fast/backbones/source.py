@@ -26,6 +26,15 @@ def split_pair(spec: str) -> tuple[str, str]:
     return sides.get("vision", ""), sides["text"]
 
 
+def absolute(spec: str) -> str:
+    """The same name with folders that exist as absolute paths, so that they are found from elsewhere."""
+    if spec.startswith(("vision=", "text=")):
+        parts = (part.partition("=") for part in spec.split(","))
+        return ",".join(f"{side}{equals}{absolute(path)}" for side, equals, path in parts)
+    path = Path(spec).expanduser()
+    return str(path.resolve()) if spec not in ("demo", LANGUAGE_MODEL) and path.exists() else spec
+
+
 def locate(source: str, side: str) -> tuple[str, dict[str, Any]]:
     """One side of a pair to what ``from_pretrained`` takes: a name or folder, and further arguments.
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_type_hints
 
-from epic_fast.errors import ConfigError
+from epic_fast.errors import ConfigError, check_names
 
 
 @dataclass(frozen=True)
@@ -73,11 +72,7 @@ class EngineConfig:
         """The configuration of these fields.
 
         Raises:
-            ConfigError: a name that is no field, with the nearest that is.
+            ConfigError: a name that is no field.
         """
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in values:
-            if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-                raise ConfigError(f"EngineConfig has no field {name!r}; did you mean {near!r}? It has {known}")
+        check_names(cls.__name__, values, [field.name for field in dataclasses.fields(cls)])
         return cls(**values)

@@ -19,6 +19,8 @@ from epic_fast.models.configuration import MethodConfig
 
 PROBLEM_TYPES = ("single_label_classification", "multi_label_classification", "regression")
 SEGMENTATION = "segmentation"
+# Of cross-entropy: a label of this value adds nothing.
+IGNORED = -100
 
 
 @dataclass
@@ -85,6 +87,17 @@ class PromptedModel(nn.Module, ABC):
         self._set_pos_weight_argument(pos_weight)
         self.register_state_dict_post_hook(_drop_backbone)
         self.register_load_state_dict_post_hook(_forgive_backbone)
+
+    @property
+    def engine(self) -> EngineConfig | None:
+        """How the frozen towers are executed; None runs the backbone's own modules.  May be set at any time."""
+        return self._engine
+
+    @engine.setter
+    def engine(self, engine: EngineConfig | None) -> None:
+        if not (engine is None or isinstance(engine, EngineConfig)):
+            raise ConfigError(f"engine={engine!r} is a {type(engine).__name__}; wanted an EngineConfig, or None")
+        self._engine = engine
 
     # -- what a method says -----------------------------------------------------------------------------------
 
@@ -277,6 +290,19 @@ class PromptedModel(nn.Module, ABC):
         if self.problem_type == "single_label_classification" and labels.is_floating_point():
             raise ConfigError(
                 f"labels are of type {labels.dtype}; wanted integers, class indices, for {self.problem_type}"
+            )
+        # A GPU would be waited for.
+        if self.problem_type == "single_label_classification" and labels.device.type == "cpu":
+            self._check_classes(labels)
+
+    def _check_classes(self, labels: Tensor) -> None:
+        if torch.compiler.is_compiling() or not labels.numel():
+            return
+        beyond = ((labels < 0) & (labels != IGNORED)) | (labels >= self.num_labels)
+        if beyond.any():
+            raise ConfigError(
+                f"labels hold {int(labels[beyond][0])}; wanted classes 0 to {self.num_labels - 1}, or {IGNORED} for "
+                "what does not count"
             )
 
     # -- task -------------------------------------------------------------------------------------------------

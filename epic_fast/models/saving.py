@@ -25,8 +25,7 @@ FORMAT = 1
 
 def save(model: PromptedModel, folder: Path) -> None:
     """What :meth:`PromptedModel.save_pretrained` does."""
-    if folder.exists() and not folder.is_dir():
-        raise AdapterError(f"cannot save into {folder}: it is a file; wanted a folder, or a name that is free")
+    check_place(folder)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     description = {
         "library": "epic_fast",
@@ -55,6 +54,28 @@ def save(model: PromptedModel, folder: Path) -> None:
             f"the adapter could not be written to {folder}: {error}. What was saved there before is untouched; free "
             "some space, or choose another folder"
         ) from error
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a place where an adapter would take something else's files.
+
+    Raises:
+        AdapterError: a file, or a folder whose ``config.json`` is no adapter's: that of a backbone.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise AdapterError(f"cannot save into {folder}: it is a file; wanted a folder, or a name that is free")
+    config = folder / CONFIG
+    if not config.exists():
+        return
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        kind = None
+    if not isinstance(kind, dict) or kind.get("library") != "epic_fast":
+        raise AdapterError(
+            f"cannot save into {folder}: its {CONFIG} is no adapter's, so that another model lies there; wanted an "
+            "empty folder, one with an adapter, or a name that is free"
+        )
 
 
 def from_pretrained(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from epic_fast.errors import ConfigError
+from epic_fast.errors import ConfigError, check_names
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 DEVICES = ("auto", "cpu")
@@ -101,12 +100,7 @@ class TrainingConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
         """The inverse of :meth:`to_dict`; missing keys take their defaults, an unknown key is an error."""
-        known = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
-                raise ConfigError(f"TrainingConfig has no setting {key!r}; {hint}")
+        check_names(cls.__name__, values, [field.name for field in fields(cls)])
         return cls(**values)
 
     @classmethod

@@ -20,6 +20,7 @@ from torch import Tensor
 from epic_fast.engine.graphs import Backend, backend_for, forget, prepared, say_once
 from epic_fast.errors import ConfigError, DataError, EpicFastError
 from epic_fast.files import atomic_write_json, atomic_write_text
+from epic_fast.models.saving import check_place
 from epic_fast.training.batches import (
     Repeated,
     collator_for,
@@ -108,6 +109,7 @@ def fit(
 
     Raises:
         ConfigError: settings that do not fit the model, or a checkpoint of another run.
+        AdapterError: an ``output_dir`` that holds another model.
         DataError: an empty data set, or samples without labels.
         EpicFastError: the loss or a gradient is not finite (with the step and the tensor), or a file could not be
             written; the last checkpoint is whole in both cases.
@@ -119,6 +121,8 @@ def fit(
         raise ConfigError("fit: resume is 'auto' without an output_dir; wanted the folder of the run to resume")
     if config.checkpoint_every_steps is not None and output_dir is None:
         logger.warning("checkpoint_every_steps is set, but without an output_dir no checkpoint is written")
+    if output_dir is not None:
+        check_place(Path(output_dir))
     with launched(config) as (accelerator, precision):
         run = _Run(model, train, validation, config, accelerator, precision, collator, output_dir)
         run.reporter = make_reporter(progress) if accelerator.is_main_process else Reporter()
@@ -223,6 +227,8 @@ class _Run:
             self.captured = CapturedStep(self.ddp, model, optimizer, max_grad_norm=clip, device=device, backend=backend)
         if self.main and self.folder is not None:
             if saved is None:
+                if self.checkpoint.exists() or (self.folder / "metrics.json").exists():
+                    logger.warning("%s holds a run, which is replaced (resume='auto' goes on with it)", self.folder)
                 shutil.rmtree(self.checkpoint, ignore_errors=True)
                 (self.folder / "metrics.json").unlink(missing_ok=True)
             self.log = RunLog(
