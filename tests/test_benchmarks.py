@@ -400,6 +400,39 @@ def test_the_page_of_speed_shows_the_recorded_speed() -> None:
     assert places == sorted(places)
 
 
+def test_the_notes_of_attention_show_the_recorded_speed() -> None:
+    """The table of both cards, cell by cell, and the distance to the floor of 273 rows."""
+
+    def cells(name: str, case: str) -> list[str]:
+        rows = run.read(ROOT / f"benchmarks/results/{name}.jsonl")
+        timed = [row for row in rows if row["kind"] == "time" and row["case"] == case and row["graph_ms"] is not None]
+
+        def both(choose: Any) -> str:
+            return ", ".join(f"{choose([row for row in timed if row['mode'] == mode]):.3f}" for mode in BOTH)
+
+        return [
+            both(lambda here: next(row["graph_ms"] for row in here if row["provider"] == "ours")),
+            both(lambda here: min(row["graph_ms"] for row in here if row["provider"].startswith("sdpa-"))),
+            both(lambda here: here[0]["floor_ms"]),
+        ]
+
+    text = (ROOT / "kernels/prompt_attention/README.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Measured\n")[2]
+    shown = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    names = [line.split("|")[1].strip() for line in shown]
+    assert names == ["vision L/14", "vision L/14@336", "text L", "long text", "vision L/14, large batch"]
+    files = ("attention", "attention_h100")
+    wanted = [" | ".join([f"| {name}", *(cell for file in files for cell in cells(file, name))]) for name in names]
+    assert shown == [f"{line} |" for line in wanted]
+    for file in files:
+        row = next(
+            row
+            for row in run.read(ROOT / f"benchmarks/results/{file}.jsonl")
+            if row["kind"] == "time" and (row["case"], row["provider"], row["mode"]) == (names[0], "ours", "forward")
+        )
+        assert f" {row['graph_ms'] / row['floor_ms']:.2f} times its floor" in section
+
+
 def test_the_record_of_gpu_tests_counts_what_pytest_reports(tmp_path: Path) -> None:
     """A pass, a failure, an error and a skip each land where they belong."""
     source = tmp_path / "test_four.py"
