@@ -1,6 +1,7 @@
 """Figures of the measured rows, and of nothing else.
 
-    python -m benchmarks.figures benchmarks/results/attention.jsonl --output docs/images/speed_attention.png
+    python -m benchmarks.figures benchmarks/results/attention.jsonl --output docs/images/speed_attention.png \\
+        --column graph_ms
     python -m benchmarks.figures benchmarks/results/interaction.jsonl --output docs/images/speed_interaction.png \\
         --column graph_ms
     python -m benchmarks.step --figure docs/images/speed_step.png

@@ -3,12 +3,15 @@
     python -m benchmarks.gpu_tests --output benchmarks/results/gpu_tests.json [-- pytest's own arguments]
 
 The record says for each test file how many tests passed, which failed and which were skipped and why, beside the same
-facts of the machine and the commit as every other row here.  The command ends with pytest's status.
+facts of the machine and the commit as every other row here.  The command ends with pytest's status.  The tests run
+from Python, and the record says so, unless EPIC_FAST_NATIVE=1 stands in front of the command: then calls are compiled
+(``epic-fast native`` first).
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -62,6 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_tests", description="Record the GPU tests.")
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
     output = parser.parse_args(own).output
+    # As tests/conftest.py has it, before either process asks whether launches are compiled.
+    os.environ.setdefault("EPIC_FAST_NATIVE", "0")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         status = subprocess.run([sys.executable, *RUN, f"--junit-xml={report}", *more]).returncode

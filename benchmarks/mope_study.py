@@ -42,6 +42,7 @@ from torch import Tensor, multiprocessing
 
 from benchmarks import timing
 from benchmarks.eight_bit import METRIC, SPLITS, Chosen, FromCache
+from benchmarks.step import where
 from epic_fast.backbones import DualEncoder, load_backbone
 from epic_fast.backbones.demo import load_demo_vision
 from epic_fast.data import PairDataset, read_folder, resolve_data
@@ -585,7 +586,7 @@ def difference(first: Sequence[float], second: Sequence[float]) -> tuple[float, 
 
 
 def report(rows: Sequence[dict[str, Any]]) -> str:
-    """The tables in Markdown, and what each form gains from its first to its last point."""
+    """The tables in Markdown, what each form gains from its first to its last point, and where the rows are from."""
     lines = []
     for name, study in summarise(rows).items():
         heads = [f"{name}, {study['metric'].replace('_', '-')}", "k", "rows k·l", "rate"]
@@ -617,7 +618,16 @@ def report(rows: Sequence[dict[str, Any]]) -> str:
             gain, error = difference(ends["experts"][-1]["test"], ends["single"][-1]["test"])
             lines.append(f"Experts minus one prompt at k = {ends['experts'][-1]['k']}: {_points(gain, error)}.")
         lines.append("")
-    return "\n".join(lines)
+    return "\n".join([*lines, *footnotes(rows)])
+
+
+def footnotes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Where trainings and steps ran, with what, and of which commit."""
+    return [
+        f"{what}: {place}"
+        for kind, what in (("train", "Trainings"), ("step", "Step times"))
+        for place in dict.fromkeys(where(row["run"]) for row in rows if row["kind"] == kind and "run" in row)
+    ]
 
 
 def _number(value: float | None) -> str:

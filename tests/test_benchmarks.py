@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from epic_fast.ops import native
 from epic_fast.testing.cases import ATTENTION_SMOKE, WINDOW_SMOKE, AttentionCase, InteractionCase
 
 pytest.importorskip("triton")
@@ -398,6 +400,39 @@ def test_the_page_of_speed_shows_the_recorded_speed() -> None:
     assert places == sorted(places)
 
 
+def test_the_notes_of_attention_show_the_recorded_speed() -> None:
+    """The table of both cards, cell by cell, and the distance to the floor of 273 rows."""
+
+    def cells(name: str, case: str) -> list[str]:
+        rows = run.read(ROOT / f"benchmarks/results/{name}.jsonl")
+        timed = [row for row in rows if row["kind"] == "time" and row["case"] == case and row["graph_ms"] is not None]
+
+        def both(choose: Any) -> str:
+            return ", ".join(f"{choose([row for row in timed if row['mode'] == mode]):.3f}" for mode in BOTH)
+
+        return [
+            both(lambda here: next(row["graph_ms"] for row in here if row["provider"] == "ours")),
+            both(lambda here: min(row["graph_ms"] for row in here if row["provider"].startswith("sdpa-"))),
+            both(lambda here: here[0]["floor_ms"]),
+        ]
+
+    text = (ROOT / "kernels/prompt_attention/README.md").read_text(encoding="utf-8")
+    section = text.partition("\n## Measured\n")[2]
+    shown = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    names = [line.split("|")[1].strip() for line in shown]
+    assert names == ["vision L/14", "vision L/14@336", "text L", "long text", "vision L/14, large batch"]
+    files = ("attention", "attention_h100")
+    wanted = [" | ".join([f"| {name}", *(cell for file in files for cell in cells(file, name))]) for name in names]
+    assert shown == [f"{line} |" for line in wanted]
+    for file in files:
+        row = next(
+            row
+            for row in run.read(ROOT / f"benchmarks/results/{file}.jsonl")
+            if row["kind"] == "time" and (row["case"], row["provider"], row["mode"]) == (names[0], "ours", "forward")
+        )
+        assert f" {row['graph_ms'] / row['floor_ms']:.2f} times its floor" in section
+
+
 def test_the_record_of_gpu_tests_counts_what_pytest_reports(tmp_path: Path) -> None:
     """A pass, a failure, an error and a skip each land where they belong."""
     source = tmp_path / "test_four.py"
@@ -419,3 +454,37 @@ def test_the_record_of_gpu_tests_counts_what_pytest_reports(tmp_path: Path) -> N
     assert sorted(name.rsplit("::", 1)[1] for name in record["failed"]) == ["test_bad", "test_error"]
     assert list(record["skipped"].values()) == ["another card"]
     assert record["files"] == {"test_four.py": {"passed": 1, "failed": 2, "skipped": 1}}
+
+
+@pytest.mark.parametrize(("asked", "said"), [(None, "Python"), ("1", "compiled")])
+def test_the_record_of_gpu_tests_says_how_the_tests_launched(
+    asked: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the tests' own process, where the default is set by tests/conftest.py, and of this one alike."""
+    seen: list[str | None] = []
+    run = subprocess.run
+
+    def no_pytest(command: Any, **more: Any) -> Any:
+        if "pytest" not in command:
+            return run(command, **more)
+        (report,) = [each.partition("=")[2] for each in command if each.startswith("--junit-xml=")]
+        Path(report).write_text('<testsuites><testcase file="tests/test_one.py" name="test_one"/></testsuites>')
+        seen.append(os.environ.get("EPIC_FAST_NATIVE"))
+        return subprocess.CompletedProcess(command, 0)
+
+    # Set first, so that what the command leaves in the environment is taken away with it.
+    monkeypatch.setenv("EPIC_FAST_NATIVE", asked or "")
+    if asked is None:
+        monkeypatch.delenv("EPIC_FAST_NATIVE")
+    monkeypatch.setattr(subprocess, "run", no_pytest)
+    monkeypatch.setattr(native, "load", lambda: "built")
+    monkeypatch.setattr(native, "_wanted", True)
+    native.find.cache_clear()
+    try:
+        output = tmp_path / "record.json"
+        assert gpu_tests.main(["--output", str(output)]) == 0
+    finally:
+        native.find.cache_clear()
+    record = json.loads(output.read_text())
+    assert (record["passed"], record["run"]["launches"]) == (1, said)
+    assert seen == [asked or "0"]

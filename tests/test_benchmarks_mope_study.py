@@ -220,6 +220,8 @@ def test_the_page_shows_what_was_recorded() -> None:
     page = (Path(mope_study.__file__).parents[1] / "docs/mope_study.md").read_text(encoding="utf-8")
     printed = [line for line in report(rows).splitlines() if line]
     assert len(printed) > 25
+    assert {row["run"]["commit"][:10] for row in rows if f"commit {row['run']['commit'][:10]};" not in page} == set()
+    assert [line.partition(":")[0] for line in printed[-2:]] == ["Trainings", "Step times"]
     assert [line for line in printed if line not in page] == []
     assert {row["run"]["modified"] for row in rows} == {False}
     done = {key_of(row) for row in rows if row["kind"] == "train"}

@@ -450,9 +450,9 @@ def test_offsets_of_64_bits_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) 
     assert_bits_equal((*forward(case, inputs), *backward(case, inputs)), before)
 
 
-def test_rows_that_start_anywhere_give_the_same_bits() -> None:
+def check_rows_that_start_anywhere(dtype: torch.dtype) -> None:
     case = AttentionCase(2, 2, 20, 5, 16)
-    inputs = case.make(torch.float16, DEVICE)
+    inputs = case.make(dtype, DEVICE)
     shifted = {}
     for name, each in inputs.items():
         assert each is not None
@@ -464,6 +464,10 @@ def test_rows_that_start_anywhere_give_the_same_bits() -> None:
     assert_bits_equal(
         (*forward(case, inputs), *backward(case, inputs)), (*forward(case, shifted), *backward(case, shifted))
     )
+
+
+def test_rows_that_start_anywhere_give_the_same_bits() -> None:
+    check_rows_that_start_anywhere(torch.float16)
 
 
 def test_a_gradient_of_any_strides() -> None:
@@ -579,6 +583,12 @@ def test_bits_on_the_gpu(case: AttentionCase, dtype: torch.dtype) -> None:
     alone = with_batch(case, 1)
     for one, other in zip((*forward(alone, own), *backward_with_ones(alone, own)), first, strict=True):
         assert_bits_equal(one[0], other[5])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_rows_that_start_anywhere_give_the_same_bits_on_the_gpu(dtype: torch.dtype) -> None:
+    check_rows_that_start_anywhere(dtype)
 
 
 @pytest.mark.gpu

@@ -56,8 +56,8 @@ class MitConfig(MethodConfig):
 
     Attributes:
         form: ``"residual"``, as released, or ``"replace"``, as written in the paper.
-        layers: that are infused, numbered from 0; None takes the last third as published, (12, 16, 20, 24, 28, 31) of
-            32, and the same places of another depth.  None of them (an empty list) is the frozen model with a head.
+        layers: that are infused, numbered from 0; None takes six as published, (12, 16, 20, 24, 28, 31) of 32, and the
+            same places of another depth, fewer where two fall together.  An empty list is the frozen model with a head.
         prompt_template: what the language model reads, with ``{text}`` in the text's place; it ends with what the
             pooled token is to stand for.  None: :data:`TEMPLATES` by task.
         picture: whether the picture is a source; None: where the backbone has a vision tower.

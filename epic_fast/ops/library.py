@@ -1,8 +1,9 @@
 """The ``torch.library`` namespace ``epic_fast``, and what the machine can run.
 
 An operator is a schema, an implementation for CUDA tensors (and for CPU tensors, by Triton's interpreter) and a
-fake; autograd stands above it, in an ``autograd.Function``.  Of the ways to put Python behind PyTorch's dispatcher
-this one costs the least per call that ``torch.compile(fullgraph=True)`` still takes whole.
+fake; autograd stands above it, in an ``autograd.Function``.  With ``torch.library.register_autograd`` or
+``custom_op`` in the place of either, a call with its backward pass was measured to cost more
+(``benchmarks/results/boundary.jsonl``); ``torch.compile(fullgraph=True)`` takes an operator whole.
 """
 
 from __future__ import annotations
