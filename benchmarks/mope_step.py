@@ -17,10 +17,10 @@ computes the same, and with an importance loss that no threshold cuts off: no ro
 Texts have lengths of captions (``StepCase.draw_lengths``, of at most 128 tokens) and are padded to the longest of the
 batch, rounded up to 16, for everybody: what a collator does, and no one has an advantage from cutting them.
 
-``eager`` and ``compiled`` are ``benchmarks/mope_rival.py``, which copies the prompts into every window; it is also what
-is right: in float32, the whole batch at once, because the importance loss is no mean over samples.  Rows, and the gate
-before each time, are those of ``python -m benchmarks.step``.  Rows of the same commit are not measured again (unless
-``--again``).
+``eager``, ``compiled`` and ``reduce-overhead`` (compiled and captured) are ``benchmarks/mope_rival.py``, which copies
+the prompts into every window; it is also what is right: in float32, the whole batch at once, because the importance
+loss is no mean over samples.  Rows, and the gate before each time, are those of ``python -m benchmarks.step``.  Rows of
+the same commit are not measured again (unless ``--again``).
 
 On an H200 a case costs about 10 s for its float32 reference, then 5 s for each of ``eager``, ``ours-plain``, ``ours``,
 ``frozen`` and 8 s for the graphs; ``compiled`` about 180 s (a forward case 70 s), ``frozen-compiled`` 50 s [estimates].
@@ -274,6 +274,13 @@ PROVIDERS: dict[str, StepProvider] = {
     for each in (
         MopeProvider("eager", "PyTorch, prompts copied, eager", group="plain"),
         MopeProvider("compiled", "PyTorch, prompts copied, compiled", group="plain", compile="default", seconds=180),
+        MopeProvider(
+            "reduce-overhead",
+            "PyTorch, prompts copied, compiled, reduce-overhead",
+            group="plain",
+            compile="reduce-overhead",
+            seconds=180,
+        ),
         MopeProvider("frozen", "the promptless Swin, eager", method="frozen", group="rival", modes=("forward",)),
         MopeProvider(
             "frozen-compiled",
