@@ -141,6 +141,41 @@ def test_other_files_are_never_written_over(here: Path, tmp_path: Path, said: Sa
     assert [each.name for each in (tmp_path / "home").iterdir()] == ["letter.txt"]
 
 
+def test_the_demo_writes_over_demos_only(
+    here: Path, tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr("epic_fast.demo.run_demo", lambda **options: asked.append(options["output"]) or {})
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear")
+    for output, message in (
+        (tmp_path / "home", "no earlier demo wrote it"),
+        (tmp_path / "home" / "letter.txt", "is a file"),
+        (here / "run", "holds a run of `epic-fast train`"),
+    ):
+        code, error = said("demo", "--output", output)
+        assert (code, message in error) == (2, True), error
+    assert not asked
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / "training.yaml").write_text("# Written by epic_fast.training.fit\ntraining: {}\n")
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "table.json").write_text("{}")
+    for name in ("new", "stopped", "done"):
+        assert said("demo", "--output", tmp_path / name)[0] == 0
+    assert asked == [tmp_path / "new", tmp_path / "stopped", tmp_path / "done"]
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_an_output_that_cannot_be_written_is_2(here: Path, tmp_path: Path, said: Said, command: str) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    arguments = training(here, tmp_path)[: -len(SMALL) - 2] if command == "train" else ["demo"]
+    for output in ("/proc/nowhere/run", tmp_path / "letter.txt" / "run", tmp_path / "new" / ("x" * 300)):
+        code, error = said(*arguments, "--output", output)
+        assert (code, "cannot be written" in error) == (2, True), error
+    assert [each.name for each in tmp_path.iterdir()] == ["letter.txt"], "what was tried out is gone"
+
+
 @pytest.mark.parametrize("how", ["--overwrite", "--resume=auto"])
 def test_a_run_survives_a_failed_second_one(here: Path, tmp_path: Path, said: Said, how: str) -> None:
     run = shutil.copytree(here / "run", tmp_path / "run")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +26,12 @@ def check_output(run: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse a folder in which something would be lost.
 
     Raises:
-        ConfigError: a file, or a folder with content that is neither to be resumed nor overwritten.
+        ConfigError: a file, a folder with content that is neither to be resumed nor overwritten, or one that cannot
+            be written to.
     """
     if resume and overwrite:
         raise ConfigError("--resume auto and --overwrite exclude each other; give one")
-    if not run.exists():
-        return
-    if not run.is_dir():
-        raise ConfigError(f"the output {run} is a file; wanted a folder, or a name that is free")
-    if not any(run.iterdir()):
+    if not _holds_something(run):
         return
     if not is_run(run):
         if resume or overwrite:
@@ -43,6 +42,45 @@ def check_output(run: Path, *, resume: bool, overwrite: bool) -> None:
             f"the output {run} holds a run already; go on with it by --resume auto, replace it by --overwrite, or "
             "choose another folder"
         )
+
+
+def check_demo_output(run: Path) -> None:
+    """Refuse a folder in which something other than an earlier demo would be lost.
+
+    Raises:
+        ConfigError: a file, a folder with other content, or one that cannot be written to.
+    """
+    if not _holds_something(run):
+        return
+    if saved_settings(run):
+        raise ConfigError(f"the output {run} holds a run of `epic-fast train`; choose another folder for the demo")
+    if not (is_run(run) or (run / "table.json").exists()):
+        raise ConfigError(f"the output {run} is not empty, and no earlier demo wrote it; choose another folder")
+
+
+def _holds_something(run: Path) -> bool:
+    """Whether the output is a folder with something in it; one that is not there is only tried out."""
+    made = []
+    try:
+        if run.exists() and not run.is_dir():
+            raise ConfigError(f"the output {run} is a file; wanted a folder, or a name that is free")
+        for folder in (*reversed(run.parents), run):
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
+        filled = any(run.iterdir())
+        with tempfile.TemporaryFile(dir=run):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"the output {run} cannot be written: {error.strerror or error}; wanted a folder that may be written to, "
+            "or a name that is free in one"
+        ) from error
+    finally:
+        for folder in reversed(made):
+            with suppress(OSError):
+                folder.rmdir()
+    return filled
 
 
 def is_run(run: Path) -> bool:
