@@ -360,7 +360,10 @@ def test_resuming_a_finished_run_changes_nothing(here: Path, tmp_path: Path) -> 
 def test_overwrite_replaces_a_run_and_nothing_else(here: Path, tmp_path: Path) -> None:
     run = shutil.copytree(here / "run", tmp_path / "run")
     (run / "notes.txt").write_text("mine")
+    for name in ("confusion_matrix", "contact_sheet", "training_curves"):
+        (run / f"{name}.png").write_bytes(b"of the old run")
     assert train(here, run, "prompt_length=1", "--overwrite") == 0
+    assert not [*run.glob("*.png"), *run.glob(".*")]
     assert load_file(run / "model.safetensors")["text_prompt"].shape == (1, 32)
     assert (run / "notes.txt").read_text() == "mine"
 

@@ -188,6 +188,44 @@ def test_a_run_survives_a_failed_second_one(here: Path, tmp_path: Path, said: Sa
     assert {each.name: each.read_bytes() for each in run.rglob("*") if each.is_file()} == before
 
 
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_replaced_run_survives_until_the_new_one_has_something(
+    here: Path, data: Path, tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    """The new run ends in its first validation: the old one is back, its plots too."""
+    run = shutil.copytree(here / "run", tmp_path / "run")
+    (run / "confusion_matrix.png").write_bytes(b"plot")
+    before = {each.relative_to(run): each.read_bytes() for each in run.rglob("*") if each.is_file()}
+    (data / "0030.png").write_bytes(b"no picture")  # of the validation split
+    if stopped:
+        monkeypatch.setattr("epic_fast.training.loop._Run._validate", interrupt)
+    code, error = said(*training(here, run), "--data", data, "--overwrite", "seed=5")
+    assert code == (130 if stopped else 3), error
+    assert not stopped or f"{run} holds the run that it held before" in error
+    assert {each.relative_to(run): each.read_bytes() for each in run.rglob("*") if each.is_file()} == before
+
+
+def interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_new_run_that_was_killed_leaves_the_old_one_aside(here: Path, tmp_path: Path) -> None:
+    from epic_fast.cli.runs import set_aside, settle
+
+    run = shutil.copytree(here / "run", tmp_path / "run")
+    before = {each.relative_to(run): each.read_bytes() for each in run.rglob("*") if each.is_file()}
+    for _ in range(2):  # the second time finds what the first, killed one left
+        set_aside(run)
+        assert [each.name for each in run.iterdir()] == [".replaced"]
+        (run / "training.yaml").write_text("of the new run")
+    assert settle(run)
+    assert {each.relative_to(run): each.read_bytes() for each in run.rglob("*") if each.is_file()} == before
+    set_aside(run)
+    (run / "checkpoint").mkdir()
+    assert not settle(run)
+    assert [each.name for each in run.iterdir()] == ["checkpoint"]
+
+
 def test_what_is_no_adapter_is_2(here: Path, tmp_path: Path, said: Said) -> None:
     code, error = said("eval", here / "data", "--data", here / "data")
     assert code == 2

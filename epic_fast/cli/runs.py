@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from epic_fast.errors import ConfigError
+from epic_fast.files import recover_folder
 
 SETTINGS = "training.yaml"
-_FILES = ("config.json", "model.safetensors", SETTINGS, "log.jsonl", "metrics.json")
+ASIDE = ".replaced"
+_PLOTS = ("training_curves.png", "confusion_matrix.png", "contact_sheet.png", "mask_sheet.png", "routing_*.png")
+_FILES = ("config.json", "model.safetensors", SETTINGS, "log.jsonl", "metrics.json", *_PLOTS)
 _FOLDERS = ("checkpoint", "tensorboard")
 
 
@@ -85,15 +88,56 @@ def _holds_something(run: Path) -> bool:
 
 def is_run(run: Path) -> bool:
     """Whether a training run has written here."""
-    return any((run / name).exists() for name in (SETTINGS, "log.jsonl", "checkpoint"))
+    return any((run / name).exists() for name in (SETTINGS, "log.jsonl", "checkpoint", ASIDE))
 
 
 def clear(run: Path) -> None:
     """Remove what a run has written, and nothing else."""
-    for name in _FILES:
-        (run / name).unlink(missing_ok=True)
-    for name in _FOLDERS:
-        shutil.rmtree(run / name, ignore_errors=True)
+    for each in _written(run):
+        if each.is_dir():
+            shutil.rmtree(each, ignore_errors=True)
+        else:
+            each.unlink(missing_ok=True)
+
+
+def _written(run: Path) -> list[Path]:
+    return [path for name in (*_FILES, *_FOLDERS) for path in run.glob(name)]
+
+
+def set_aside(run: Path) -> None:
+    """Move what a run has written into a hidden folder of it, until :func:`settle` knows what becomes of it."""
+    recover_folder(run / "checkpoint")
+    aside = run / ASIDE
+    if aside.exists() and not _stands(run):
+        clear(run)  # of a new run that was killed; the one before it is still aside
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for each in _written(run):
+        each.replace(aside / each.name)
+
+
+def settle(run: Path) -> bool:
+    """Remove what was set aside once the new run has a checkpoint or an adapter; else bring it back.
+
+    Returns:
+        whether it was brought back.
+    """
+    aside = run / ASIDE
+    if not aside.is_dir():
+        return False
+    if _stands(run):
+        shutil.rmtree(aside, ignore_errors=True)
+        return False
+    clear(run)
+    for each in aside.iterdir():
+        each.replace(run / each.name)
+    aside.rmdir()
+    return True
+
+
+def _stands(run: Path) -> bool:
+    return (run / "checkpoint").is_dir() or (run / "model.safetensors").is_file()
 
 
 def saved_settings(run: Path) -> dict[str, Any] | None:

@@ -91,7 +91,7 @@ def train(
 def _train(settings: Any, run: Path, *, resuming: bool, overwrite: bool) -> dict[str, Any]:
     """The work: data, model, training, scores; the content of ``metrics.json``."""
     from epic_fast.cli.console import plain_json, quiet_transformers, say
-    from epic_fast.cli.runs import SETTINGS, clear, is_main_process
+    from epic_fast.cli.runs import SETTINGS, is_main_process, set_aside
     from epic_fast.cli.scoring import score
     from epic_fast.cli.sources import make_model, read_training_folder
     from epic_fast.files import atomic_write_json, atomic_write_text
@@ -119,7 +119,7 @@ def _train(settings: Any, run: Path, *, resuming: bool, overwrite: bool) -> dict
     text = settings.to_yaml()
     if main:
         if overwrite:
-            clear(run)
+            set_aside(run)
         if not (resuming and (run / SETTINGS).is_file()):  # a run that refuses to be resumed keeps its own
             atomic_write_text(run / SETTINGS, text)
     result = _fit(model, folder, training, run, resuming)
@@ -169,14 +169,19 @@ def _report_texts(model: Any, folder: Any, speak: Any) -> dict[str, float]:
 def _fit(model: Any, folder: Any, training: Any, run: Path, resuming: bool) -> Any:
     """The training itself; an end before its time says how to go on."""
     from epic_fast.cli.failures import Interrupted, RunTimeError, is_disk_full
-    from epic_fast.cli.runs import how_to_resume
+    from epic_fast.cli.runs import how_to_resume, is_main_process, settle
     from epic_fast.training import fit
 
     validation = folder.splits.get("validation")
     if validation is not None and not validation.has_labels:
         validation = None
+
+    def what_is_left() -> str:
+        restored = is_main_process() and settle(run)
+        return f"{run} holds the run that it held before" if restored else how_to_resume(run)
+
     try:
-        return fit(
+        found = fit(
             model,
             folder.splits["train"],
             validation,
@@ -185,11 +190,15 @@ def _fit(model: Any, folder: Any, training: Any, run: Path, resuming: bool) -> A
             resume="auto" if resuming else "never",
         )
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; {how_to_resume(run)}") from None
+        raise Interrupted(f"interrupted; {what_is_left()}") from None
     except Exception as error:
+        left = what_is_left()
         if is_disk_full(error):
-            raise RunTimeError(f"the disk is full: {error}\nFree some space; {how_to_resume(run)}") from error
+            raise RunTimeError(f"the disk is full: {error}\nFree some space; {left}") from error
         raise
+    if is_main_process():
+        settle(run)
+    return found
 
 
 def _show(summary: dict[str, Any], run: Path, data: str) -> None:
