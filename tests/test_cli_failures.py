@@ -298,6 +298,14 @@ def test_an_unknown_label_is_3(here: Path, data: Path, tmp_path: Path, said: Sai
     assert (code, "purple" in error) == (3, True)
 
 
+def test_one_class_is_3_and_named(here: Path, data: Path, tmp_path: Path, said: Said) -> None:
+    for row in range(42):
+        change(data, row, label="purple")
+    code, error = said(*training(here, tmp_path / "run"), "--data", data)
+    assert (code, "one class only ('purple')" in error) == (3, True), error
+    assert said("data", "check", data)[0] == 3
+
+
 def test_a_split_that_is_not_there_is_3(here: Path, data: Path, tmp_path: Path, said: Said) -> None:
     code, error = said("eval", here / "run", "--data", here / "data", "--split", "dev2")
     assert code == 3

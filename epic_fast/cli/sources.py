@@ -49,9 +49,10 @@ def read_training_folder(data: Any) -> Any:
     """The data folder of these :class:`DataSettings`, with a labelled training split.
 
     Raises:
-        DataError: it has none.
+        DataError: it has none, or one class only.
     """
     from epic_fast.data import read_folder, resolve_data
+    from epic_fast.data.folder import too_few_classes
 
     folder = read_folder(
         resolve_data(data.path),
@@ -65,6 +66,8 @@ def read_training_folder(data: Any) -> Any:
         raise DataError(f"{data.path} has no training split; it has {', '.join(folder.splits)}")
     if folder.problem_type is None:
         raise DataError(f"the rows of {data.path} have no labels to learn; wanted a field label or labels")
+    if lacking := too_few_classes(folder.problem_type, folder.labels):
+        raise DataError(f"{data.path}: {lacking}")
     return folder
 
 

@@ -347,9 +347,17 @@ def _warn(
         )
     if set(rows) == {"train"} and files[0].split is None:
         _say(found, f"{str(folder)!r} has training rows only: no validation, no test")
-    if encoder is not None and encoder.problem_type == SINGLE and len(encoder.names) < 2:
-        _say(found, f"there is one class only ({', '.join(encoder.names)}): nothing can be learned")
+    if encoder is not None and (lacking := too_few_classes(encoder.problem_type, encoder.names)):
+        _say(found, lacking)
     return found
+
+
+def too_few_classes(problem_type: str | None, labels: Sequence[str]) -> str | None:
+    """What to say where there are no two classes to tell apart, else None."""
+    if problem_type != SINGLE or len(labels) > 1:
+        return None
+    named = ", ".join(map(repr, labels)) or "none"
+    return f"there is one class only ({named}): nothing can be learned; wanted rows of at least two classes"
 
 
 def _warn_of_empty_texts(rows: Iterable[Row], found: list[str]) -> None:
