@@ -204,8 +204,13 @@ def _fit(model: Any, folder: Any, training: Any, run: Path, resuming: bool) -> A
 def _show(summary: dict[str, Any], run: Path, data: str) -> None:
     from epic_fast.cli.console import say, show_table
 
-    rows = [{"split": split, **summary[split]} for split in ("validation", "test") if split in summary]
+    rows = [{"split": split, **summary[split]} for split in ("validation", "test") if summary.get(split)]
     if rows:
-        show_table(rows, title=f"epoch {summary['best_epoch']} of {summary['epochs']}, {summary['seconds']:.1f} s")
-    again = f"epic-fast eval {shlex.quote(str(run))} --data {shlex.quote(data)} --split test"
-    say(f"saved: {run} (score it with: {again})")
+        epochs = f"best epoch {summary['best_epoch']} of {summary['epochs']}"
+        show_table(rows, title=f"{epochs}, {summary['seconds']:.1f} s")
+    split = rows[-1]["split"] if rows else "train"
+    say(f"saved: {run} (score it with: {_how_to_score(run, data, split)})")
+
+
+def _how_to_score(run: Path, data: str, split: str) -> str:
+    return f"epic-fast eval {shlex.quote(str(run))} --data {shlex.quote(data)} --split {split}"
