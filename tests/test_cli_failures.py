@@ -119,6 +119,48 @@ def test_what_is_missing_is_2(said: Said) -> None:
     assert "--data FOLDER" in error
 
 
+def test_resuming_what_is_not_there_is_2(here: Path, tmp_path: Path, said: Said) -> None:
+    code, error = said("train", "--output", tmp_path / "typo", "--resume", "auto")
+    assert (code, f"{tmp_path / 'typo'} does not exist" in error) == (2, True), error
+    code, error = said("train", "--output", tmp_path, "--resume", "auto")
+    assert (code, f"{tmp_path} holds no run" in error) == (2, True), error
+
+
+def test_resuming_by_another_method_is_2(here: Path, said: Said) -> None:
+    code, error = said("train", "--output", here / "run", "--resume", "auto", "--method", "mope")
+    assert (code, "the run to resume has the method 'epic', not 'mope'" in error) == (2, True), error
+
+
+def test_resuming_on_a_backbone_that_has_moved(here: Path, tmp_path: Path, said: Said) -> None:
+    clip = shutil.copytree(here / "clip", tmp_path / "clip")
+    assert epic_fast(*training(here, tmp_path / "run"), "--backbone", clip) == 0
+    clip.rename(tmp_path / "moved")
+    resumed = ("train", "--output", tmp_path / "run", "--resume", "auto")
+    code, error = said(*resumed)
+    assert code == 2
+    assert "If it has moved, say where it is now: --resume auto --backbone FOLDER" in error
+    code, error = said(*resumed, "--backbone", tmp_path / "nowhere")
+    assert (code, "has moved" in error) == (2, False), error
+    assert epic_fast(*resumed, "--backbone", tmp_path / "moved") == 0
+
+
+@pytest.mark.parametrize("broken", ["picture", "stopped", "bug"])
+def test_scores_that_fail_leave_the_adapter_and_say_so(
+    here: Path, data: Path, tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    if broken == "picture":
+        (data / "0040.png").write_bytes(b"no picture")  # of the test split
+    else:
+        error = KeyboardInterrupt() if broken == "stopped" else RuntimeError("a bug")
+        monkeypatch.setattr("epic_fast.cli.scoring.score", lambda *_, **__: (_ for _ in ()).throw(error))
+    code, message = said(*training(here, tmp_path / "run"), "--data", data)
+    assert code == {"picture": 3, "stopped": 130, "bug": 4}[broken]
+    split = "test" if broken == "picture" else "validation"
+    command = f"epic-fast eval {tmp_path / 'run'} --data {data} --split {split}"
+    assert f"{tmp_path / 'run'} holds the trained adapter; score it with: {command}" in message
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
 def test_a_run_is_not_written_over_unasked(here: Path, tmp_path: Path, said: Said) -> None:
     before = {each.name: each.read_bytes() for each in (here / "run").iterdir() if each.is_file()}
     code, error = said(*training(here, here / "run"), "seed=1")

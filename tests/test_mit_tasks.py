@@ -312,7 +312,9 @@ def test_the_sequences_of_a_batch(here: Path) -> None:
         torch.testing.assert_close(model(**collate([data[row]])).logits[0], logits[row], rtol=1e-4, atol=1e-5)
 
 
-def test_sentiment_by_the_commands(here: Path, tmp_path: Path, answer: Callable[..., Any]) -> None:
+def test_sentiment_by_the_commands(
+    here: Path, tmp_path: Path, answer: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     where = ("--data", here / "sentiment", "--backbone", f"text={here / 'llama'}", "--method", "mit")
     trained = answer(
         "train",
@@ -350,6 +352,10 @@ def test_sentiment_by_the_commands(here: Path, tmp_path: Path, answer: Callable[
     assert run(*cached) == 2
     pictures = ("train", "--data", here / "sentiment", "--backbone", towers(here), "--method", "mit")
     assert run(*pictures, "--output", tmp_path / "third") == 3
+    error = " ".join(capsys.readouterr().err.split())
+    assert "train.npz, validation.npz, test.npz in" in error
+    assert "looks at pictures" in error
+    assert not (tmp_path / "third").exists(), "it is seen before training"
 
 
 def test_texts_alone_with_a_prefix_cache(here: Path) -> None:

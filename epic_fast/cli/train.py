@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json as jsonlib
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from epic_fast.cli.options import Debug, Json
-from epic_fast.errors import ConfigError
+from epic_fast.errors import ConfigError, EpicFastError
 
 
 def train(
@@ -56,7 +58,7 @@ def train(
     """
     from epic_fast.cli.console import json_answer
     from epic_fast.cli.runs import check_output, is_main_process, saved_settings
-    from epic_fast.cli.settings import resolve_settings
+    from epic_fast.cli.settings import MissingSetting, resolve_settings
     from epic_fast.cli.sources import cache_path_made_absolute, local_path_made_absolute
 
     if resume not in ("auto", "never"):
@@ -73,7 +75,16 @@ def train(
         }
         resuming = resume == "auto"
         base = saved_settings(Path(output)) if resuming and output else None
-        settings = resolve_settings(config_file=config, options=options, overrides=overrides or (), base=base)
+        try:
+            settings = resolve_settings(config_file=config, options=options, overrides=overrides or (), base=base)
+        except MissingSetting as error:
+            if not resuming or not output or base:
+                raise
+            what = "holds no run of `epic-fast train` to resume" if Path(output).exists() else "does not exist"
+            raise ConfigError(
+                f"--resume auto: {output} {what}; mend its name, or start a run there: {error}"
+            ) from error
+        remembered = base is not None and settings.backbone == base["backbone"]
         settings.backbone = local_path_made_absolute(settings.backbone)
         settings.data.path = local_path_made_absolute(str(settings.data.path))
         if isinstance(settings.engine, dict):
@@ -81,14 +92,14 @@ def train(
         run = Path(settings.output)
         if is_main_process():
             check_output(run, resume=resuming, overwrite=overwrite)
-        summary = _train(settings, run, resuming=resuming, overwrite=overwrite)
+        summary = _train(settings, run, resuming=resuming, overwrite=overwrite, remembered=remembered)
         if is_main_process():
             answer(summary)
             if not json:
                 _show(summary, run, settings.data.path)
 
 
-def _train(settings: Any, run: Path, *, resuming: bool, overwrite: bool) -> dict[str, Any]:
+def _train(settings: Any, run: Path, *, resuming: bool, overwrite: bool, remembered: bool) -> dict[str, Any]:
     """The work: data, model, training, scores; the content of ``metrics.json``."""
     from epic_fast.cli.console import plain_json, quiet_transformers, say
     from epic_fast.cli.runs import SETTINGS, is_main_process, set_aside
@@ -111,7 +122,7 @@ def _train(settings: Any, run: Path, *, resuming: bool, overwrite: bool) -> dict
         speak(f"skipped: {len(folder.skipped)} rows that cannot be read, the first: {folder.skipped[0]}")
 
     seed_everything(training.seed)
-    model = make_model(settings, folder)
+    model = make_model(settings, folder, remembered=remembered)
     truncated = _report_texts(model, folder, speak)
     trainable, total = model.get_nb_trainable_parameters()
     speak(f"model: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
@@ -142,12 +153,31 @@ def _train(settings: Any, run: Path, *, resuming: bool, overwrite: bool) -> dict
         "skipped_rows": len(folder.skipped),
         "samples": {name: len(dataset) for name, dataset in folder.splits.items()},
     }
+    size = training.eval_batch_size or training.batch_size
     for split in ("validation", "test"):
         if split in folder.splits and folder.splits[split].has_labels:
-            size = training.eval_batch_size or training.batch_size
-            summary[split], _ = score(model, folder.splits[split], batch_size=size)
+            with _adapter_is_saved(run, settings.data.path, split):
+                summary[split], _ = score(model, folder.splits[split], batch_size=size)
     atomic_write_json(run / "metrics.json", plain_json(summary))
     return summary
+
+
+@contextmanager
+def _adapter_is_saved(run: Path, data: str, split: str) -> Iterator[None]:
+    """Scores that fail or are stopped leave a trained adapter; the message says so."""
+    from epic_fast.cli.console import print_error
+    from epic_fast.cli.failures import Interrupted
+
+    kept = f"{run} holds the trained adapter; score it with: {_how_to_score(run, data, split)}"
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {kept}") from None
+    except EpicFastError as error:
+        raise type(error)(f"{error}\n{kept}") from error
+    except Exception:
+        print_error(kept, "saved")
+        raise
 
 
 def _report_texts(model: Any, folder: Any, speak: Any) -> dict[str, float]:
