@@ -22,6 +22,7 @@ from epic_fast.data.labels import (
     infer_problem_type,
 )
 from epic_fast.data.metadata import (
+    LABEL_FIELD_HINT,
     Complain,
     Entry,
     Fields,
@@ -259,7 +260,8 @@ def make_encoder(
             complain(
                 DataError(
                     f"{str(folder)!r} has no training split to take the class names from; add labels.txt (one name a "
-                    "line, in the order of the ids), or pass labels=model.labels"
+                    "line, in the order of the ids); `epic-fast eval` takes those of the run, in Python give "
+                    "labels=model.labels"
                 )
             )
         return LabelEncoder(problem_type, class_names(train or entries, problem_type, complain), "the training split")
@@ -321,7 +323,7 @@ def _check_labelled(entries: Sequence[Entry], complain: Complain) -> None:
             complain(
                 DataError(
                     f"{bare[0].where} ({split}): no label{others}; {rule}. Wanted a field 'label' or 'labels', or "
-                    "the name of another as label_field="
+                    f"the name of another{LABEL_FIELD_HINT}"
                 )
             )
 
