@@ -119,6 +119,30 @@ def test_what_is_missing_is_2(said: Said) -> None:
     assert "--data FOLDER" in error
 
 
+def test_errors_name_the_options_of_the_command_line(here: Path, data: Path, tmp_path: Path, said: Said) -> None:
+    code, error = said(*training(here, here / "run"), "--resume", "auto", "seed=3")
+    assert (code, "--overwrite" in error) == (2, True), error
+    tiny_clip(tmp_path / "other", seed=1)
+    code, error = said("eval", here / "run", "--data", data, "--backbone", tmp_path / "other")
+    assert (code, "--backbone on the command line" in error) == (2, True), error
+    code, error = said("eval", here / "run", "--data", data, "--text-field", "words")
+    assert (code, "--text-field (in train data.text_field=)" in error) == (3, True), error
+    clip = shutil.copytree(here / "clip", tmp_path / "clip")
+    assert epic_fast(*training(here, tmp_path / "run"), "--backbone", clip) == 0
+    shutil.rmtree(clip)
+    code, error = said("eval", tmp_path / "run", "--data", data)
+    assert (code, "say where it is now: --backbone" in error) == (2, True), error
+
+
+def test_skip_bad_is_advised_for_pictures_only(here: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(data, 40, label="purple")
+    assert epic_fast("data", "check", data) == 3
+    assert "--skip-bad" not in capsys.readouterr().out
+    (data / "0004.png").write_bytes(b"no picture")
+    assert epic_fast("data", "check", data) == 3
+    assert "picture cannot be read out by --skip-bad" in " ".join(capsys.readouterr().out.split())
+
+
 def test_resuming_what_is_not_there_is_2(here: Path, tmp_path: Path, said: Said) -> None:
     code, error = said("train", "--output", tmp_path / "typo", "--resume", "auto")
     assert (code, f"{tmp_path / 'typo'} does not exist" in error) == (2, True), error

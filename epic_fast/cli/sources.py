@@ -111,9 +111,8 @@ def make_model(settings: Any, folder: Any, *, remembered: bool = False) -> Any:
         pos_weight=settings.data.pos_weight,
         engine=engine_for(settings.engine, gpu=gpu),
     )
-    if getattr(model, "uses_picture", True) and any(
-        isinstance(each, SequenceDataset) for each in folder.splits.values()
-    ):
+    utterances = any(isinstance(each, SequenceDataset) for each in folder.splits.values())
+    if utterances and getattr(model, "uses_picture", True):
         raise DataError(
             f"{', '.join(folder.metadata)} in {folder.path} has no pictures, and this model looks at pictures; wanted "
             "data with pictures, or a model without: --method mit with model.picture=false, or with a language model "

@@ -46,7 +46,7 @@ def train(
     ] = "never",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in RUN.")] = False,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Skip and count unreadable rows instead of stopping.")
+        bool, typer.Option("--skip-bad", help="Skip and count rows whose picture cannot be read, instead of stopping.")
     ] = False,
     json: Json = False,
     debug: Debug = False,
@@ -119,7 +119,7 @@ def _train(settings: Any, run: Path, *, resuming: bool, overwrite: bool, remembe
     classes = f", {len(folder.labels)} labels" if folder.labels else ""
     speak(f"data: {rows} rows{classes}, {kind}")
     if folder.skipped:
-        speak(f"skipped: {len(folder.skipped)} rows that cannot be read, the first: {folder.skipped[0]}")
+        speak(f"skipped: {len(folder.skipped)} rows whose picture cannot be read, the first: {folder.skipped[0]}")
 
     seed_everything(training.seed)
     model = make_model(settings, folder, remembered=remembered)
