@@ -111,8 +111,8 @@ def from_pretrained(
                     kinds = f" (it was trained in {recorded['dtype']}, this one is in {str(encoder.dtype)[6:]})"
                 raise AdapterError(
                     f"the adapter in {folder} was trained on another backbone than the one given{kinds}: {difference}. "
-                    f"Wanted {recorded['source'] or recorded['family']}; give that one: --backbone on the command line, "
-                    "backbone= in Python"
+                    f"Wanted {recorded['source'] or recorded['family']}; give that one: --backbone on the command "
+                    "line, backbone= in Python"
                 )
         model = _rebuild(encoder, description, folder, engine)
         load_weights(model, folder / WEIGHTS)
