@@ -206,9 +206,10 @@ def _fit(model: Any, folder: Any, training: Any, run: Path, resuming: bool) -> A
     if validation is not None and not validation.has_labels:
         validation = None
 
+    restored = f"{run} holds the run that it held before"
+
     def what_is_left() -> str:
-        restored = is_main_process() and settle(run)
-        return f"{run} holds the run that it held before" if restored else how_to_resume(run)
+        return restored if is_main_process() and settle(run) else how_to_resume(run)
 
     try:
         found = fit(
@@ -225,6 +226,8 @@ def _fit(model: Any, folder: Any, training: Any, run: Path, resuming: bool) -> A
         left = what_is_left()
         if is_disk_full(error):
             raise RunTimeError(f"the disk is full: {error}\nFree some space; {left}") from error
+        if left == restored and isinstance(error, EpicFastError):
+            raise type(error)(f"{error}\n{restored}") from error
         raise
     if is_main_process():
         settle(run)
