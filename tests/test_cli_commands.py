@@ -150,6 +150,31 @@ def test_train_says_what_it_found(here: Path, tmp_path: Path, capsys: pytest.Cap
     assert json.loads((tmp_path / "run" / "metrics.json").read_text())["skipped_rows"] == 1
 
 
+@pytest.mark.parametrize(("left", "scored"), [("validation", "validation"), ("test", "test"), (None, "train")])
+def test_train_shows_the_splits_that_there_are(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], left: str | None, scored: str
+) -> None:
+    folder = shutil.copytree(here / "data", tmp_path / "data")
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    kept = [json.dumps(row) + "\n" for row in rows if row["split"] in ("train", left)]
+    (folder / "metadata.jsonl").write_text("".join(kept))
+    capsys.readouterr()
+    assert train(here, tmp_path / "run", "--data", folder) == 0
+    out = capsys.readouterr().out
+    assert f"--split {scored})" in out
+    for shown in ("best epoch 1 of 1", "accuracy"):
+        assert (shown in out) == (left is not None)
+
+
+def test_a_table_has_the_columns_of_all_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    from epic_fast.cli.console import show_table
+
+    show_table([{"split": "validation"}, {"split": "test", "accuracy": 0.5}])
+    head, *rows = [line for line in capsys.readouterr().out.splitlines() if any(each.isalnum() for each in line)]
+    assert "accuracy" in head
+    assert "0.5000" in rows[1]
+
+
 def test_eval_prints_one_json_object_that_agrees_with_training(here: Path, answer: Callable[..., Any]) -> None:
     metrics = json.loads((here / "run" / "metrics.json").read_text())
     found = answer("eval", here / "run", "--data", here / "data", "--split", "test")
@@ -360,7 +385,10 @@ def test_resuming_a_finished_run_changes_nothing(here: Path, tmp_path: Path) -> 
 def test_overwrite_replaces_a_run_and_nothing_else(here: Path, tmp_path: Path) -> None:
     run = shutil.copytree(here / "run", tmp_path / "run")
     (run / "notes.txt").write_text("mine")
+    for name in ("confusion_matrix", "contact_sheet", "training_curves"):
+        (run / f"{name}.png").write_bytes(b"of the old run")
     assert train(here, run, "prompt_length=1", "--overwrite") == 0
+    assert not [*run.glob("*.png"), *run.glob(".*")]
     assert load_file(run / "model.safetensors")["text_prompt"].shape == (1, 32)
     assert (run / "notes.txt").read_text() == "mine"
 

@@ -119,6 +119,72 @@ def test_what_is_missing_is_2(said: Said) -> None:
     assert "--data FOLDER" in error
 
 
+def test_errors_name_the_options_of_the_command_line(here: Path, data: Path, tmp_path: Path, said: Said) -> None:
+    code, error = said(*training(here, here / "run"), "--resume", "auto", "seed=3")
+    assert (code, "--overwrite" in error) == (2, True), error
+    tiny_clip(tmp_path / "other", seed=1)
+    code, error = said("eval", here / "run", "--data", data, "--backbone", tmp_path / "other")
+    assert (code, "--backbone on the command line" in error) == (2, True), error
+    code, error = said("eval", here / "run", "--data", data, "--text-field", "words")
+    assert (code, "--text-field (in train data.text_field=)" in error) == (3, True), error
+    clip = shutil.copytree(here / "clip", tmp_path / "clip")
+    assert epic_fast(*training(here, tmp_path / "run"), "--backbone", clip) == 0
+    shutil.rmtree(clip)
+    code, error = said("eval", tmp_path / "run", "--data", data)
+    assert (code, "say where it is now: --backbone" in error) == (2, True), error
+
+
+def test_skip_bad_is_advised_for_pictures_only(here: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(data, 40, label="purple")
+    assert epic_fast("data", "check", data) == 3
+    assert "--skip-bad" not in capsys.readouterr().out
+    (data / "0004.png").write_bytes(b"no picture")
+    assert epic_fast("data", "check", data) == 3
+    assert "picture cannot be read out by --skip-bad" in " ".join(capsys.readouterr().out.split())
+
+
+def test_resuming_what_is_not_there_is_2(here: Path, tmp_path: Path, said: Said) -> None:
+    code, error = said("train", "--output", tmp_path / "typo", "--resume", "auto")
+    assert (code, f"{tmp_path / 'typo'} does not exist" in error) == (2, True), error
+    code, error = said("train", "--output", tmp_path, "--resume", "auto")
+    assert (code, f"{tmp_path} holds no run" in error) == (2, True), error
+
+
+def test_resuming_by_another_method_is_2(here: Path, said: Said) -> None:
+    code, error = said("train", "--output", here / "run", "--resume", "auto", "--method", "mope")
+    assert (code, "the run to resume has the method 'epic', not 'mope'" in error) == (2, True), error
+
+
+def test_resuming_on_a_backbone_that_has_moved(here: Path, tmp_path: Path, said: Said) -> None:
+    clip = shutil.copytree(here / "clip", tmp_path / "clip")
+    assert epic_fast(*training(here, tmp_path / "run"), "--backbone", clip) == 0
+    clip.rename(tmp_path / "moved")
+    resumed = ("train", "--output", tmp_path / "run", "--resume", "auto")
+    code, error = said(*resumed)
+    assert code == 2
+    assert "If it has moved, say where it is now: --resume auto --backbone FOLDER" in error
+    code, error = said(*resumed, "--backbone", tmp_path / "nowhere")
+    assert (code, "has moved" in error) == (2, False), error
+    assert epic_fast(*resumed, "--backbone", tmp_path / "moved") == 0
+
+
+@pytest.mark.parametrize("broken", ["picture", "stopped", "bug"])
+def test_scores_that_fail_leave_the_adapter_and_say_so(
+    here: Path, data: Path, tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    if broken == "picture":
+        (data / "0040.png").write_bytes(b"no picture")  # of the test split
+    else:
+        error = KeyboardInterrupt() if broken == "stopped" else RuntimeError("a bug")
+        monkeypatch.setattr("epic_fast.cli.scoring.score", lambda *_, **__: (_ for _ in ()).throw(error))
+    code, message = said(*training(here, tmp_path / "run"), "--data", data)
+    assert code == {"picture": 3, "stopped": 130, "bug": 4}[broken]
+    split = "test" if broken == "picture" else "validation"
+    command = f"epic-fast eval {tmp_path / 'run'} --data {data} --split {split}"
+    assert f"{tmp_path / 'run'} holds the trained adapter; score it with: {command}" in message
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
 def test_a_run_is_not_written_over_unasked(here: Path, tmp_path: Path, said: Said) -> None:
     before = {each.name: each.read_bytes() for each in (here / "run").iterdir() if each.is_file()}
     code, error = said(*training(here, here / "run"), "seed=1")
@@ -141,6 +207,41 @@ def test_other_files_are_never_written_over(here: Path, tmp_path: Path, said: Sa
     assert [each.name for each in (tmp_path / "home").iterdir()] == ["letter.txt"]
 
 
+def test_the_demo_writes_over_demos_only(
+    here: Path, tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr("epic_fast.demo.run_demo", lambda **options: asked.append(options["output"]) or {})
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear")
+    for output, message in (
+        (tmp_path / "home", "no earlier demo wrote it"),
+        (tmp_path / "home" / "letter.txt", "is a file"),
+        (here / "run", "holds a run of `epic-fast train`"),
+    ):
+        code, error = said("demo", "--output", output)
+        assert (code, message in error) == (2, True), error
+    assert not asked
+    (tmp_path / "stopped").mkdir()
+    (tmp_path / "stopped" / "training.yaml").write_text("# Written by epic_fast.training.fit\ntraining: {}\n")
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "table.json").write_text("{}")
+    for name in ("new", "stopped", "done"):
+        assert said("demo", "--output", tmp_path / name)[0] == 0
+    assert asked == [tmp_path / "new", tmp_path / "stopped", tmp_path / "done"]
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "demo"])
+def test_an_output_that_cannot_be_written_is_2(here: Path, tmp_path: Path, said: Said, command: str) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    arguments = training(here, tmp_path)[: -len(SMALL) - 2] if command == "train" else ["demo"]
+    for output in ("/proc/nowhere/run", tmp_path / "letter.txt" / "run", tmp_path / "new" / ("x" * 300)):
+        code, error = said(*arguments, "--output", output)
+        assert (code, "cannot be written" in error) == (2, True), error
+    assert [each.name for each in tmp_path.iterdir()] == ["letter.txt"], "what was tried out is gone"
+
+
 @pytest.mark.parametrize("how", ["--overwrite", "--resume=auto"])
 def test_a_run_survives_a_failed_second_one(here: Path, tmp_path: Path, said: Said, how: str) -> None:
     run = shutil.copytree(here / "run", tmp_path / "run")
@@ -151,6 +252,44 @@ def test_a_run_survives_a_failed_second_one(here: Path, tmp_path: Path, said: Sa
     assert code == 2
     assert "training.learning_rate was 0.001, now 3.0" in error
     assert {each.name: each.read_bytes() for each in run.rglob("*") if each.is_file()} == before
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_replaced_run_survives_until_the_new_one_has_something(
+    here: Path, data: Path, tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch, stopped: bool
+) -> None:
+    """The new run ends in its first validation: the old one is back, its plots too."""
+    run = shutil.copytree(here / "run", tmp_path / "run")
+    (run / "confusion_matrix.png").write_bytes(b"plot")
+    before = {each.relative_to(run): each.read_bytes() for each in run.rglob("*") if each.is_file()}
+    (data / "0030.png").write_bytes(b"no picture")  # of the validation split
+    if stopped:
+        monkeypatch.setattr("epic_fast.training.loop._Run._validate", interrupt)
+    code, error = said(*training(here, run), "--data", data, "--overwrite", "seed=5")
+    assert code == (130 if stopped else 3), error
+    assert f"{run} holds the run that it held before" in error
+    assert {each.relative_to(run): each.read_bytes() for each in run.rglob("*") if each.is_file()} == before
+
+
+def interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_new_run_that_was_killed_leaves_the_old_one_aside(here: Path, tmp_path: Path) -> None:
+    from epic_fast.cli.runs import set_aside, settle
+
+    run = shutil.copytree(here / "run", tmp_path / "run")
+    before = {each.relative_to(run): each.read_bytes() for each in run.rglob("*") if each.is_file()}
+    for _ in range(2):  # the second time finds what the first, killed one left
+        set_aside(run)
+        assert [each.name for each in run.iterdir()] == [".replaced"]
+        (run / "training.yaml").write_text("of the new run")
+    assert settle(run)
+    assert {each.relative_to(run): each.read_bytes() for each in run.rglob("*") if each.is_file()} == before
+    set_aside(run)
+    (run / "checkpoint").mkdir()
+    assert not settle(run)
+    assert [each.name for each in run.iterdir()] == ["checkpoint"]
 
 
 def test_what_is_no_adapter_is_2(here: Path, tmp_path: Path, said: Said) -> None:
@@ -223,6 +362,14 @@ def test_an_unknown_label_is_3(here: Path, data: Path, tmp_path: Path, said: Sai
     assert (code, "purple" in error) == (3, True)
     code, error = said("eval", here / "run", "--data", data)
     assert (code, "purple" in error) == (3, True)
+
+
+def test_one_class_is_3_and_named(here: Path, data: Path, tmp_path: Path, said: Said) -> None:
+    for row in range(42):
+        change(data, row, label="purple")
+    code, error = said(*training(here, tmp_path / "run"), "--data", data)
+    assert (code, "one class only ('purple')" in error) == (3, True), error
+    assert said("data", "check", data)[0] == 3
 
 
 def test_a_split_that_is_not_there_is_3(here: Path, data: Path, tmp_path: Path, said: Said) -> None:

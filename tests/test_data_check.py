@@ -91,6 +91,17 @@ def test_regression_and_no_rows(tmp_path):
     assert "no rows" in str(report)
 
 
+def test_one_class_is_an_error(tmp_path):
+    folder = make_folder(tmp_path)
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps({**row, "label": "red"}) + "\n" for row in rows))
+    report = check_folder(folder)
+    assert not report.ok
+    assert len(report.errors) == 1
+    assert "one class only ('red')" in report.errors[0]
+    assert not any("one class" in line for line in report.warnings)
+
+
 def test_no_metadata_is_an_error(tmp_path):
     with pytest.raises(DataError, match="has no metadata"):
         check_folder(tmp_path)

@@ -502,7 +502,7 @@ def test_picture_in_two_splits_is_a_warning(tmp_path, caplog):
 
 
 def test_one_class_is_a_warning(tmp_path):
-    assert any("one class only (cat)" in line for line in read_folder(write(tmp_path, [row(0)])).warnings)
+    assert any("one class only ('cat')" in line for line in read_folder(write(tmp_path, [row(0)])).warnings)
 
 
 # -- rows to predict ----------------------------------------------------------------------------------------------

@@ -312,7 +312,9 @@ def test_the_sequences_of_a_batch(here: Path) -> None:
         torch.testing.assert_close(model(**collate([data[row]])).logits[0], logits[row], rtol=1e-4, atol=1e-5)
 
 
-def test_sentiment_by_the_commands(here: Path, tmp_path: Path, answer: Callable[..., Any]) -> None:
+def test_sentiment_by_the_commands(
+    here: Path, tmp_path: Path, answer: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     where = ("--data", here / "sentiment", "--backbone", f"text={here / 'llama'}", "--method", "mit")
     trained = answer(
         "train",
@@ -350,6 +352,10 @@ def test_sentiment_by_the_commands(here: Path, tmp_path: Path, answer: Callable[
     assert run(*cached) == 2
     pictures = ("train", "--data", here / "sentiment", "--backbone", towers(here), "--method", "mit")
     assert run(*pictures, "--output", tmp_path / "third") == 3
+    error = " ".join(capsys.readouterr().err.split())
+    assert "train.npz, validation.npz, test.npz in" in error
+    assert "looks at pictures" in error
+    assert not (tmp_path / "third").exists(), "it is seen before training"
 
 
 def test_texts_alone_with_a_prefix_cache(here: Path) -> None:
@@ -409,7 +415,8 @@ def test_infinities_of_public_features_count_as_zero(tmp_path: Path, caplog: pyt
         ({"text": None}, "no array 'text'"),
         ({"text": np.arange(3)}, r"text has shape \(3,\) and type int64"),
         ({"text": np.array(["a", 1, None], dtype=object)}, "save strings with dtype=str"),
-        ({"label": np.array([1.0, np.nan, 0.0])}, r"wanted \(3,\) finite numbers"),
+        ({"label": np.array([1.0, np.nan, 0.0])}, r"label\[1\] is nan, no finite number; wanted \(3,\) finite numbers"),
+        ({"label": np.array([[1.0], [np.inf], [np.nan]])}, r"label\[1\] is inf, no finite number \(and 1 more\)"),
         ({"label": np.array([1.0])}, r"label has shape \(1,\)"),
         ({"acoustic_lengths": np.array([5, 6, 1])}, "whole numbers from 0 to 5, the frames of acoustic"),
         ({"acoustic_lengths": np.array([5, 1])}, r"acoustic_lengths has shape \(2,\)"),

@@ -51,13 +51,15 @@ def say(message: str) -> None:
 
 
 def show_table(rows: Sequence[Mapping[str, Any]], title: str | None = None) -> None:
-    """The rows (all with the same keys) as a table; numbers to the right with four digits after the point."""
+    """The rows as a table, a column for each key of any; numbers to the right with four digits after the point."""
     table = Table(title=title, title_justify="left", title_style="bold")
-    for name in rows[0]:
-        numeric = all(isinstance(row[name], (int, float)) and not isinstance(row[name], bool) for row in rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    for name in names:
+        values = [row[name] for row in rows if name in row]
+        numeric = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(escape(format_value(value)) for value in row.values()))
+        table.add_row(*(escape(format_value(row.get(name))) for name in names))
     Console(highlight=False).print(table)
 
 

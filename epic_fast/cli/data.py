@@ -191,4 +191,5 @@ def _show(report: Any) -> None:
         said = ", ".join(f"{split} {count}" for split, count in rows.items() if count)
         if said:
             say(f"rows that repeat a {what} of their split: {said}")
-    say("fine" if report.ok else "not fine: mend the rows above, or leave unreadable pictures out by --skip-bad")
+    hint = ", or leave rows whose picture cannot be read out by --skip-bad" if report.missing or report.broken else ""
+    say("fine" if report.ok else f"not fine: mend what is named above{hint}")

@@ -37,11 +37,13 @@ def demo(
 ) -> None:
     """Train EPIC on the project's own towers and drawings, and print it beside every honest rival."""
     from epic_fast.cli.console import json_answer, quiet_transformers
+    from epic_fast.cli.runs import check_demo_output
 
     if task not in ("classify", "match"):
         raise ConfigError(f"--task {task!r}; wanted classify or match")
     if quick and full:
         raise ConfigError("--quick and --full; wanted one of them, or neither")
+    check_demo_output(output)
     from epic_fast.demo import run_demo
 
     quiet_transformers()

@@ -28,7 +28,9 @@ DataSource = Annotated[
 ]
 Split = Annotated[str, typer.Option("--split", help="The split to take.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Samples at a time.")]
-SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Skip and count unreadable rows instead of stopping.")]
+SkipBad = Annotated[
+    bool, typer.Option("--skip-bad", help="Skip and count rows whose picture cannot be read, instead of stopping.")
+]
 Backbone = Annotated[
     str | None,
     typer.Option("--backbone", metavar="NAME|FOLDER|demo", help="The backbone, where the adapter's own has moved."),

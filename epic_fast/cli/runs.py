@@ -5,13 +5,18 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from epic_fast.errors import ConfigError
+from epic_fast.files import recover_folder
 
 SETTINGS = "training.yaml"
-_FILES = ("config.json", "model.safetensors", SETTINGS, "log.jsonl", "metrics.json")
+ASIDE = ".replaced"
+_PLOTS = ("training_curves.png", "confusion_matrix.png", "contact_sheet.png", "mask_sheet.png", "routing_*.png")
+_FILES = ("config.json", "model.safetensors", SETTINGS, "log.jsonl", "metrics.json", *_PLOTS)
 _FOLDERS = ("checkpoint", "tensorboard")
 
 
@@ -24,15 +29,12 @@ def check_output(run: Path, *, resume: bool, overwrite: bool) -> None:
     """Refuse a folder in which something would be lost.
 
     Raises:
-        ConfigError: a file, or a folder with content that is neither to be resumed nor overwritten.
+        ConfigError: a file, a folder with content that is neither to be resumed nor overwritten, or one that cannot
+            be written to.
     """
     if resume and overwrite:
         raise ConfigError("--resume auto and --overwrite exclude each other; give one")
-    if not run.exists():
-        return
-    if not run.is_dir():
-        raise ConfigError(f"the output {run} is a file; wanted a folder, or a name that is free")
-    if not any(run.iterdir()):
+    if not _holds_something(run):
         return
     if not is_run(run):
         if resume or overwrite:
@@ -45,17 +47,97 @@ def check_output(run: Path, *, resume: bool, overwrite: bool) -> None:
         )
 
 
+def check_demo_output(run: Path) -> None:
+    """Refuse a folder in which something other than an earlier demo would be lost.
+
+    Raises:
+        ConfigError: a file, a folder with other content, or one that cannot be written to.
+    """
+    if not _holds_something(run):
+        return
+    if saved_settings(run):
+        raise ConfigError(f"the output {run} holds a run of `epic-fast train`; choose another folder for the demo")
+    if not (is_run(run) or (run / "table.json").exists()):
+        raise ConfigError(f"the output {run} is not empty, and no earlier demo wrote it; choose another folder")
+
+
+def _holds_something(run: Path) -> bool:
+    """Whether the output is a folder with something in it; one that is not there is only tried out."""
+    made = []
+    try:
+        if run.exists() and not run.is_dir():
+            raise ConfigError(f"the output {run} is a file; wanted a folder, or a name that is free")
+        for folder in (*reversed(run.parents), run):
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
+        filled = any(run.iterdir())
+        with tempfile.TemporaryFile(dir=run):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"the output {run} cannot be written: {error.strerror or error}; wanted a folder that may be written to, "
+            "or a name that is free in one"
+        ) from error
+    finally:
+        for folder in reversed(made):
+            with suppress(OSError):
+                folder.rmdir()
+    return filled
+
+
 def is_run(run: Path) -> bool:
     """Whether a training run has written here."""
-    return any((run / name).exists() for name in (SETTINGS, "log.jsonl", "checkpoint"))
+    return any((run / name).exists() for name in (SETTINGS, "log.jsonl", "checkpoint", ASIDE))
 
 
 def clear(run: Path) -> None:
     """Remove what a run has written, and nothing else."""
-    for name in _FILES:
-        (run / name).unlink(missing_ok=True)
-    for name in _FOLDERS:
-        shutil.rmtree(run / name, ignore_errors=True)
+    for each in _written(run):
+        if each.is_dir():
+            shutil.rmtree(each, ignore_errors=True)
+        else:
+            each.unlink(missing_ok=True)
+
+
+def _written(run: Path) -> list[Path]:
+    return [path for name in (*_FILES, *_FOLDERS) for path in run.glob(name)]
+
+
+def set_aside(run: Path) -> None:
+    """Move what a run has written into a hidden folder of it, until :func:`settle` knows what becomes of it."""
+    recover_folder(run / "checkpoint")
+    aside = run / ASIDE
+    if aside.exists() and not _stands(run):
+        clear(run)  # of a new run that was killed; the one before it is still aside
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for each in _written(run):
+        each.replace(aside / each.name)
+
+
+def settle(run: Path) -> bool:
+    """Remove what was set aside once the new run has a checkpoint or an adapter; else bring it back.
+
+    Returns:
+        whether it was brought back.
+    """
+    aside = run / ASIDE
+    if not aside.is_dir():
+        return False
+    if _stands(run):
+        shutil.rmtree(aside, ignore_errors=True)
+        return False
+    clear(run)
+    for each in aside.iterdir():
+        each.replace(run / each.name)
+    aside.rmdir()
+    return True
+
+
+def _stands(run: Path) -> bool:
+    return (run / "checkpoint").is_dir() or (run / "model.safetensors").is_file()
 
 
 def saved_settings(run: Path) -> dict[str, Any] | None:

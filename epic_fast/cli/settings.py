@@ -17,6 +17,10 @@ from epic_fast.errors import ConfigError
 TOP_LEVEL = ("data", "backbone", "method", "output")
 
 
+class MissingSetting(ConfigError):
+    """A setting that has no default, and that nobody gave."""
+
+
 @dataclass
 class DataSettings:
     """Section ``data:`` of a config file.
@@ -177,7 +181,8 @@ def resolve_settings(
         base: values that lie below all others, nested as in a config file.
 
     Raises:
-        ConfigError: an unknown or ambiguous key, a value that a section refuses, or a missing one.
+        ConfigError: an unknown or ambiguous key, a value that a section refuses, a missing one
+            (:class:`MissingSetting`), or another method than the base's.
     """
     file_values = read_config_file(config_file) if config_file else {}
     pairs = [_split_override(text) for text in overrides]
@@ -185,6 +190,12 @@ def resolve_settings(
     keys = known_keys(method)
     values: dict[str, Any] = {}
     if base:
+        trained = base.get("method") or "epic"
+        if trained != method:
+            raise ConfigError(
+                f"the run to resume has the method {trained!r}, not {method!r}; leave the method out to resume it, or "
+                "train into another folder (or with --overwrite into this one)"
+            )
         _overlay(values, _flatten(base, keys, "the run's training.yaml"))
     _overlay(values, _flatten(file_values, keys, f"{config_file}"))
     _overlay(values, {key: value for key, value in options.items() if value is not None})
@@ -291,7 +302,9 @@ def _build(values: Mapping[str, Any], method: str, keys: Mapping[str, list[str]]
             sections[section][name] = value
     for key, option in (("output", "--output RUN"), ("backbone", "--backbone NAME"), ("data.path", "--data FOLDER")):
         if values.get(key) is None:
-            raise ConfigError(f"no {key.removesuffix('.path')} was given; add {option}, or `{key}` to the config file")
+            raise MissingSetting(
+                f"no {key.removesuffix('.path')} was given; add {option}, or `{key}` to the config file"
+            )
     data = DataSettings(**sections["data"])
     data.path = str(data.path)
     for name in ("text_field", "split_field"):

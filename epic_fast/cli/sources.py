@@ -49,9 +49,10 @@ def read_training_folder(data: Any) -> Any:
     """The data folder of these :class:`DataSettings`, with a labelled training split.
 
     Raises:
-        DataError: it has none.
+        DataError: it has none, or one class only.
     """
     from epic_fast.data import read_folder, resolve_data
+    from epic_fast.data.folder import too_few_classes
 
     folder = read_folder(
         resolve_data(data.path),
@@ -65,14 +66,26 @@ def read_training_folder(data: Any) -> Any:
         raise DataError(f"{data.path} has no training split; it has {', '.join(folder.splits)}")
     if folder.problem_type is None:
         raise DataError(f"the rows of {data.path} have no labels to learn; wanted a field label or labels")
+    if lacking := too_few_classes(folder.problem_type, folder.labels):
+        raise DataError(f"{data.path}: {lacking}")
     return folder
 
 
-def make_model(settings: Any, folder: Any) -> Any:
-    """The model of these :class:`RunSettings` for the labels of a data folder, on the CPU."""
+def make_model(settings: Any, folder: Any, *, remembered: bool = False) -> Any:
+    """The model of these :class:`RunSettings` for the labels of a data folder, on the CPU.
+
+    Args:
+        remembered: whether the backbone is the one that a resumed run remembers, which may have moved.
+
+    Raises:
+        ConfigError: settings, backbone and data that do not fit.
+        DataError: data without pictures for a backbone that looks at some.
+    """
     import torch
 
+    from epic_fast.backbones import load_backbone
     from epic_fast.cli.settings import method_config_class
+    from epic_fast.data import SequenceDataset
     from epic_fast.models import wrap
 
     gpu = settings.training["device"] != "cpu" and torch.cuda.is_available()
@@ -83,8 +96,14 @@ def make_model(settings: Any, folder: Any) -> Any:
             f"{folder.path} holds sequences ({', '.join(folder.sequences)}), which the method {settings.method!r} does "
             "not take; wanted --method mit"
         )
-    return wrap(
-        settings.backbone,
+    try:
+        backbone = load_backbone(settings.backbone)
+    except ConfigError as error:
+        if not remembered:
+            raise
+        raise ConfigError(f"{error}\nIf it has moved, say where it is now: --resume auto --backbone FOLDER") from error
+    model = wrap(
+        backbone,
         method_config_class(settings.method)(**settings.model),
         folder.num_labels,
         folder.problem_type,
@@ -92,6 +111,14 @@ def make_model(settings: Any, folder: Any) -> Any:
         pos_weight=settings.data.pos_weight,
         engine=engine_for(settings.engine, gpu=gpu),
     )
+    utterances = any(isinstance(each, SequenceDataset) for each in folder.splits.values())
+    if utterances and getattr(model, "uses_picture", True):
+        raise DataError(
+            f"{', '.join(folder.metadata)} in {folder.path} has no pictures, and this model looks at pictures; wanted "
+            "data with pictures, or a model without: --method mit with model.picture=false, or with a language model "
+            "alone, --backbone text=PATH"
+        )
+    return model
 
 
 def load_split(model: Any, run: Path, data: str, split: str, fields: Fields, *, skip_bad: bool) -> Any:

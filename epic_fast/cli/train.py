@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json as jsonlib
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from epic_fast.cli.options import Debug, Json
-from epic_fast.errors import ConfigError
+from epic_fast.errors import ConfigError, EpicFastError
 
 
 def train(
@@ -44,7 +46,7 @@ def train(
     ] = "never",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in RUN.")] = False,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Skip and count unreadable rows instead of stopping.")
+        bool, typer.Option("--skip-bad", help="Skip and count rows whose picture cannot be read, instead of stopping.")
     ] = False,
     json: Json = False,
     debug: Debug = False,
@@ -56,7 +58,7 @@ def train(
     """
     from epic_fast.cli.console import json_answer
     from epic_fast.cli.runs import check_output, is_main_process, saved_settings
-    from epic_fast.cli.settings import resolve_settings
+    from epic_fast.cli.settings import MissingSetting, resolve_settings
     from epic_fast.cli.sources import cache_path_made_absolute, local_path_made_absolute
 
     if resume not in ("auto", "never"):
@@ -73,7 +75,16 @@ def train(
         }
         resuming = resume == "auto"
         base = saved_settings(Path(output)) if resuming and output else None
-        settings = resolve_settings(config_file=config, options=options, overrides=overrides or (), base=base)
+        try:
+            settings = resolve_settings(config_file=config, options=options, overrides=overrides or (), base=base)
+        except MissingSetting as error:
+            if not resuming or not output or base:
+                raise
+            what = "holds no run of `epic-fast train` to resume" if Path(output).exists() else "does not exist"
+            raise ConfigError(
+                f"--resume auto: {output} {what}; mend its name, or start a run there: {error}"
+            ) from error
+        remembered = base is not None and settings.backbone == base["backbone"]
         settings.backbone = local_path_made_absolute(settings.backbone)
         settings.data.path = local_path_made_absolute(str(settings.data.path))
         if isinstance(settings.engine, dict):
@@ -81,17 +92,17 @@ def train(
         run = Path(settings.output)
         if is_main_process():
             check_output(run, resume=resuming, overwrite=overwrite)
-        summary = _train(settings, run, resuming=resuming, overwrite=overwrite)
+        summary = _train(settings, run, resuming=resuming, overwrite=overwrite, remembered=remembered)
         if is_main_process():
             answer(summary)
             if not json:
                 _show(summary, run, settings.data.path)
 
 
-def _train(settings: Any, run: Path, *, resuming: bool, overwrite: bool) -> dict[str, Any]:
+def _train(settings: Any, run: Path, *, resuming: bool, overwrite: bool, remembered: bool) -> dict[str, Any]:
     """The work: data, model, training, scores; the content of ``metrics.json``."""
     from epic_fast.cli.console import plain_json, quiet_transformers, say
-    from epic_fast.cli.runs import SETTINGS, clear, is_main_process
+    from epic_fast.cli.runs import SETTINGS, is_main_process, set_aside
     from epic_fast.cli.scoring import score
     from epic_fast.cli.sources import make_model, read_training_folder
     from epic_fast.files import atomic_write_json, atomic_write_text
@@ -108,10 +119,10 @@ def _train(settings: Any, run: Path, *, resuming: bool, overwrite: bool) -> dict
     classes = f", {len(folder.labels)} labels" if folder.labels else ""
     speak(f"data: {rows} rows{classes}, {kind}")
     if folder.skipped:
-        speak(f"skipped: {len(folder.skipped)} rows that cannot be read, the first: {folder.skipped[0]}")
+        speak(f"skipped: {len(folder.skipped)} rows whose picture cannot be read, the first: {folder.skipped[0]}")
 
     seed_everything(training.seed)
-    model = make_model(settings, folder)
+    model = make_model(settings, folder, remembered=remembered)
     truncated = _report_texts(model, folder, speak)
     trainable, total = model.get_nb_trainable_parameters()
     speak(f"model: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})")
@@ -119,7 +130,7 @@ def _train(settings: Any, run: Path, *, resuming: bool, overwrite: bool) -> dict
     text = settings.to_yaml()
     if main:
         if overwrite:
-            clear(run)
+            set_aside(run)
         if not (resuming and (run / SETTINGS).is_file()):  # a run that refuses to be resumed keeps its own
             atomic_write_text(run / SETTINGS, text)
     result = _fit(model, folder, training, run, resuming)
@@ -142,12 +153,31 @@ def _train(settings: Any, run: Path, *, resuming: bool, overwrite: bool) -> dict
         "skipped_rows": len(folder.skipped),
         "samples": {name: len(dataset) for name, dataset in folder.splits.items()},
     }
+    size = training.eval_batch_size or training.batch_size
     for split in ("validation", "test"):
         if split in folder.splits and folder.splits[split].has_labels:
-            size = training.eval_batch_size or training.batch_size
-            summary[split], _ = score(model, folder.splits[split], batch_size=size)
+            with _adapter_is_saved(run, settings.data.path, split):
+                summary[split], _ = score(model, folder.splits[split], batch_size=size)
     atomic_write_json(run / "metrics.json", plain_json(summary))
     return summary
+
+
+@contextmanager
+def _adapter_is_saved(run: Path, data: str, split: str) -> Iterator[None]:
+    """Scores that fail or are stopped leave a trained adapter; the message says so."""
+    from epic_fast.cli.console import print_error
+    from epic_fast.cli.failures import Interrupted
+
+    kept = f"{run} holds the trained adapter; score it with: {_how_to_score(run, data, split)}"
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {kept}") from None
+    except EpicFastError as error:
+        raise type(error)(f"{error}\n{kept}") from error
+    except Exception:
+        print_error(kept, "saved")
+        raise
 
 
 def _report_texts(model: Any, folder: Any, speak: Any) -> dict[str, float]:
@@ -169,14 +199,20 @@ def _report_texts(model: Any, folder: Any, speak: Any) -> dict[str, float]:
 def _fit(model: Any, folder: Any, training: Any, run: Path, resuming: bool) -> Any:
     """The training itself; an end before its time says how to go on."""
     from epic_fast.cli.failures import Interrupted, RunTimeError, is_disk_full
-    from epic_fast.cli.runs import how_to_resume
+    from epic_fast.cli.runs import how_to_resume, is_main_process, settle
     from epic_fast.training import fit
 
     validation = folder.splits.get("validation")
     if validation is not None and not validation.has_labels:
         validation = None
+
+    restored = f"{run} holds the run that it held before"
+
+    def what_is_left() -> str:
+        return restored if is_main_process() and settle(run) else how_to_resume(run)
+
     try:
-        return fit(
+        found = fit(
             model,
             folder.splits["train"],
             validation,
@@ -185,18 +221,29 @@ def _fit(model: Any, folder: Any, training: Any, run: Path, resuming: bool) -> A
             resume="auto" if resuming else "never",
         )
     except KeyboardInterrupt:
-        raise Interrupted(f"interrupted; {how_to_resume(run)}") from None
+        raise Interrupted(f"interrupted; {what_is_left()}") from None
     except Exception as error:
+        left = what_is_left()
         if is_disk_full(error):
-            raise RunTimeError(f"the disk is full: {error}\nFree some space; {how_to_resume(run)}") from error
+            raise RunTimeError(f"the disk is full: {error}\nFree some space; {left}") from error
+        if left == restored and isinstance(error, EpicFastError):
+            raise type(error)(f"{error}\n{restored}") from error
         raise
+    if is_main_process():
+        settle(run)
+    return found
 
 
 def _show(summary: dict[str, Any], run: Path, data: str) -> None:
     from epic_fast.cli.console import say, show_table
 
-    rows = [{"split": split, **summary[split]} for split in ("validation", "test") if split in summary]
+    rows = [{"split": split, **summary[split]} for split in ("validation", "test") if summary.get(split)]
     if rows:
-        show_table(rows, title=f"epoch {summary['best_epoch']} of {summary['epochs']}, {summary['seconds']:.1f} s")
-    again = f"epic-fast eval {shlex.quote(str(run))} --data {shlex.quote(data)} --split test"
-    say(f"saved: {run} (score it with: {again})")
+        epochs = f"best epoch {summary['best_epoch']} of {summary['epochs']}"
+        show_table(rows, title=f"{epochs}, {summary['seconds']:.1f} s")
+    split = rows[-1]["split"] if rows else "train"
+    say(f"saved: {run} (score it with: {_how_to_score(run, data, split)})")
+
+
+def _how_to_score(run: Path, data: str, split: str) -> str:
+    return f"epic-fast eval {shlex.quote(str(run))} --data {shlex.quote(data)} --split {split}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from epic_fast.data.dataset import Mask, PairDataset, Row, check_sizes, read_mask
-from epic_fast.data.folder import DataFolder, build_folder
+from epic_fast.data.folder import DataFolder, build_folder, too_few_classes
 from epic_fast.data.images import load_image
 from epic_fast.data.labels import REGRESSION, SEGMENTATION, check_problem_type
 from epic_fast.data.metadata import Fields, find_metadata, read_entries
@@ -29,7 +29,8 @@ class FolderReport:
         classes: rows of each class in each split, ``{split: {class: rows}}``, every class in every split.
         missing: pictures and masks that are not there, ``"where: name"``.
         broken: pictures and masks that cannot be decoded or do not fit together, ``"where: reason"``.
-        errors: whatever else :func:`read_folder` would refuse, a line each; these rows count nowhere.
+        errors: whatever else :func:`read_folder` would refuse, a line each; these rows count nowhere.  Also that there
+            is one class only, which it warns of and training refuses.
         warnings: what it would warn of.
         words: texts by number of words, ``{"0": n, "1": n, "2-3": n, "4-7": n, ...}``.
         shared_texts: different texts that stand in two splits, ``{"train+test": n}``; compared without regard to case
@@ -56,7 +57,7 @@ class FolderReport:
 
     @property
     def ok(self) -> bool:
-        """Whether :func:`read_folder` takes the folder and every picture can be decoded."""
+        """Whether :func:`read_folder` takes the folder, training its classes, and every picture can be decoded."""
         return not (self.missing or self.broken or self.errors)
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,14 +101,15 @@ def check_folder(
     folder = _read(Path(path), Fields(text_field, label_field, split_field), problem_type, labels, errors)
     rows = {split: list(dataset.rows) for split, dataset in folder.splits.items()}
     pictures = _look_at_pictures([row for members in rows.values() for row in members])
+    lacking = too_few_classes(folder.problem_type, folder.labels)
     report = FolderReport(
         path=str(folder.path),
         problem_type=folder.problem_type,
         labels=folder.labels,
         counts={split: len(dataset) for split, dataset in folder.splits.items()},
         classes={split: _histogram(dataset) for split, dataset in folder.splits.items()},
-        errors=errors,
-        warnings=folder.warnings,
+        errors=[*errors, lacking] if lacking else errors,
+        warnings=[line for line in folder.warnings if line != lacking],
         words=_word_histogram(row.text for members in rows.values() for row in members),
     )
     for members in rows.values():

@@ -22,6 +22,7 @@ from epic_fast.data.labels import (
     infer_problem_type,
 )
 from epic_fast.data.metadata import (
+    LABEL_FIELD_HINT,
     Complain,
     Entry,
     Fields,
@@ -259,7 +260,8 @@ def make_encoder(
             complain(
                 DataError(
                     f"{str(folder)!r} has no training split to take the class names from; add labels.txt (one name a "
-                    "line, in the order of the ids), or pass labels=model.labels"
+                    "line, in the order of the ids); `epic-fast eval` takes those of the run, in Python give "
+                    "labels=model.labels"
                 )
             )
         return LabelEncoder(problem_type, class_names(train or entries, problem_type, complain), "the training split")
@@ -321,7 +323,7 @@ def _check_labelled(entries: Sequence[Entry], complain: Complain) -> None:
             complain(
                 DataError(
                     f"{bare[0].where} ({split}): no label{others}; {rule}. Wanted a field 'label' or 'labels', or "
-                    "the name of another as label_field="
+                    f"the name of another{LABEL_FIELD_HINT}"
                 )
             )
 
@@ -347,9 +349,17 @@ def _warn(
         )
     if set(rows) == {"train"} and files[0].split is None:
         _say(found, f"{str(folder)!r} has training rows only: no validation, no test")
-    if encoder is not None and encoder.problem_type == SINGLE and len(encoder.names) < 2:
-        _say(found, f"there is one class only ({', '.join(encoder.names)}): nothing can be learned")
+    if encoder is not None and (lacking := too_few_classes(encoder.problem_type, encoder.names)):
+        _say(found, lacking)
     return found
+
+
+def too_few_classes(problem_type: str | None, labels: Sequence[str]) -> str | None:
+    """What to say where there are no two classes to tell apart, else None."""
+    if problem_type != SINGLE or len(labels) > 1:
+        return None
+    named = ", ".join(map(repr, labels)) or "none"
+    return f"there is one class only ({named}): nothing can be learned; wanted rows of at least two classes"
 
 
 def _warn_of_empty_texts(rows: Iterable[Row], found: list[str]) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from epic_fast.data.dataset import Label, Mask
-from epic_fast.data.metadata import Complain, Entry, is_number, refuse, shorten
+from epic_fast.data.metadata import LABEL_FIELD_HINT, Complain, Entry, is_number, refuse, shorten
 from epic_fast.errors import ConfigError, DataError
 
 SINGLE = "single_label_classification"
@@ -122,7 +122,7 @@ class LabelEncoder:
             if self.problem_type != SEGMENTATION or not isinstance(entry.label, Mask):
                 raise DataError(
                     f"{entry.where}: label {shorten(entry.label)}, the problem being {self.problem_type}; segmentation "
-                    "wants the field 'mask', and no other problem does (choose another field with label_field=)"
+                    f"wants the field 'mask', and no other problem does. Choose another field{LABEL_FIELD_HINT}"
                 )
             return entry.label
         ids = [self._id(value, entry) for value in _values(entry, self.problem_type)]

@@ -17,6 +17,8 @@ from typing import Any
 from epic_fast.data.dataset import Mask
 from epic_fast.errors import DataError
 
+TEXT_FIELD_HINT = ": --text-field (in train data.text_field=), text_field= in Python"
+LABEL_FIELD_HINT = ": --label-field (in train data.label_field=), label_field= in Python"
 PICTURE_FIELDS = ("file_name", "image", "img")
 LABEL_FIELDS = ("label", "labels")
 MASK_FIELD = "mask"
@@ -255,9 +257,7 @@ def _label_field(
         return wanted
     found = [name for name in LABEL_FIELDS if name in present]
     if len(found) > 1:
-        complain(
-            DataError(f"{file.shown}: rows have both 'label' and 'labels'; choose one with label_field='label' or so")
-        )
+        complain(DataError(f"{file.shown}: rows have both 'label' and 'labels'; choose one{LABEL_FIELD_HINT}"))
     if not found and MASK_FIELD in present:
         return MASK_FIELD
     return found[0] if found else None
@@ -298,7 +298,7 @@ def _inside(where: str, field: str, name: Any, what: str) -> str:
 def _text(where: str, record: dict[str, Any], field: str) -> str:
     if field not in record:
         raise DataError(
-            f"{where}: no text field {field!r}; the row has {_listed(record)}. Choose one with text_field= "
+            f"{where}: no text field {field!r}; the row has {_listed(record)}. Choose one{TEXT_FIELD_HINT} "
             '(an empty text is "")'
         )
     text = record[field]
@@ -374,8 +374,8 @@ _BRIEF.maxstring = _BRIEF.maxother = _BRIEF.maxlong = 80
 
 
 def shorten(value: Any) -> str:
-    """A value for a message, at most 60 characters."""
-    text = _BRIEF.repr(value)
+    """A value for a message, at most 60 characters; of a mask its name."""
+    text = f"mask {_BRIEF.repr(value.name)}" if isinstance(value, Mask) else _BRIEF.repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

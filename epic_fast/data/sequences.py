@@ -204,12 +204,17 @@ def _check_size(path: Path, archive: zipfile.ZipFile) -> None:
 
 
 def _labels(values: np.ndarray, count: int, where: str) -> np.ndarray:
-    numbers = values.dtype.kind in "fiu" and values.shape in ((count,), (count, 1))
-    if not numbers or not (np.abs(values) < FLOAT32_END).all():
+    if values.dtype.kind not in "fiu" or values.shape not in ((count,), (count, 1)):
         raise DataError(
             f"{where}: label has shape {values.shape} and type {values.dtype}; wanted ({count},) finite numbers"
         )
-    values = values.reshape(count).astype(np.float32)
+    values = values.reshape(count)
+    wrong = np.flatnonzero(~(np.abs(values) < FLOAT32_END))
+    if len(wrong):
+        more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
+        first = f"label[{wrong[0]}] is {values[wrong[0]]}"
+        raise DataError(f"{where}: {first}, no finite number{more}; wanted ({count},) finite numbers")
+    values = values.astype(np.float32)
     low, high = SENTIMENT_RANGE
     outside = int(((values < low) | (values > high)).sum())
     if outside:

@@ -121,7 +121,7 @@ def from_pretrained(
             raise
         raise AdapterError(
             f"{folder} remembers its backbone as {backbone!r}: {error}\nIf it has moved, or that is a folder relative "
-            "to another place, say where it is now with backbone="
+            "to another place, say where it is now: --backbone on the command line, backbone= in Python"
         ) from error
     try:
         if verify:
@@ -132,7 +132,8 @@ def from_pretrained(
                     kinds = f" (it was trained in {recorded['dtype']}, this one is in {str(encoder.dtype)[6:]})"
                 raise AdapterError(
                     f"the adapter in {folder} was trained on another backbone than the one given{kinds}: {difference}. "
-                    f"Wanted {recorded['source'] or recorded['family']}; pass that one as backbone="
+                    f"Wanted {recorded['source'] or recorded['family']}; give that one: --backbone on the command "
+                    "line, backbone= in Python"
                 )
         model = _rebuild(encoder, description, folder, engine)
         load_weights(model, folder / WEIGHTS)

@@ -114,8 +114,8 @@ def check_identity(folder: Path, saved: dict[str, Any], now: dict[str, Any]) -> 
     shown = describe_changes(saved, now)
     if shown is not None:
         raise ConfigError(
-            f"{folder}: belongs to another run: {shown}. Give the same settings to resume it, or train with "
-            "resume='never' or into another folder to start afresh."
+            f"{folder}: belongs to another run: {shown}. Give the same settings to resume it, or train into "
+            "another folder, or afresh into this one (--overwrite on the command line, resume='never' in Python)."
         )
 
 
