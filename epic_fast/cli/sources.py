@@ -153,13 +153,10 @@ def run_fields(run: Path) -> Fields:
     return Fields(data.get("text_field"), data.get("label_field"), data.get("split_field"))
 
 
-def local_path_made_absolute(spec: str) -> str:
-    """A folder or file that exists as an absolute path, so that it is found from elsewhere; all else as it is."""
-    if spec.startswith(("vision=", "text=")):
-        parts = (part.partition("=") for part in spec.split(","))
-        return ",".join(f"{side}{equals}{local_path_made_absolute(path)}" for side, equals, path in parts)
-    path = Path(spec).expanduser()
-    return str(path.resolve()) if spec != "demo" and path.exists() else spec
+def data_path_made_absolute(place: str) -> str:
+    """Data that are there by their whole path, so that they are found from elsewhere; all else as it is."""
+    path = Path(place).expanduser()
+    return str(path.resolve()) if place != "demo" and path.exists() else place
 
 
 def cache_path_made_absolute(place: str | None) -> str | None:

@@ -56,10 +56,11 @@ def train(
     Settings come from the config file, then from the options, then from key=value; the later wins. RUN/training.yaml
     holds all of them, so a run can be resumed with --output RUN --resume auto alone.
     """
+    from epic_fast.backbones.source import absolute
     from epic_fast.cli.console import json_answer
     from epic_fast.cli.runs import check_output, is_main_process, saved_settings
     from epic_fast.cli.settings import MissingSetting, resolve_settings
-    from epic_fast.cli.sources import cache_path_made_absolute, local_path_made_absolute
+    from epic_fast.cli.sources import cache_path_made_absolute, data_path_made_absolute
 
     if resume not in ("auto", "never"):
         raise ConfigError(f"--resume {resume!r}; wanted auto or never")
@@ -85,8 +86,8 @@ def train(
                 f"--resume auto: {output} {what}; mend its name, or start a run there: {error}"
             ) from error
         remembered = base is not None and settings.backbone == base["backbone"]
-        settings.backbone = local_path_made_absolute(settings.backbone)
-        settings.data.path = local_path_made_absolute(str(settings.data.path))
+        settings.backbone = absolute(settings.backbone)
+        settings.data.path = data_path_made_absolute(str(settings.data.path))
         if isinstance(settings.engine, dict):
             settings.engine["prefix_cache"] = cache_path_made_absolute(settings.engine["prefix_cache"])
         run = Path(settings.output)
