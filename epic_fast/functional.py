@@ -127,7 +127,7 @@ def prompt_interaction(
         vision_to_text_weight, vision_to_text_bias: ``(D_t, D_v)``, ``(D_t,)``.
         text_gate, vision_gate: a scalar ``()`` or one value a channel, ``(D_t,)`` and ``(D_v,)``.
         temperature: ``()``, greater than zero (not checked: that would wait for a GPU).
-        eps: norms below it count as it.  The slope at a zero vector is therefore ``1 / eps``, which float16
+        eps: norms below it count as it; at least 0.  The slope at a zero vector is therefore ``1 / eps``, which float16
             cannot hold at the default.
         out: tensors to write the next text and vision prompts into, such as slots of the towers' buffers; they are
             what is returned.  They overlap no input.  Without gradients only, as PyTorch's own ``out=``.
@@ -150,8 +150,8 @@ def prompt_interaction(
         vision_gate,
         temperature,
     )
-    if not 0 < eps < float("inf"):
-        raise _wrong("prompt_interaction", f"eps={eps!r}", "a finite number greater than 0")
+    if not 0 <= eps < float("inf"):
+        raise _wrong("prompt_interaction", f"eps={eps!r}", "a finite number, at least 0")
     known = ops.prompt_interaction.known(impl, *tensors) if out is None else None
     if known is not None:
         return ops.prompt_interaction(*tensors, known=known, eps=eps)

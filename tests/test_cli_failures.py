@@ -292,6 +292,92 @@ def test_a_new_run_that_was_killed_leaves_the_old_one_aside(here: Path, tmp_path
     assert [each.name for each in run.iterdir()] == ["checkpoint"]
 
 
+def content(run: Path) -> dict[Path, bytes]:
+    return {each.relative_to(run): each.read_bytes() for each in run.rglob("*") if each.is_file()}
+
+
+@pytest.mark.parametrize("moved", [1, 3, 100])
+@pytest.mark.parametrize("what", ["aside", "back"])
+def test_a_move_that_was_cut_short_is_undone(
+    what: str, moved: int, here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from epic_fast.cli import runs
+
+    run = shutil.copytree(here / "run", tmp_path / "run")
+    before = content(run)
+    if what == "back":
+        runs.set_aside(run)
+        (run / "training.yaml").write_text("of the new run")
+    real, left = Path.replace, [moved]
+
+    def replace(path: Path, target: Path) -> Path:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return real(path, target)
+
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "replace", replace)
+        try:
+            (runs.set_aside if what == "aside" else runs.settle)(run)
+        except KeyboardInterrupt:
+            assert moved < 100
+    if what == "aside":
+        runs.set_aside(run)
+        assert [each.name for each in run.iterdir()] == [".replaced"]
+        assert runs.settle(run)
+    else:
+        runs.check_output(run, resume=True, overwrite=False)
+    assert content(run) == before
+
+
+def test_an_overwrite_that_cannot_begin_brings_the_run_back(
+    here: Path, tmp_path: Path, said: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(here / "run", tmp_path / "run")
+    before = content(run)
+
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patches:
+        patches.setattr("epic_fast.files.atomic_write_text", full)
+        code, error = said(*training(here, run), "--overwrite", "seed=5")
+    assert code != 0
+    assert "space" in error
+    assert content(run) == before
+
+    def broken(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patches:
+        patches.setattr("epic_fast.training.fit", broken)
+        code, error = said(*training(here, run), "--overwrite", "seed=5")
+    assert code != 0
+    assert f"{run} holds the run that it held before" in error
+    assert content(run) == before
+
+
+def test_overwrite_where_there_is_nothing(here: Path, tmp_path: Path, said: Said) -> None:
+    assert epic_fast(*training(here, tmp_path / "new" / "run"), "--overwrite") == 0
+    assert (tmp_path / "new" / "run" / "model.safetensors").is_file()
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    code, error = said(*training(here, empty), "--overwrite", "learning_rate=1e20", "head_learning_rate=1e20")
+    assert code != 0
+    assert "held before" not in error
+
+
+def test_an_adapter_that_is_aside_is_told_of(here: Path, tmp_path: Path, said: Said) -> None:
+    from epic_fast.cli.runs import set_aside
+
+    run = shutil.copytree(here / "run", tmp_path / "run")
+    set_aside(run)
+    code, error = said("eval", run, "--data", here / "data")
+    assert code == 2
+    assert f"The run before it is in {run / '.replaced'}" in error
+
+
 def test_what_is_no_adapter_is_2(here: Path, tmp_path: Path, said: Said) -> None:
     code, error = said("eval", here / "data", "--data", here / "data")
     assert code == 2

@@ -334,6 +334,33 @@ def test_a_folder_is_remembered_wherever_it_is_asked_for(tmp_path: Path, monkeyp
             assert torch.equal(again(**BATCH).logits, model(**BATCH).logits)
 
 
+@pytest.mark.parametrize("pair", [False, True])
+def test_an_adapter_and_its_backbone_move_together(pair: bool, tmp_path: Path) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    tiny_clip(old / "clip")
+    tiny_vit(old / "vit")
+    tiny_bert(old / "bert")
+    spec = f"vision={old / 'vit'},text={old / 'bert'}" if pair else str(old / "clip")
+    model = epic_fast.wrap(spec, EpicConfig(prompt_length=2, num_layer_pairs=2), num_labels=4).eval()
+    model.save_pretrained(old / "runs" / "adapter")
+    old.rename(new)
+    again = epic_fast.from_pretrained(new / "runs" / "adapter")
+    assert again.backbone.source == spec.replace(str(old), str(new))
+    with torch.no_grad():
+        assert torch.equal(again(**BATCH).logits, model(**BATCH).logits)
+    # Alone it says where the backbone was.
+    (new / "runs" / "adapter").rename(tmp_path / "adapter")
+    with pytest.raises(AdapterError, match=rf"(?s)remembers its backbone as .*{old.name}.*--backbone on the command line"):
+        epic_fast.from_pretrained(tmp_path / "adapter")
+    # Of an adapter that was saved before this was written down.
+    description = json.loads((tmp_path / "adapter" / "config.json").read_text())
+    del description["backbone"]["seen_from_here"]
+    (tmp_path / "adapter" / "config.json").write_text(json.dumps(description))
+    with pytest.raises(AdapterError, match=f"remembers its backbone as .*{old.name}"):
+        epic_fast.from_pretrained(tmp_path / "adapter")
+
+
 def test_saving_where_a_file_stands(saved: tuple[Any, Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(AdapterError, match="it is a file"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,43 @@ def split_pair(spec: str) -> tuple[str, str]:
 
 def absolute(spec: str) -> str:
     """The same name with folders that exist as absolute paths, so that they are found from elsewhere."""
-    if spec.startswith(("vision=", "text=")):
-        parts = (part.partition("=") for part in spec.split(","))
-        return ",".join(f"{side}{equals}{absolute(path)}" for side, equals, path in parts)
-    path = Path(spec).expanduser()
-    return str(path.resolve()) if spec not in ("demo", LANGUAGE_MODEL) and path.exists() else spec
+
+    def make(name: str) -> str:
+        path = Path(name).expanduser()
+        return str(path.resolve()) if name not in ("demo", LANGUAGE_MODEL) and path.exists() else name
+
+    return _each(make, spec)
+
+
+def relative(spec: str, folder: Path) -> str:
+    """The same name with absolute paths as seen from a folder, for :func:`found_again`."""
+
+    def make(name: str) -> str:
+        try:
+            return os.path.relpath(name, folder.resolve()) if os.path.isabs(name) else name
+        except ValueError:
+            return name  # on another drive
+
+    return _each(make, spec)
+
+
+def found_again(spec: str, seen: str, folder: Path) -> str:
+    """The same name, with paths that are no longer there as :func:`relative` saw them, if they are there: the folder
+    and what it remembers have moved together."""
+
+    def choose(name: str, place: str) -> str:
+        moved = folder.resolve() / place
+        return str(moved.resolve()) if os.path.isabs(name) and not Path(name).exists() and moved.exists() else name
+
+    return _each(choose, spec, seen) if spec.count(",") == seen.count(",") else spec
+
+
+def _each(make: Callable[..., str], *specs: str) -> str:
+    """``make`` of a name, or of each side of a pair."""
+    if not specs[0].startswith(("vision=", "text=")):
+        return make(*specs)
+    sides = zip(*(spec.split(",") for spec in specs), strict=True)
+    return ",".join(f"{side[0].partition('=')[0]}={make(*(part.partition('=')[2] for part in side))}" for side in sides)
 
 
 def locate(source: str, side: str) -> tuple[str, dict[str, Any]]:

@@ -14,7 +14,8 @@ from epic_fast.errors import ConfigError
 from epic_fast.files import recover_folder
 
 SETTINGS = "training.yaml"
-ASIDE = ".replaced"
+# Of a run that another one is to replace; the latter only while files are moved.
+ASIDE, MOVING = ".replaced", ".replaced.moving"
 _PLOTS = ("training_curves.png", "confusion_matrix.png", "contact_sheet.png", "mask_sheet.png", "routing_*.png")
 _FILES = ("config.json", "model.safetensors", SETTINGS, "log.jsonl", "metrics.json", *_PLOTS)
 _FOLDERS = ("checkpoint", "tensorboard")
@@ -36,6 +37,7 @@ def check_output(run: Path, *, resume: bool, overwrite: bool) -> None:
         raise ConfigError("--resume auto and --overwrite exclude each other; give one")
     if not _holds_something(run):
         return
+    bring_back(run)
     if not is_run(run):
         if resume or overwrite:
             raise ConfigError(f"the output {run} holds files, but no run; choose another folder")
@@ -88,7 +90,7 @@ def _holds_something(run: Path) -> bool:
 
 def is_run(run: Path) -> bool:
     """Whether a training run has written here."""
-    return any((run / name).exists() for name in (SETTINGS, "log.jsonl", "checkpoint", ASIDE))
+    return any((run / name).exists() for name in (SETTINGS, "log.jsonl", "checkpoint", ASIDE, MOVING))
 
 
 def clear(run: Path) -> None:
@@ -106,15 +108,21 @@ def _written(run: Path) -> list[Path]:
 
 def set_aside(run: Path) -> None:
     """Move what a run has written into a hidden folder of it, until :func:`settle` knows what becomes of it."""
+    run.mkdir(parents=True, exist_ok=True)
+    bring_back(run)
     recover_folder(run / "checkpoint")
-    aside = run / ASIDE
+    aside, moving = run / ASIDE, run / MOVING
     if aside.exists() and not _stands(run):
         clear(run)  # of a new run that was killed; the one before it is still aside
         return
+    found = _written(run)
+    if not found:
+        return
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for each in _written(run):
-        each.replace(aside / each.name)
+    moving.mkdir()
+    for each in found:
+        each.replace(moving / each.name)
+    moving.replace(aside)
 
 
 def settle(run: Path) -> bool:
@@ -130,10 +138,18 @@ def settle(run: Path) -> bool:
         shutil.rmtree(aside, ignore_errors=True)
         return False
     clear(run)
-    for each in aside.iterdir():
-        each.replace(run / each.name)
-    aside.rmdir()
+    aside.replace(run / MOVING)
+    bring_back(run)
     return True
+
+
+def bring_back(run: Path) -> None:
+    """Finish a move that was cut short, backwards."""
+    moving = run / MOVING
+    if moving.is_dir():
+        for each in moving.iterdir():
+            each.replace(run / each.name)
+        moving.rmdir()
 
 
 def _stands(run: Path) -> bool:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from epic_fast.cli.runs import saved_settings
+from epic_fast.cli.runs import ASIDE, saved_settings
 from epic_fast.cli.settings import engine_for
-from epic_fast.errors import ConfigError, DataError
+from epic_fast.errors import AdapterError, ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,14 @@ def load_model(run: Path, backbone: str | None = None, device: str | None = None
     # What is scored once needs no cache.
     engine = engine_for((saved_settings(run) or {}).get("engine"), gpu=torch.device(chosen).type == "cuda")
     engine = engine and dataclasses.replace(engine, prefix_cache=None)
-    return from_pretrained(run, backbone=backbone, device=chosen, engine=engine)
+    try:
+        return from_pretrained(run, backbone=backbone, device=chosen, engine=engine)
+    except AdapterError as error:
+        if not (run / ASIDE / "config.json").is_file():
+            raise
+        raise AdapterError(
+            f"{error}\nThe run before it is in {run / ASIDE}: an --overwrite was cut short; its files can be moved back"
+        ) from error
 
 
 def read_training_folder(data: Any) -> Any:

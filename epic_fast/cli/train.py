@@ -103,7 +103,7 @@ def train(
 def _train(settings: Any, run: Path, *, resuming: bool, overwrite: bool, remembered: bool) -> dict[str, Any]:
     """The work: data, model, training, scores; the content of ``metrics.json``."""
     from epic_fast.cli.console import plain_json, quiet_transformers, say
-    from epic_fast.cli.runs import SETTINGS, is_main_process, set_aside
+    from epic_fast.cli.runs import SETTINGS, is_main_process, set_aside, settle
     from epic_fast.cli.scoring import score
     from epic_fast.cli.sources import make_model, read_training_folder
     from epic_fast.files import atomic_write_json, atomic_write_text
@@ -130,10 +130,14 @@ def _train(settings: Any, run: Path, *, resuming: bool, overwrite: bool, remembe
 
     text = settings.to_yaml()
     if main:
-        if overwrite:
-            set_aside(run)
-        if not (resuming and (run / SETTINGS).is_file()):  # a run that refuses to be resumed keeps its own
-            atomic_write_text(run / SETTINGS, text)
+        try:
+            if overwrite:
+                set_aside(run)
+            if not (resuming and (run / SETTINGS).is_file()):  # a run that refuses to be resumed keeps its own
+                atomic_write_text(run / SETTINGS, text)
+        except BaseException:
+            settle(run)
+            raise
     result = _fit(model, folder, training, run, resuming)
     if not main:
         return {}
@@ -199,6 +203,7 @@ def _report_texts(model: Any, folder: Any, speak: Any) -> dict[str, float]:
 
 def _fit(model: Any, folder: Any, training: Any, run: Path, resuming: bool) -> Any:
     """The training itself; an end before its time says how to go on."""
+    from epic_fast.cli.console import print_error
     from epic_fast.cli.failures import Interrupted, RunTimeError, is_disk_full
     from epic_fast.cli.runs import how_to_resume, is_main_process, settle
     from epic_fast.training import fit
@@ -229,6 +234,8 @@ def _fit(model: Any, folder: Any, training: Any, run: Path, resuming: bool) -> A
             raise RunTimeError(f"the disk is full: {error}\nFree some space; {left}") from error
         if left == restored and isinstance(error, EpicFastError):
             raise type(error)(f"{error}\n{restored}") from error
+        if left == restored:
+            print_error(restored, "restored")
         raise
     if is_main_process():
         settle(run)

@@ -108,7 +108,8 @@ def check_folder(
         labels=folder.labels,
         counts={split: len(dataset) for split, dataset in folder.splits.items()},
         classes={split: _histogram(dataset) for split, dataset in folder.splits.items()},
-        errors=[*errors, lacking] if lacking else errors,
+        # Rows that are wrong may be those of the second class.
+        errors=[lacking] if lacking and not errors else errors,
         warnings=[line for line in folder.warnings if line != lacking],
         words=_word_histogram(row.text for members in rows.values() for row in members),
     )

@@ -99,6 +99,12 @@ class PromptedModel(nn.Module, ABC):
             raise ConfigError(f"engine={engine!r} is a {type(engine).__name__}; wanted an EngineConfig, or None")
         self._engine = engine
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Of a whole model that was saved when this was no property.
+        state = dict(state)
+        state.setdefault("_engine", state.pop("engine", None))
+        super().__setstate__(state)
+
     # -- what a method says -----------------------------------------------------------------------------------
 
     @abstractmethod
@@ -258,7 +264,7 @@ class PromptedModel(nn.Module, ABC):
         """
         self._check_labels(logits, labels)
         if self.problem_type == "single_label_classification":
-            return nn.functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+            return self._cross_entropy(logits, labels)
         if self.problem_type == "multi_label_classification":
             if self._pos_weight_auto:
                 raise ConfigError(
@@ -291,19 +297,22 @@ class PromptedModel(nn.Module, ABC):
             raise ConfigError(
                 f"labels are of type {labels.dtype}; wanted integers, class indices, for {self.problem_type}"
             )
-        # A GPU would be waited for.
-        if self.problem_type == "single_label_classification" and labels.device.type == "cpu":
-            self._check_classes(labels)
 
-    def _check_classes(self, labels: Tensor) -> None:
-        if torch.compiler.is_compiling() or not labels.numel():
-            return
-        beyond = ((labels < 0) & (labels != IGNORED)) | (labels >= self.num_labels)
-        if beyond.any():
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        def compute() -> Tensor:
+            return nn.functional.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+        if torch.compiler.is_compiling():
+            return compute()
+        try:
+            return compute()
+        except IndexError as error:
+            # Labels on the CPU; on a GPU nobody looks at them in time.
+            beyond = ((labels < 0) & (labels != IGNORED)) | (labels >= self.num_labels)
             raise ConfigError(
-                f"labels hold {int(labels[beyond][0])}; wanted classes 0 to {self.num_labels - 1}, or {IGNORED} for "
-                "what does not count"
-            )
+                f"labels hold {labels[beyond].tolist()[:5]}; wanted classes 0 to {self.num_labels - 1}, or {IGNORED} "
+                "for what does not count"
+            ) from error
 
     # -- task -------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 import epic_fast
 from epic_fast.backbones import DualEncoder, load_backbone
 from epic_fast.backbones.fingerprint import describe_difference
+from epic_fast.backbones.source import found_again, relative
 from epic_fast.engine import EngineConfig
 from epic_fast.errors import AdapterError, ConfigError
 from epic_fast.files import atomic_files, to_json
@@ -39,6 +40,7 @@ def save(model: PromptedModel, folder: Path) -> None:
         "threshold": model.threshold,
         "backbone": {
             "source": model.backbone.source,
+            "seen_from_here": None if model.backbone.source is None else relative(model.backbone.source, folder),
             "family": model.backbone.family,
             "dtype": str(model.backbone.dtype).removeprefix("torch."),
             "tensors": model.backbone.fingerprint(),
@@ -69,6 +71,9 @@ def check_place(folder: Path) -> None:
         return
     try:
         kind = json.loads(config.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        # Another process has just moved it away.
+        return
     except (OSError, ValueError):
         kind = None
     if not isinstance(kind, dict) or kind.get("library") != "epic_fast":
@@ -106,6 +111,7 @@ def from_pretrained(
     folder = Path(folder)
     description = read_description(folder)
     recorded = description["backbone"]
+    given = backbone
     if backbone is None:
         backbone = recorded["source"]
         if backbone is None:
@@ -113,11 +119,13 @@ def from_pretrained(
                 f"{folder} does not say where its backbone ({recorded['family']}) came from, for it was wrapped as an "
                 "object: pass it, from_pretrained(folder, backbone=model)"
             )
+        if recorded.get("seen_from_here"):
+            backbone = found_again(backbone, recorded["seen_from_here"], folder)
     options = {"image_processor": image_processor, "tokenizer": tokenizer, "dtype": getattr(torch, recorded["dtype"])}
     try:
         encoder = load_backbone(backbone, **options)
     except ConfigError as error:
-        if backbone is not recorded["source"]:
+        if given is not None:
             raise
         raise AdapterError(
             f"{folder} remembers its backbone as {backbone!r}: {error}\nIf it has moved, or that is a folder relative "
