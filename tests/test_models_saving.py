@@ -351,7 +351,7 @@ def test_an_adapter_and_its_backbone_move_together(pair: bool, tmp_path: Path) -
         assert torch.equal(again(**BATCH).logits, model(**BATCH).logits)
     # Alone it says where the backbone was.
     (new / "runs" / "adapter").rename(tmp_path / "adapter")
-    with pytest.raises(AdapterError, match=rf"(?s)remembers its backbone as .*{old.name}.*--backbone on the command line"):
+    with pytest.raises(AdapterError, match=rf"(?s)remembers its backbone as .*{old.name}.*--backbone on the"):
         epic_fast.from_pretrained(tmp_path / "adapter")
     # Of an adapter that was saved before this was written down.
     description = json.loads((tmp_path / "adapter" / "config.json").read_text())
