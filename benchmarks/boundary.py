@@ -148,9 +148,7 @@ def measure(*, count: int, calls: int) -> list[dict[str, Any]]:
                 "inputs": INPUTS,
                 "us": 1e3 * statistics.median(each.times),
                 "fastest_us": 1e3 * min(each.times),
-                "of_ours": statistics.median(
-                    mine / theirs for mine, theirs in zip(each.times, ours.times, strict=True)
-                ),
+                "of_ours": each.of(ours),
                 "rounds": count,
                 "calls": calls,
                 "threads": torch.get_num_threads(),

@@ -50,6 +50,10 @@ class Timed:
     run: Callable[[], Any]
     times: list[float]
 
+    def of(self, other: Timed) -> float:
+        """The median over rounds of the time in units of another's in the same round."""
+        return statistics.median(mine / theirs for mine, theirs in zip(self.times, other.times, strict=True))
+
 
 def rounds(everybody: Sequence[Timed], device: torch.device, *, count: int, calls: int) -> None:
     """Time all of them ``count`` times, milliseconds a call, into their lists."""
@@ -105,7 +109,6 @@ def rows_of(
                 rounds(everybody, device, count=count, calls=calls)
             ours = next(each for each in everybody if each.name == OURS)
             for each in everybody:
-                ratios = [mine / theirs for mine, theirs in zip(each.times, ours.times, strict=True)]
                 yield {
                     **common,
                     "kind": "launched",
@@ -116,7 +119,7 @@ def rows_of(
                     "one_thread": one_thread,
                     "ms": statistics.median(each.times),
                     "fastest_ms": min(each.times),
-                    "of_ours": statistics.median(ratios),
+                    "of_ours": each.of(ours),
                     "rounds": count,
                 }
 

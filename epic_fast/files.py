@@ -17,6 +17,12 @@ def cache_folder() -> Path:
     return Path(os.environ.get("EPIC_FAST_CACHE") or Path.home() / ".cache" / "epic_fast").expanduser()
 
 
+def whole_path(name: str) -> str:
+    """The absolute path of what is there, so that it is found from elsewhere; of what is not there the name itself."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """A temporary path beside ``path`` that replaces it when the block ends well, and vanishes otherwise."""

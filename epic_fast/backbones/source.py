@@ -10,6 +10,7 @@ from typing import Any
 
 from epic_fast.backbones.demo import VISION_FOLDER, text_folder
 from epic_fast.errors import ConfigError
+from epic_fast.files import whole_path
 
 LANGUAGE_MODEL = "smollm2"
 
@@ -30,12 +31,7 @@ def split_pair(spec: str) -> tuple[str, str]:
 
 def absolute(spec: str) -> str:
     """The same name with folders that exist as absolute paths, so that they are found from elsewhere."""
-
-    def make(name: str) -> str:
-        path = Path(name).expanduser()
-        return str(path.resolve()) if name not in ("demo", LANGUAGE_MODEL) and path.exists() else name
-
-    return _each(make, spec)
+    return _each(lambda name: name if name in ("demo", LANGUAGE_MODEL) else whole_path(name), spec)
 
 
 def relative(spec: str, folder: Path) -> str:
@@ -58,15 +54,16 @@ def found_again(spec: str, seen: str, folder: Path) -> str:
         moved = folder.resolve() / place
         return str(moved.resolve()) if os.path.isabs(name) and not Path(name).exists() and moved.exists() else name
 
-    return _each(choose, spec, seen) if spec.count(",") == seen.count(",") else spec
+    return _each(choose, spec, seen)
 
 
 def _each(make: Callable[..., str], *specs: str) -> str:
     """``make`` of a name, or of each side of a pair."""
     if not specs[0].startswith(("vision=", "text=")):
         return make(*specs)
-    sides = zip(*(spec.split(",") for spec in specs), strict=True)
-    return ",".join(f"{side[0].partition('=')[0]}={make(*(part.partition('=')[2] for part in side))}" for side in sides)
+    visions, texts = zip(*map(split_pair, specs), strict=True)
+    text = f"text={make(*texts)}"
+    return f"vision={make(*visions)},{text}" if visions[0] else text
 
 
 def locate(source: str, side: str) -> tuple[str, dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 from epic_fast.cli.runs import ASIDE, saved_settings
 from epic_fast.cli.settings import engine_for
 from epic_fast.errors import AdapterError, ConfigError, DataError
+from epic_fast.files import whole_path
 
 
 @dataclass(frozen=True)
@@ -162,8 +163,7 @@ def run_fields(run: Path) -> Fields:
 
 def data_path_made_absolute(place: str) -> str:
     """Data that are there by their whole path, so that they are found from elsewhere; all else as it is."""
-    path = Path(place).expanduser()
-    return str(path.resolve()) if place != "demo" and path.exists() else place
+    return place if place == "demo" else whole_path(place)
 
 
 def cache_path_made_absolute(place: str | None) -> str | None:
