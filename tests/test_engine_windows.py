@@ -176,7 +176,7 @@ def test_without_a_graph_prompts_are_made_where_they_lie(
     batch["pixel_values"] = torch.randn(2, 3, size, size)
     routes: list[Any] = []
     real = WindowStream.step
-    monkeypatch.setattr(WindowStream, "step", lambda *args: (routes.extend(args[3:]), real(*args))[1])
+    monkeypatch.setattr(WindowStream, "step", lambda *args: (routes.extend(args[3:4]), real(*args))[1])
     for engine in (None, EngineConfig(blocks="fused")):
         torch.manual_seed(0)
         # At the temperature of training one expert would have it all.
@@ -212,7 +212,7 @@ def routed_model(size: int = 32, *, fused: bool = True) -> Any:
 def test_too_many_vectors_and_noise_are_routed_layer_by_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     batch, routes = make_batch([3, 5]), []
     real = WindowStream.step
-    monkeypatch.setattr(WindowStream, "step", lambda *args: (routes.extend(args[3:]), real(*args))[1])
+    monkeypatch.setattr(WindowStream, "step", lambda *args: (routes.extend(args[3:4]), real(*args))[1])
 
     def routed(**options: Any) -> tuple[int, Tensor]:
         logits = []

@@ -579,7 +579,7 @@ def test_the_operators_of_moved_rows_are_what_they_say(with_branch: bool, keep: 
     stream, (weight, bias) = draw(6, 20), parameters(20)
     branch = draw(6, 20, dtype=HALF, seed=1) if with_branch else None
     order, probe = order_of(6), draw(2, 20, seed=2)
-    given = (stream, branch, weight, bias, 1e-5, order if with_branch else None, order, probe, None, keep)
+    given = (stream, branch, weight, bias, 1e-5, order if with_branch else None, order, probe, *(None,) * 4, keep)
     torch.library.opcheck(residual_norm.MOVED, given)
     _, normed, rows, mean, rstd, _ = moved_norm_forward(
         stream, branch, weight, bias, 1e-5, normed_at=order, keep=keep, impl="triton"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from epic_fast.backbones.towers import TOWERS, Tower, VisionTower
 from epic_fast.engine import EngineConfig, TowerState
+from epic_fast.engine.lanes import Lane, beside
 from epic_fast.engine.packed import FrozenTower
 from epic_fast.engine.routes import PromptRoute
-from epic_fast.engine.window_blocks import FrozenWindowBlock, WindowStream, differs
+from epic_fast.engine.window_blocks import FrozenWindowBlock, WindowStream, before_routes, differs
 from epic_fast.engine.windows import Windows, call_swin_block, call_swin_block_with_prompts, merge_prompts
 from epic_fast.errors import ConfigError
 
@@ -123,13 +124,20 @@ class SwinTower(VisionTower):
             way.step(index)
         return way.finish()[0]
 
-    def routed_run(self, state: TowerState, prompts: Tensor, engine: EngineConfig | None) -> SwinRun | None:
-        """A way without a graph through the layers that makes prompts ``(B, P, C)`` where they lie; None where there
-        are no prompts, or where the model's own blocks run."""
+    def routed_run(
+        self,
+        state: TowerState,
+        prompts: Tensor,
+        engine: EngineConfig | None,
+        routes: Mapping[int, PromptRoute],
+        lane: Lane | None = None,
+    ) -> SwinRun | None:
+        """A way without a graph through the layers that makes prompts ``(B, P, C)`` where they lie, those of some
+        layers by their routes; None where there are no prompts, or where the model's own blocks run."""
         blocks = self.window_blocks(engine)
         if blocks is None or not prompts.shape[1]:
             return None
-        return SwinRun(self, blocks, state, prompts)
+        return SwinRun(self, blocks, state, prompts, routes, lane)
 
     def run_prompted(
         self, state: TowerState, index: int, prompts: Tensor, prompt_mask: str, engine: EngineConfig | None = None
@@ -215,17 +223,32 @@ class SwinRun:
         blocks: of all its layers.
         state: the tokens.
         prompts: ``(B, P, C)``; P may be 0.
+        routes: of the layers that make prompts of their own.
+        lane: where the routes' tensors are made, and what is made of them here; joined before the first is read.
     """
 
-    def __init__(self, tower: SwinTower, blocks: Sequence[FrozenWindowBlock], state: TowerState, prompts: Tensor):
+    def __init__(
+        self,
+        tower: SwinTower,
+        blocks: Sequence[FrozenWindowBlock],
+        state: TowerState,
+        prompts: Tensor,
+        routes: Mapping[int, PromptRoute] | None = None,
+        lane: Lane | None = None,
+    ):
         self._tower = tower
         self._blocks = blocks
         self._state = state
         self._grid = tower.grid(state)
         self._prompts = prompts
+        self._routes = routes or {}
+        self._lane = lane
         self._stream: WindowStream | None = None
+        inner = {index: route for index, route in self._routes.items() if tower.merge(index - 1) is None}
+        with beside(lane):
+            self._through = before_routes(blocks, inner, state.hidden)
 
-    def step(self, index: int, route: PromptRoute | None = None) -> Tensor | None:
+    def step(self, index: int) -> Tensor | None:
         """Layer ``index`` on tokens and prompts, with a route on its prompts in place of those that are there; the
         routing scores ``(B, E)``, None without a router."""
         tower = self._tower
@@ -233,9 +256,16 @@ class SwinRun:
             self._stream = WindowStream(self._state.hidden, self._prompts)
             # The stream has them; here they would stay for a whole stage.
             self._state = replace(self._state, hidden=self._state.hidden.new_empty(0))
+        route = self._routes.get(index)
+        if route is not None and self._lane is not None:
+            self._lane.join()
+            self._lane = None
         scores = self._stream.step(
-            self._blocks[index], Windows.of(self._grid, tower.window, tower.shift(index)), route
-        )  # fmt: skip
+            self._blocks[index],
+            Windows.of(self._grid, tower.window, tower.shift(index)),
+            route,
+            self._through.get(index),
+        )
         merge = tower.merge(index)
         if merge is None:
             self._state = replace(self._state, layer=index + 1)

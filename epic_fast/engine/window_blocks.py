@@ -15,6 +15,7 @@ needs one.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,7 @@ from epic_fast.engine.products import activated_product, product, product_backwa
 from epic_fast.engine.routes import PromptRoute
 from epic_fast.engine.windows import WindowRows, Windows, call_swin_block_with_prompts
 from epic_fast.ops.residual_norm import moved_norm_backward, moved_norm_forward
+from epic_fast.ops.route_prompts import probe_through
 from epic_fast.ops.window_prompt_attention import window_attention_backward, window_attention_forward
 
 # Batches of other sizes, and of other pictures, that a block remembers.
@@ -158,12 +160,33 @@ def _forward(
     return result, weights, (*first, *second, kept, qkv, lse)
 
 
+@dataclass(frozen=True)
+class _Ended:
+    """Prompts whose last product is not done: what it reads ``(B * P, K)``, its weight and bias, and what tells the
+    router of the next block their products without it."""
+
+    hidden: Tensor
+    weight: Any
+    bias: Tensor | None
+    through: Tensor
+
+    @property
+    def products(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As ``moved_norm_forward`` takes them."""
+        return self.hidden, self.through, self.bias
+
+    def branch(self) -> Tensor:
+        """The product."""
+        return product(self.hidden, self.weight, self.bias)[0]
+
+
 class WindowStream:
     """All rows of a stage where no graph is made, in one matrix from block to block; made of tokens ``(B, N, C)`` and
     prompts ``(B, P, C)``, P may be 0.
 
     What a block adds last waits for the next one, whose first norm adds it; and the prompts of a routed layer are
-    written where the last ones lie, once their sum has told the router what it asks.
+    written where the last ones lie, once their sum has told the router what it asks.  Of prompts that such a layer
+    replaces nothing else is read: the last product before it is not done for them.
     """
 
     def __init__(self, hidden: Tensor, prompts: Tensor):
@@ -171,11 +194,26 @@ class WindowStream:
         self._sizes = _Sizes.of(hidden, prompts)
         self._rows = joined(hidden, prompts.to(hidden.dtype))
         self._branch: Tensor | None = None
+        self._ended: _Ended | None = None
 
     @torch.no_grad()
-    def step(self, block: FrozenWindowBlock, windows: Windows, route: PromptRoute | None = None) -> Tensor | None:
-        """The block on all rows; with a route on its prompts in place of those that are there.  The routing scores
-        ``(B, E)``, None without a router."""
+    def step(
+        self,
+        block: FrozenWindowBlock,
+        windows: Windows,
+        route: PromptRoute | None = None,
+        through: Tensor | None = None,
+    ) -> Tensor | None:
+        """The block on all rows.
+
+        Args:
+            block, windows: the block and its windows.
+            route: of prompts that take the place of those that are there.
+            through: of :func:`before_routes`, where the next block has a route: the prompts end here.
+
+        Returns:
+            The routing scores ``(B, E)``, None without a router.
+        """
         scores = None
         # What stands in its place holds no rows meanwhile.
         with no_autocast(self._rows.new_empty(0)) as dtype:
@@ -185,10 +223,11 @@ class WindowStream:
                 *(self._rows, self._branch, *weights.first_norm),
                 normed_at=order.move,
                 probe=None if route is None else route.probe,
+                ended=None if self._ended is None else self._ended.products,
                 normed_dtype=weights.dtype,
             )
             # From here on nobody reads the sum's two terms: the attention and the MLP find their memory free.
-            self._rows, self._branch = stream, None
+            self._rows, self._branch, self._ended = stream, None, None
             normed = normed if order.move is not None else order.cut(normed)
             if route is not None:
                 scores = self._route(stream, normed, order, weights, probed, route)
@@ -200,13 +239,20 @@ class WindowStream:
             del branch, stream
             hidden = activated_product(normed, weights.up, weights.up_bias, activation_of(block.parts), "none")[0]
             del normed
+            if through is not None:
+                assert isinstance(hidden, Tensor)
+                hidden, last = hidden[: order.tokens], hidden[order.tokens :]
+                self._ended = _Ended(last, weights.down, weights.down_bias, through)
             self._branch = product(hidden, weights.down, weights.down_bias)[0]
         return scores
 
     def parted(self) -> tuple[Tensor, Tensor]:
         """Tokens and prompts."""
         with torch.no_grad():
-            rows = self._rows if self._branch is None else self._rows + self._branch
+            branch = self._branch
+            if branch is not None and self._ended is not None:
+                branch = torch.cat([branch, self._ended.branch()])
+            rows = self._rows if branch is None else self._rows + branch
         hidden, prompts = self._shapes
         tokens = hidden[0] * hidden[1]
         return rows[:tokens].view(hidden), rows[tokens:].view(prompts)
@@ -232,6 +278,33 @@ class WindowStream:
             of_tokens,
             of_prompts,
         )
+
+
+@torch.no_grad()
+def before_routes(
+    blocks: Sequence[FrozenWindowBlock], routes: Mapping[int, PromptRoute], like: Tensor
+) -> dict[int, Tensor]:
+    """What tells routers the products of prompts that their block's last product is not done for.
+
+    Args:
+        blocks: of one stage, or of all.
+        routes: of blocks by their place, each but those that are first in their stage.
+        like: a tensor on the device, in the type that is computed in.
+
+    Returns:
+        The place of each block before a route with a probe, and ``(J, K)``.
+    """
+    found: dict[int, Tensor] = {}
+    with no_autocast(like) as dtype:
+        alike: dict[Any, list[tuple[int, Tensor, Tensor]]] = {}
+        for index, route in routes.items():
+            if route.probe is not None:
+                weight = blocks[index - 1].parts.weights(dtype, backward=False).down
+                alike.setdefault((route.probe.shape, weight.shape), []).append((index - 1, route.probe, weight))
+        for few in alike.values():
+            places, probes, weights = zip(*few, strict=True)
+            found |= zip(places, probe_through(probes, weights).unbind(), strict=True)
+    return found
 
 
 class _WindowBlock(torch.autograd.Function):

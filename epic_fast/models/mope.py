@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from epic_fast.backbones import DualEncoder, Tower, stages_of
 from epic_fast.backbones.swin import SwinRun, SwinTower
-from epic_fast.engine import Prefix, TowerState
+from epic_fast.engine import Prefix, TowerState, lanes
 from epic_fast.engine.packed import PackedRun
 from epic_fast.engine.routes import MOST_PROBES, PromptRoute
 from epic_fast.errors import ConfigError
@@ -377,8 +377,15 @@ class MopeModel(PromptedModel):
             return tower.advance(state, tower.num_layers, self.engine), None, []
         state = tower.advance(state, config.first_layer, self.engine)
         batch = len(state.hidden)
-        projected = None if self.router is None or other is None else self.router.project(other)
-        mapped = None if self.mapper is None or other is None else self.mapper(other)
+        swin = self._swin_in_place()
+        # What is made of y waits for nobody, and nobody for it before the first routed layer.
+        waits = not self.routed or config.first_layer in self.routed
+        lane = None if swin is None or waits else lanes.current()
+        if lane is not None:
+            lane.fork()
+        with lanes.beside(lane):
+            projected = None if self.router is None or other is None else self.router.project(other)
+            mapped = None if self.mapper is None or other is None else self.mapper(other)
         prompts = state.hidden.new_zeros(batch, 0, state.hidden.shape[2])
         if self.input_prompts is not None:
             prompts = self.prompt_dropout(self.input_prompts.expand(batch, -1, -1))
@@ -387,7 +394,7 @@ class MopeModel(PromptedModel):
         windows: SwinRun | None = None
         for layer in range(config.first_layer, tower.num_layers):
             if windows is not None:
-                found = windows.step(layer, self._route(layer, projected, mapped))
+                found = windows.step(layer)
                 if found is not None:
                     scores.append(found)
                 continue
@@ -408,7 +415,10 @@ class MopeModel(PromptedModel):
                 if packed is not None:
                     packed.prompts = prompts
             if layer == config.first_layer:
-                packed, windows = self._packed(state, prompts), self._windows(state, prompts)
+                packed = self._packed(state, prompts)
+                if swin is not None:
+                    routes = {each: self._route(each, projected, mapped) for each in self.routed if each > layer}
+                    windows = swin.routed_run(state, prompts, self.engine, routes, lane)
             if windows is not None:
                 windows.step(layer)
             elif packed is None:
@@ -422,12 +432,13 @@ class MopeModel(PromptedModel):
             return *windows.finish(), scores
         return state if packed is None else packed.finish(), prompts, scores
 
-    def _windows(self, state: TowerState, prompts: Tensor) -> SwinRun | None:
-        """A Swin's way through fused blocks that make the prompts of their layers where they lie; None where a graph
-        is made, noise is to be drawn, or somebody hooked or replaced a module that it would not call."""
-        if torch.is_grad_enabled() or not isinstance(self.main, SwinTower) or not self._routes_plainly():
+    def _swin_in_place(self) -> SwinTower | None:
+        """The Swin whose fused blocks make the prompts of their layers where they lie; None where a graph is made,
+        noise is to be drawn, or somebody hooked or replaced a module that they would not call."""
+        main = self.main
+        if torch.is_grad_enabled() or not isinstance(main, SwinTower) or not main.runs_fused(self.engine):
             return None
-        return self.main.routed_run(state, prompts, self.engine)
+        return main if self._routes_plainly() else None
 
     def _routes_plainly(self) -> bool:
         router = self.router
@@ -442,10 +453,8 @@ class MopeModel(PromptedModel):
             return True
         return self.config.router_main_size <= MOST_PROBES and all(untouched(each, nn.Linear) for each in router.own)
 
-    def _route(self, layer: int, projected: Tensor | None, mapped: list[Tensor] | None) -> PromptRoute | None:
+    def _route(self, layer: int, projected: Tensor | None, mapped: list[Tensor] | None) -> PromptRoute:
         """Of a routed layer: what its prompts are made of."""
-        if layer not in self.routed:
-            return None
         place = self.routed[layer]
         experts, router = self.experts[place], self.router
         assert isinstance(experts, PromptExperts)

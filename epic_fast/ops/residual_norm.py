@@ -152,6 +152,7 @@ def moved_norm_forward(
     branch_at: Tensor | None = None,
     normed_at: Tensor | None = None,
     probe: Tensor | None = None,
+    ended: tuple[Tensor, Tensor, Tensor | None] | None = None,
     normed_dtype: torch.dtype | None = None,
     keep: bool = False,
     impl: str = "auto",
@@ -166,11 +167,18 @@ def moved_norm_forward(
             Without it S is R.
         normed_at: ``(R,)`` int64, each of 0 to R - 1 once: the norm of row r is row ``normed_at[r]`` of ``normed``.
         probe: ``(J, D)``, J at most 16: each row of the sum is multiplied by each of its rows.
+        ended: ``(hidden, through, offset)``, ``(S, K)``, ``(J, K)`` in float32 (float64 where the rows are) and
+            ``(D,)`` or None: the last S rows of the stream are neither summed nor normed.  Of each only the products
+            ``(row + offset) · probe + hidden · through`` are made: those with a sum whose second term is a product of
+            ``hidden``, when ``through`` is ``probe`` times that product's weight
+            (:func:`epic_fast.ops.route_prompts.probe_through`).  ``branch`` then has S rows less; wants a probe, no
+            ``branch_at`` and no ``keep``.
         keep: what backward reads is the normalised rows in 8 bits, not the sum.
 
     Returns:
         ``(total, normed, rows, mean, rstd, probed)``: the sum, its norm, what :func:`moved_norm_backward` takes as
-        ``total``, ``mean`` and ``rstd``, and the products ``(R, J)`` in float32, None without a probe.
+        ``total``, ``mean`` and ``rstd``, and the products ``(R, J)`` in float32, None without a probe.  Of rows that
+        end all but the products is left unwritten, for the caller to fill.
 
     Raises:
         ConfigError: shapes that do not fit.  What an index holds is not looked at.
@@ -179,6 +187,8 @@ def moved_norm_forward(
     _check_matrix(name, "stream", stream)
     width = stream.shape[1]
     rows = len(stream) if branch is None or branch_at is None else len(branch)
+    if ended is not None:
+        rows -= _check_ended(name, stream, probe, ended, branch_at is not None or keep)
     wanted = {"weight": (width,), "bias": (width,), "branch": (rows, width)}
     wanted |= {"branch_at": (len(stream),), "normed_at": (len(stream),)}
     if probe is not None:
@@ -191,7 +201,8 @@ def moved_norm_forward(
         raise ConfigError(f"{name}: bias=None is an RMS norm, whose rows are not kept in 8 bits; wanted a bias")
     return _MOVED(
         stream, branch, weight, bias, eps,
-        branch_at=branch_at, normed_at=normed_at, probe=probe, normed_dtype=normed_dtype, keep=keep, impl=impl,
+        branch_at=branch_at, normed_at=normed_at, probe=probe, ended=ended, normed_dtype=normed_dtype, keep=keep,
+        impl=impl,
     )  # fmt: skip
 
 
@@ -237,6 +248,27 @@ def moved_norm_backward(
 def _check_matrix(operation: str, name: str, tensor: Tensor) -> None:
     if tensor.dim() != 2:
         raise ConfigError(f"{operation}: {name} has shape {tuple(tensor.shape)}; wanted rows (R, D)")
+
+
+def _check_ended(
+    operation: str, stream: Tensor, probe: Tensor | None, ended: tuple[Tensor, Tensor, Tensor | None], other: bool
+) -> int:
+    """How many rows end."""
+    hidden, through, offset = ended
+    if probe is None or other:
+        raise ConfigError(f"{operation}: ended goes with a probe, without branch_at and without keep")
+    if hidden.dim() != 2 or len(hidden) > len(stream):
+        raise ConfigError(
+            f"{operation}: ended's hidden rows have shape {tuple(hidden.shape)}; wanted (S, K), at most "
+            f"{len(stream)} rows, as the stream has"
+        )
+    wanted: dict[str, tuple[int, ...]] = {"hidden": tuple(hidden.shape)}
+    wanted |= {"through": (len(probe), hidden.shape[1]), "offset": (stream.shape[1],)}
+    _check_shapes(operation, {"hidden": hidden, "through": through, "offset": offset}, wanted, stream)
+    wide = torch.promote_types(stream.dtype, torch.float32)
+    if through.dtype != wide:
+        raise ConfigError(f"{operation}: through is {through.dtype}; wanted {wide}")
+    return len(hidden)
 
 
 def _check_shapes(
@@ -428,12 +460,16 @@ def _op_moved(
     branch_at: Tensor | None,
     normed_at: Tensor | None,
     probe: Tensor | None,
+    hidden: Tensor | None,
+    through: Tensor | None,
+    offset: Tensor | None,
     normed_dtype: torch.dtype | None,
     keep: bool,
 ) -> tuple[Tensor, ...]:
+    ended = None if hidden is None or through is None else (hidden, through, offset)
     total, normed, kept, *others = _launchers()[2](
         stream, branch, weight, bias, eps,
-        branch_at=branch_at, normed_at=normed_at, probe=probe, normed_dtype=normed_dtype, keep=keep,
+        branch_at=branch_at, normed_at=normed_at, probe=probe, ended=ended, normed_dtype=normed_dtype, keep=keep,
     )  # fmt: skip
     return _no_none(stream, (None if branch is None else total, normed, kept if keep else None, *others))
 
@@ -447,6 +483,9 @@ def _fake_moved(
     branch_at: Tensor | None,
     normed_at: Tensor | None,
     probe: Tensor | None,
+    hidden: Tensor | None,
+    through: Tensor | None,
+    offset: Tensor | None,
     normed_dtype: torch.dtype | None,
     keep: bool,
 ) -> tuple[Tensor, ...]:
@@ -463,7 +502,8 @@ def _fake_moved(
 
 MOVED = library.register(
     "moved_norm_forward(Tensor stream, Tensor? branch, Tensor weight, Tensor? bias, float eps, Tensor? branch_at, "
-    "Tensor? normed_at, Tensor? probe, ScalarType? normed_dtype, bool keep) "
+    "Tensor? normed_at, Tensor? probe, Tensor? hidden, Tensor? through, Tensor? offset, ScalarType? normed_dtype, "
+    "bool keep) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _op_moved,
     _fake_moved,
@@ -518,7 +558,8 @@ MOVED_BACKWARD = library.register(
 def _triton_moved(
     stream: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, **options: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
-    at = options["branch_at"], options["normed_at"], options["probe"]
+    ended = (None, None, None) if options["ended"] is None else options["ended"]
+    at = options["branch_at"], options["normed_at"], options["probe"], *ended
     if library.direct(stream, branch, weight, bias, *at):
         return _launchers()[2](stream, branch, weight, bias, eps, **options)
     total, normed, kept, mean, rstd, probed = MOVED(

@@ -16,6 +16,7 @@ from epic_fast.errors import ConfigError
 from epic_fast.kernels.route_prompts import reference  # pyright: ignore[reportMissingImports]
 from epic_fast.ops import library
 from epic_fast.ops.dispatch import Operation
+from epic_fast.ops.residual_norm import MOST_PROBES
 
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_EXPERTS = 64
@@ -82,6 +83,51 @@ def route_prompts(
         token_dots, prompt_dots, count, router_bias, projected, embeddings, static, experts, mapped,
         temperature=temperature, top_k=top_k, impl=impl,
     )  # fmt: skip
+
+
+def probe_through(probes: Sequence[Tensor], weights: Sequence[Tensor], *, impl: str = "auto") -> Tensor:
+    """``probe @ weight`` of several: products with ``probe`` of rows that ``weight`` makes, by what it makes them of.
+
+    For a row ``z = weight @ h`` it is ``probe @ z = (probe @ weight) @ h``: a few numbers of z without z.
+
+    Args:
+        probes: each ``(J, C)``, J at most 16; of one shape and type.
+        weights: as many, each ``(C, K)``, as ``nn.Linear`` has it: C results of K numbers; of one shape and type.
+        impl: ``"auto"``, ``"triton"`` or ``"reference"``.
+
+    Returns:
+        ``(len(probes), J, K)`` in float32 (float64 where an input is).
+
+    Raises:
+        ConfigError: shapes or types that do not fit, or a gradient that would be lost.
+    """
+    name = "probe_through"
+    if not probes or len(probes) != len(weights):
+        raise ConfigError(f"{name}: {len(probes)} probes and {len(weights)} weights; wanted as many, at least one")
+    for label, tensors in (("probes", probes), ("weights", weights)):
+        first = tensors[0]
+        for number, each in enumerate(tensors):
+            if each.dim() != 2 or not each.is_floating_point():
+                raise ConfigError(
+                    f"{name}: {label}[{number}] is {_shape(each)} {each.dtype}; wanted a floating-point matrix"
+                )
+            if (each.shape, each.dtype, each.device) != (first.shape, first.dtype, first.device):
+                raise ConfigError(
+                    f"{name}: {label}[{number}] is {_shape(each)} {each.dtype} on {each.device}; wanted "
+                    f"{_shape(first)} {first.dtype} on {first.device}, as {label}[0] is"
+                )
+            if torch.is_grad_enabled() and each.requires_grad:
+                raise ConfigError(
+                    f"{name}: {label}[{number}] requires a gradient, and this has no backward; wanted no gradient "
+                    "(torch.no_grad())"
+                )
+    probe, weight = probes[0], weights[0]
+    if probe.shape[1] != weight.shape[0] or probe.device != weight.device or len(probe) > MOST_PROBES:
+        raise ConfigError(
+            f"{name}: probes are {_shape(probe)} on {probe.device}; wanted at most {MOST_PROBES} rows of "
+            f"{weight.shape[0]} on {weight.device}, for weights of shape {_shape(weight)}"
+        )
+    return _THROUGH(list(probes), list(weights), impl=impl)
 
 
 def _wrong(found: str, wanted: str) -> ConfigError:
@@ -205,6 +251,13 @@ def _launcher() -> Callable[..., Any]:
     return triton_forward.route_prompts
 
 
+@functools.cache
+def _through_launcher() -> Callable[..., Any]:
+    from epic_fast.kernels.route_prompts import triton_through  # pyright: ignore[reportMissingImports]
+
+    return triton_through.probe_through
+
+
 def _forward(out: Tensor, *others: Any) -> Tensor:
     *given, temperature, top_k = others
     scores = _launcher()(out, *given, temperature=temperature, top_k=top_k)
@@ -234,6 +287,36 @@ def _triton(*args: Any, temperature: float, top_k: int | None) -> Tensor | None:
     return None if args[10] is None else scores
 
 
+def _op_through(probes: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    return _through_launcher()(probes, weights)
+
+
+THROUGH = library.register(
+    "probe_through(Tensor[] probes, Tensor[] weights) -> Tensor",
+    _op_through,
+    lambda probes, weights: probes[0].new_empty(
+        len(probes), probes[0].shape[0], weights[0].shape[1], dtype=torch.float32
+    ),
+)
+
+
+def _triton_through(probes: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    if library.direct(*probes, *weights):
+        return _through_launcher()(probes, weights)
+    return THROUGH(probes, weights)
+
+
+def _through_limits(probes: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[str]:
+    old = library.too_old(probes[0].get_device()) if probes[0].is_cuda else ""
+    reasons = [old] if old else []
+    reasons += [
+        f"a tensor is {each.dtype}; the kernel takes float32, bfloat16 and float16"
+        for each in (probes[0], weights[0])
+        if each.dtype not in KERNEL_TYPES
+    ]
+    return reasons
+
+
 def _limits(out: Tensor, *others: Any) -> Sequence[str]:
     old = library.too_old(out.get_device()) if out.is_cuda else ""
     reasons = [old] if old else []
@@ -250,3 +333,4 @@ def _limits(out: Tensor, *others: Any) -> Sequence[str]:
 
 
 _ROUTE = Operation("route_prompts", reference=reference.route_prompts, triton=_triton, limits=_limits)
+_THROUGH = Operation("probe_through", reference=reference.probe_through, triton=_triton_through, limits=_through_limits)

@@ -483,14 +483,20 @@ def launch_experts(case: MixCase, dtype: torch.dtype) -> None:
 
 
 def launch_routing(case: RouteCase, dtype: torch.dtype) -> None:
-    """The launcher on tensors without memory, with parameters in the type of the rows and in float32, and again with
-    products that start anywhere."""
+    """The launchers on tensors without memory, with parameters in the type of the rows and in float32, and routing
+    again with products that start anywhere."""
     from epic_fast.kernels.route_prompts.triton_forward import (  # pyright: ignore[reportMissingImports]
         route_prompts,
     )
 
+    from epic_fast.kernels.route_prompts.triton_through import probe_through  # pyright: ignore[reportMissingImports]
+
     for kind in dict.fromkeys((dtype, torch.float32)):
         given = case.make(kind, "meta")
+        if case.own:
+            probes = [torch.empty(case.own, case.width, dtype=kind, device="meta") for _ in range(9)]
+            weights = [torch.empty(case.width, 4 * case.width, dtype=dtype, device="meta") for _ in range(9)]
+            probe_through(probes, weights)
         route_prompts(*case.targets(dtype, "meta"), **given, **case.options("meta"))
         if given["token_dots"] is not None:
             joined = torch.cat([given["prompt_dots"], given["token_dots"]], dim=1)
@@ -596,6 +602,17 @@ def launch_norm(case: RowsCase, dtype: torch.dtype) -> None:
             moved_norm_forward(
                 rows, branch.flatten(0, 1), weight, weight, 1e-5, branch_at=order, normed_dtype=dtype, keep=keep
             )
+            if not keep:
+                ends = torch.empty(case.batch, 4 * case.width, dtype=dtype, device="meta")
+                through = torch.empty(2, 4 * case.width, device="meta")
+                before = branch.flatten(0, 1)[: -len(ends)]
+                moved_norm_forward(
+                    *(rows, before, weight, weight, 1e-5),
+                    normed_at=order,
+                    probe=probe,
+                    ended=(ends, through, weight),
+                    normed_dtype=dtype,
+                )
             grad = torch.empty(rows.shape, dtype=dtype, device="meta")
             for places in ({"normed_at": order}, {"moved_at": order, "moved_dtype": dtype}):
                 moved_norm_backward(grad, rows, kept, weight, mean, rstd, grad_dtype=kind, **places)

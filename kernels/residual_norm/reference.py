@@ -126,10 +126,13 @@ def moved_norm_forward(
     branch_at: Tensor | None = None,
     normed_at: Tensor | None = None,
     probe: Tensor | None = None,
+    ended: tuple[Tensor, Tensor, Tensor | None] | None = None,
     normed_dtype: torch.dtype | None = None,
     keep: bool = False,
 ) -> tuple[Tensor | None, ...]:
     """The public contract is that of :func:`epic_fast.ops.residual_norm.moved_norm_forward`."""
+    if ended is not None and probe is not None:
+        return _with_rows_that_end(stream, branch, weight, bias, eps, normed_at, probe, ended, normed_dtype)
     if branch is not None and branch_at is not None:
         branch = branch.index_select(0, branch_at)
     operation = residual_norm_forward_kept if keep else residual_norm_forward
@@ -143,6 +146,35 @@ def moved_norm_forward(
         with torch.autocast(total.device.type, enabled=False):
             probed = total.to(wide) @ probe.to(wide).T
     return total, normed, *(saved if keep else (total, *saved)), probed
+
+
+def _with_rows_that_end(
+    stream: Tensor,
+    branch: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+    normed_at: Tensor | None,
+    probe: Tensor,
+    ended: tuple[Tensor, Tensor, Tensor | None],
+    normed_dtype: torch.dtype | None,
+) -> tuple[Tensor | None, ...]:
+    hidden, through, offset = ended
+    rows = len(stream) - len(hidden)
+    at = None if normed_at is None else normed_at[:rows]
+    found = moved_norm_forward(
+        stream[:rows], branch, weight, bias, eps, normed_at=at, probe=probe, normed_dtype=normed_dtype
+    )
+    total, normed, _, mean, rstd, probed = (
+        None if each is None else torch.cat([each, each.new_empty(len(hidden), *each.shape[1:])]) for each in found
+    )
+    assert probed is not None
+    wide = probed.dtype
+    last = stream[rows:].to(wide) if offset is None else stream[rows:].to(wide) + offset.to(wide)
+    with torch.autocast(stream.device.type, enabled=False):
+        probed[rows:] = last @ probe.to(wide).T + hidden.to(wide) @ through.to(wide).T
+    total = stream if branch is None else total
+    return total, normed, total, mean, rstd, probed
 
 
 def moved_norm_backward(

@@ -29,3 +29,11 @@ def norm_tile(width: int) -> RowTile:
     """
     block = max(16, 1 << (width - 1).bit_length())
     return RowTile(rows=max(1, 512 // block), block=block, warps=min(max(1, block // 512), 16))
+
+
+@functools.cache
+def ended_tile(depth: int, warps: int) -> RowTile:
+    """For rows of which products alone are wanted: parts of a row, or some rows, of 32 columns a thread."""
+    room = 1024 * warps
+    block = min(max(16, 1 << (depth - 1).bit_length()), room)
+    return RowTile(rows=room // block, block=block, warps=warps)

@@ -19,22 +19,12 @@ from epic_fast.kernels.common.plan import Tape
 from epic_fast.kernels.common.rows import contiguous, facts_of, row_strides, rows_of
 from epic_fast.kernels.common.triton_eight_bit import quantise, row_scales
 from epic_fast.kernels.common.triton_rows import row_offsets
-from epic_fast.kernels.residual_norm.tiles import RowTile, norm_tile
+from epic_fast.kernels.residual_norm.tiles import RowTile, ended_tile, norm_tile
 
 
-@triton.jit(
-    do_not_specialize=[
-        "rows",
-        "inner_rows",
-        "stream_outer",
-        "stream_inner",
-        "branch_outer",
-        "branch_inner",
-        "total_outer",
-        "total_inner",
-    ]
-)
-def forward_kernel(
+@triton.jit
+def _norm_rows(
+    program,
     stream,  # (rows, D) by outer and inner strides, unit last stride
     branch,  # (rows, D) or None
     total,  # (rows, D), written; None without branch; the stream itself in place
@@ -67,7 +57,7 @@ def forward_kernel(
     PROBES: tl.constexpr,
 ):
     """``total = stream + branch`` and its norm, ``ROWS`` rows a program."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = program * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK_D)[None, :]
     column_exists = column < D
     exists = (row < rows)[:, None] & column_exists
@@ -121,6 +111,173 @@ def forward_kernel(
         tl.store(scale + row, size, mask=row < rows)
 
 
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "inner_rows",
+        "stream_outer",
+        "stream_inner",
+        "branch_outer",
+        "branch_inner",
+        "total_outer",
+        "total_inner",
+    ]
+)
+def forward_kernel(
+    stream,  # (rows, D) by outer and inner strides, unit last stride
+    branch,  # (rows, D) or None
+    total,  # (rows, D), written; None without branch; the stream itself in place
+    weight,  # (D,)
+    bias,  # (D,); None: RMS norm, without a mean
+    normed,  # (rows, D), contiguous, written
+    mean,  # (rows,) float32, written; None with kept, and without bias
+    rstd,  # (rows,) float32, written
+    scale,  # (rows,) float32, written; None unless EIGHT_BIT
+    kept,  # (rows, D) int8, contiguous, written: the row before weight and bias; or None
+    step,  # (rows,) float32, written: the scales of these; None with them
+    branch_at,  # (rows,) int64: the branch's row for each row of the stream; None: the same
+    normed_at,  # (rows,) int64: where each row's norm goes; None: to the same
+    probe,  # (PROBES, D) or None
+    probed,  # (rows, PROBES) float32, written: products of the sum's rows with the probe's; None with it
+    eps,
+    rows,
+    inner_rows,
+    stream_outer,
+    stream_inner,
+    branch_outer,
+    branch_inner,
+    total_outer,
+    total_inner,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,  # elements that a stride counts in
+    EIGHT_BIT: tl.constexpr,  # None, "fp8" or "int8"
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PROBES: tl.constexpr,
+):
+    """One program: ``ROWS`` rows.  Grid: (row tiles,)."""
+    _norm_rows(
+        tl.program_id(0), stream, branch, total, weight, bias, normed, mean, rstd, scale, kept, step,
+        branch_at, normed_at, probe, probed, eps, rows, inner_rows, stream_outer, stream_inner,
+        branch_outer, branch_inner, total_outer, total_inner, D, UNIT, EIGHT_BIT, ROWS, BLOCK_D, PROBES,
+    )  # fmt: skip
+
+
+@triton.jit
+def _end_rows(
+    program,
+    stream,  # (before + ended, D) by outer and inner strides
+    hidden,  # (ended, K), contiguous
+    through,  # (PROBES, K) float32, contiguous
+    offset,  # (D,) or None
+    probe,  # (PROBES, D)
+    probed,  # (before + ended, PROBES) float32, written
+    before,
+    ended,
+    inner_rows,
+    stream_outer,
+    stream_inner,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    K: tl.constexpr,
+    ENDED_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PROBES: tl.constexpr,
+):
+    """``(stream + offset) . probe + hidden . through`` of ``ENDED_ROWS`` rows."""
+    own = program * ENDED_ROWS + tl.arange(0, ENDED_ROWS)
+    row = before + own
+    exists = own < ended
+    column = tl.arange(0, BLOCK_D)[None, :]
+    inside = exists[:, None] & (column < D)
+    start = row_offsets(row, inner_rows, stream_outer, stream_inner, UNIT)
+    x = tl.load(stream + start + column, mask=inside, other=0.0).to(tl.float32)  # [ENDED_ROWS, BLOCK_D]
+    if offset is not None:
+        x += tl.load(offset + column, mask=column < D, other=0.0).to(tl.float32)
+    for number in tl.static_range(PROBES):
+        direction = tl.load(probe + number * D + column, mask=column < D, other=0.0).to(tl.float32)
+        product = tl.sum(x * direction, axis=1)  # [ENDED_ROWS]
+        total = tl.zeros([ENDED_ROWS, BLOCK_K], tl.float32)
+        for first in tl.static_range(0, K, BLOCK_K):
+            inner = first + tl.arange(0, BLOCK_K)[None, :]
+            source = hidden + own.to(tl.int64)[:, None] * K + inner
+            wide = tl.load(source, mask=exists[:, None] & (inner < K), other=0.0).to(tl.float32)
+            total += wide * tl.load(through + number * K + inner, mask=inner < K, other=0.0)
+        product += tl.sum(total, axis=1)
+        tl.store(probed + row.to(tl.int64) * PROBES + number, product, mask=exists)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "ended",
+        "ended_tiles",
+        "rows",
+        "inner_rows",
+        "stream_outer",
+        "stream_inner",
+        "branch_outer",
+        "branch_inner",
+        "total_outer",
+        "total_inner",
+    ]
+)
+def ending_kernel(
+    stream,  # (rows, D) by outer and inner strides, unit last stride
+    branch,  # (rows, D) or None
+    total,  # (rows, D), written; None without branch; the stream itself in place
+    weight,  # (D,)
+    bias,  # (D,); None: RMS norm, without a mean
+    normed,  # (rows, D), contiguous, written
+    mean,  # (rows,) float32, written; None with kept, and without bias
+    rstd,  # (rows,) float32, written
+    scale,  # (rows,) float32, written; None unless EIGHT_BIT
+    kept,  # (rows, D) int8, contiguous, written: the row before weight and bias; or None
+    step,  # (rows,) float32, written: the scales of these; None with them
+    branch_at,  # (rows,) int64: the branch's row for each row of the stream; None: the same
+    normed_at,  # (rows,) int64: where each row's norm goes; None: to the same
+    probe,  # (PROBES, D) or None
+    probed,  # (rows, PROBES) float32, written: products of the sum's rows with the probe's; None with it
+    hidden,  # (ended, K), contiguous
+    through,  # (PROBES, K) float32, contiguous
+    offset,  # (D,) or None
+    eps,
+    rows,
+    inner_rows,
+    stream_outer,
+    stream_inner,
+    branch_outer,
+    branch_inner,
+    total_outer,
+    total_inner,
+    ended,
+    ended_tiles,
+    D: tl.constexpr,
+    UNIT: tl.constexpr,  # elements that a stride counts in
+    EIGHT_BIT: tl.constexpr,  # None, "fp8" or "int8"
+    ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PROBES: tl.constexpr,
+    K: tl.constexpr,
+    ENDED_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One program: ``ROWS`` rows as in :func:`forward_kernel`, or ``ENDED_ROWS`` of those behind them, whose products
+    alone are wanted.  Grid: (tiles of these + row tiles,)."""
+    if tl.program_id(0) < ended_tiles:
+        _end_rows(
+            tl.program_id(0), stream, hidden, through, offset, probe, probed, rows, ended, inner_rows, stream_outer,
+            stream_inner, D, UNIT, BLOCK_D, K, ENDED_ROWS, BLOCK_K, PROBES,
+        )  # fmt: skip
+    else:
+        _norm_rows(
+            tl.program_id(0) - ended_tiles, stream, branch, total, weight, bias, normed, mean, rstd,
+            scale, kept, step, branch_at, normed_at, probe, probed, eps, rows, inner_rows, stream_outer,
+            stream_inner, branch_outer, branch_inner, total_outer, total_inner, D, UNIT, EIGHT_BIT,
+            ROWS, BLOCK_D, PROBES,
+        )  # fmt: skip
+
+
 def residual_norm_forward(
     stream: Tensor,
     branch: Tensor | None,
@@ -145,7 +302,7 @@ def residual_norm_forward(
         normed_dtype = stream.dtype if branch is None else branch.dtype
     if eight_bit is not None:
         normed_dtype = EIGHT_BIT_TYPES[eight_bit]
-    tensors = (stream, branch, weight, bias, None, None, None)
+    tensors = (stream, branch, weight, bias, None, None, None, None, None, None)
     options = (float(eps), normed_dtype, in_place, eight_bit, keep, tile)
     return plan.run(forward, tensors, options)[:-1]  # pyright: ignore[reportReturnType]
 
@@ -160,6 +317,7 @@ def moved_norm_forward(
     branch_at: Tensor | None = None,
     normed_at: Tensor | None = None,
     probe: Tensor | None = None,
+    ended: tuple[Tensor, Tensor, Tensor | None] | None = None,
     normed_dtype: torch.dtype | None = None,
     keep: bool = False,
     tile: RowTile | None = None,
@@ -167,7 +325,8 @@ def moved_norm_forward(
     """Shapes and meanings are those of :func:`epic_fast.ops.residual_norm.moved_norm_forward`."""
     if normed_dtype is None:
         normed_dtype = stream.dtype if branch is None else branch.dtype
-    tensors = (stream, branch, weight, bias, branch_at, normed_at, probe)
+    ending = (None, None, None) if ended is None else ended
+    tensors = (stream, branch, weight, bias, branch_at, normed_at, probe, *ending)
     total, normed, *saved, _, probed = plan.run(forward, tensors, (float(eps), normed_dtype, False, None, keep, tile))
     return total, normed, *(saved if keep else (total, *saved)), probed
 
@@ -181,6 +340,9 @@ def forward(
     branch_at: Tensor | None,
     normed_at: Tensor | None,
     probe: Tensor | None,
+    hidden: Tensor | None,
+    through: Tensor | None,
+    offset: Tensor | None,
     eps: float,
     normed_dtype: torch.dtype,
     in_place: bool,
@@ -191,6 +353,7 @@ def forward(
     """:func:`residual_norm_forward` on a tape, with what its rows were multiplied by the probe's behind it."""
     shape, width = stream.shape, stream.shape[-1]
     rows = stream.numel() // width
+    ended = 0 if hidden is None else hidden.shape[0]
     normed = tape.empty(shape, normed_dtype)
     data = tape.empty(shape, torch.int8) if keep else None
     # The mean, or where the rows are kept their scales.
@@ -206,6 +369,7 @@ def forward(
         return results
     read, written = rows_of(tape, stream), None
     if branch is not None:
+        # With rows that end it is shorter than the stream, and lies as the stream's first rows do.
         branch = rows_of(tape, branch)
         written = read if in_place else rows_of(tape, total)
         if in_place and read.data_ptr() != stream.data_ptr():
@@ -222,7 +386,24 @@ def forward(
     tensors = (read, branch, written, *frozen, normed, mean, rstd, scale, data, step)
     extra = (None if each is None else contiguous(tape, each) for each in (branch_at, normed_at, probe))
     tensors = (*tensors, *extra, probed)
-    integers = (rows, inner_rows, *strides)
+    integers = (rows - ended, inner_rows, *strides)
+    if hidden is None or through is None:
+        facts = facts_of(tensors, integers, (constants, tile.warps))
+        tape.launch(forward_kernel, -(-rows // tile.rows), (*tensors, eps, *integers, *constants), tile.options, facts)
+        return results
+    depth = hidden.shape[1]
+    ending = (contiguous(tape, hidden), contiguous(tape, through), None if offset is None else contiguous(tape, offset))
+    ending_tile = ended_tile(depth, tile.warps)
+    constants = (*constants, depth, ending_tile.rows, ending_tile.block)
+    tiles = -(-ended // ending_tile.rows)
+    integers = (*integers, ended, tiles)
+    tensors = (*tensors, *ending)
     facts = facts_of(tensors, integers, (constants, tile.warps))
-    tape.launch(forward_kernel, -(-rows // tile.rows), (*tensors, eps, *integers, *constants), tile.options, facts)
+    tape.launch(
+        ending_kernel,
+        tiles + -(-(rows - ended) // tile.rows),
+        (*tensors, eps, *integers, *constants),
+        tile.options,
+        facts,
+    )
     return results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -60,3 +61,10 @@ def route_prompts(
         weight, bias = norm_weight.to(wide), norm_bias.to(wide)
         normed.copy_(torch.nn.functional.layer_norm(out.to(wide), (width,), weight, bias, eps))
     return scores
+
+
+def probe_through(probes: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """The contract is that of :func:`epic_fast.ops.route_prompts.probe_through`."""
+    wide = functools.reduce(torch.promote_types, (each.dtype for each in (*probes, *weights)), torch.float32)
+    with torch.autocast(probes[0].device.type, enabled=False):
+        return torch.stack([one.to(wide) @ other.to(wide) for one, other in zip(probes, weights, strict=True)])
