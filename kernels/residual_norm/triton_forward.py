@@ -55,6 +55,7 @@ def _norm_rows(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PROBES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     """``total = stream + branch`` and its norm, ``ROWS`` rows a program."""
     row = program * ROWS + tl.arange(0, ROWS)
@@ -74,12 +75,20 @@ def _norm_rows(
         # What is normalised is what is written: backward will read the rounded sum.
         rounded = x.to(total.dtype.element_ty)
         x = rounded.to(tl.float32)
-        tl.store(total + row_offsets(row, inner_rows, total_outer, total_inner, UNIT) + column, rounded, mask=exists)
-
     if probe is not None:
-        for number in tl.static_range(PROBES):
-            direction = tl.load(probe + number * D + column, mask=column_exists, other=0.0).to(tl.float32)
-            tl.store(probed + row.to(tl.int64) * PROBES + number, tl.sum(x * direction, axis=1), mask=row < rows)
+        # All is asked for before anything is stored, which no load passes.
+        gain = tl.load(weight + column, mask=column_exists, other=0.0)
+        if bias is not None:
+            shift = tl.load(bias + column, mask=column_exists, other=0.0)
+        number = tl.arange(0, BLOCK_P)[None, :]
+        products = tl.zeros([ROWS, BLOCK_P], tl.float32)
+        for each in tl.static_range(PROBES):
+            direction = tl.load(probe + each * D + column, mask=column_exists, other=0.0).to(tl.float32)
+            products = tl.where(number == each, tl.sum(x * direction, axis=1)[:, None], products)
+        target = probed + row.to(tl.int64)[:, None] * PROBES + number
+        tl.store(target, products, mask=(row < rows)[:, None] & (number < PROBES))
+    if branch is not None:
+        tl.store(total + row_offsets(row, inner_rows, total_outer, total_inner, UNIT) + column, rounded, mask=exists)
 
     if bias is not None:
         center = tl.sum(x, axis=1) * (1.0 / D)  # [ROWS]
@@ -95,10 +104,13 @@ def _norm_rows(
         tl.store(kept + row.to(tl.int64)[:, None] * D + column, quantise(x, size, "int8"), mask=exists)
         tl.store(step + row, size, mask=row < rows)
 
-    gain = tl.load(weight + column, mask=column_exists, other=0.0).to(tl.float32)  # [1, BLOCK_D]
-    y = x * gain
+    if probe is None:
+        gain = tl.load(weight + column, mask=column_exists, other=0.0)  # [1, BLOCK_D]
+    y = x * gain.to(tl.float32)
     if bias is not None:
-        y += tl.load(bias + column, mask=column_exists, other=0.0).to(tl.float32)
+        if probe is None:
+            shift = tl.load(bias + column, mask=column_exists, other=0.0)
+        y += shift.to(tl.float32)
     place = row.to(tl.int64)
     if normed_at is not None:
         place = tl.load(normed_at + row, mask=row < rows, other=0)
@@ -154,12 +166,13 @@ def forward_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PROBES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
 ):
     """One program: ``ROWS`` rows.  Grid: (row tiles,)."""
     _norm_rows(
         tl.program_id(0), stream, branch, total, weight, bias, normed, mean, rstd, scale, kept, step,
         branch_at, normed_at, probe, probed, eps, rows, inner_rows, stream_outer, stream_inner,
-        branch_outer, branch_inner, total_outer, total_inner, D, UNIT, EIGHT_BIT, ROWS, BLOCK_D, PROBES,
+        branch_outer, branch_inner, total_outer, total_inner, D, UNIT, EIGHT_BIT, ROWS, BLOCK_D, PROBES, BLOCK_P,
     )  # fmt: skip
 
 
@@ -258,6 +271,7 @@ def ending_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     PROBES: tl.constexpr,
+    BLOCK_P: tl.constexpr,
     K: tl.constexpr,
     ENDED_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -274,7 +288,7 @@ def ending_kernel(
             tl.program_id(0) - ended_tiles, stream, branch, total, weight, bias, normed, mean, rstd,
             scale, kept, step, branch_at, normed_at, probe, probed, eps, rows, inner_rows, stream_outer,
             stream_inner, branch_outer, branch_inner, total_outer, total_inner, D, UNIT, EIGHT_BIT,
-            ROWS, BLOCK_D, PROBES,
+            ROWS, BLOCK_D, PROBES, BLOCK_P,
         )  # fmt: skip
 
 
@@ -380,7 +394,7 @@ def forward(
     if tile is None:
         tile = norm_tile(width)
     inner_rows, strides, unit = row_strides((read, branch, written))
-    constants = (width, unit, eight_bit, tile.rows, tile.block, probes)
+    constants = (width, unit, eight_bit, tile.rows, tile.block, probes, 1 << max(0, probes - 1).bit_length())
     mean, step = (None, first) if keep else (first, None)
     frozen = contiguous(tape, weight), None if bias is None else contiguous(tape, bias)
     tensors = (read, branch, written, *frozen, normed, mean, rstd, scale, data, step)

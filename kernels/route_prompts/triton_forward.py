@@ -1,4 +1,4 @@
-"""A routed layer's prompts and their norm in one launch: every program makes its samples' scores anew.
+"""A routed layer's prompts and their norm in one launch: every program makes its sample's scores anew.
 
 README.md beside this file has the derivation and the floors.
 """
@@ -25,29 +25,26 @@ from epic_fast.kernels.common.rows import contiguous, row_strides
 # Rows of products that every program sums for itself; of more, a launch before it sums as many a program.
 LONGEST = 1024
 # Numbers of a query at a time, and products of a sample at a time.
-QUERY, DOTS = 8, 256
-# Experts whose rows are asked for together, where there are few; with many that costs registers that an A100 spills.
-UNROLL, FEW_EXPERTS = 4, 16
+QUERY, DOTS = 8, 512
+# Experts' rows are asked for at once, before the scores are known, where they are so many numbers a warp or fewer.
+AT_ONCE, MOST_AT_ONCE = 2048, 32768
 # Small tensors that may start anywhere, as slices do.
 SCALARS = ["token_dots", "prompt_dots", "router_bias", "projected", "embeddings"]
 
 
 @dataclass(frozen=True)
 class RouteTile:
-    """``samples`` whole rows of ``block`` columns (a power of two, the width or more) in the registers of ``warps``."""
+    """A whole row of ``block`` columns (a power of two, the width or more) in the registers of ``warps``."""
 
-    samples: int
     block: int
     warps: int
 
 
 @functools.cache
 def route_tile(width: int) -> RouteTile:
-    """Four samples and 16 columns a thread from 512 columns on, fewer samples from 4096 on; by the width alone, so that
-    a sample's bits do not depend on the batch."""
+    """16 columns a thread from 512 columns on: up to there a program is one warp, which waits for no other."""
     block = padded(width, 16)
-    samples = max(1, min(4, 8192 // block))
-    return RouteTile(samples, block, min(max(4, samples * block // 512), 16))
+    return RouteTile(block, min(max(1, block // 512), 16))
 
 
 def padded(size: int, smallest: int = 1) -> int:
@@ -57,35 +54,27 @@ def padded(size: int, smallest: int = 1) -> int:
 
 @triton.jit
 def _add_dots(
-    total,  # [BLOCK_B, BLOCK_T, BLOCK_J]
-    dots,  # (B, T, J)
-    sample,  # [BLOCK_B]
+    total,  # [BLOCK_T, BLOCK_J]
+    dots,  # (T, J), of a sample
     number,  # [BLOCK_J], of the query
-    batch,
     begin,
     end,
-    dots_sample,
     dots_row,
     OWN: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """The rows ``begin`` to ``end`` of each sample, every ``BLOCK_T``-th into the same place."""
-    known = ((sample < batch)[:, None] & (number < OWN)[None, :])[:, None, :]
-    start = dots + sample.to(tl.int64)[:, None, None] * dots_sample + number[None, None, :]
+    """The rows ``begin`` to ``end``, every ``BLOCK_T``-th into the same place."""
     for first in range(begin, end, BLOCK_T):
         row = first + tl.arange(0, BLOCK_T)
-        mask = known & (row < end)[None, :, None]
-        total += tl.load(start + row.to(tl.int64)[None, :, None] * dots_row, mask=mask, other=0.0).to(tl.float32)
+        mask = (row < end)[:, None] & (number < OWN)[None, :]
+        total += tl.load(dots + row.to(tl.int64)[:, None] * dots_row + number[None, :], mask=mask, other=0.0)
     return total
 
 
-@triton.jit(
-    do_not_specialize=["batch", "rows", "parts", "dots_sample", "dots_row"], do_not_specialize_on_alignment=["dots"]
-)
+@triton.jit(do_not_specialize=["rows", "parts", "dots_sample", "dots_row"], do_not_specialize_on_alignment=["dots"])
 def _part_kernel(
     dots,  # (B, T, J)
     sums,  # (B, parts, J) float32, contiguous, written
-    batch,
     rows,
     parts,
     dots_sample,
@@ -102,92 +91,75 @@ def _part_kernel(
     end = tl.minimum(begin + LONGEST, rows)
     for first in range(0, OWN, BLOCK_J):
         number = first + tl.arange(0, BLOCK_J)
-        total = tl.zeros([1, BLOCK_T, BLOCK_J], tl.float32)
-        one = sample + tl.arange(0, 1)
-        total = _add_dots(total, dots, one, number, batch, begin, end, dots_sample, dots_row, OWN, BLOCK_T)
-        target = sums + program.to(tl.int64) * OWN + number[None, :]
-        tl.store(target, tl.sum(total, 1), mask=(number < OWN)[None, :])
+        total = tl.zeros([BLOCK_T, BLOCK_J], tl.float32)
+        total = _add_dots(total, dots + sample.to(tl.int64) * dots_sample, number, begin, end, dots_row, OWN, BLOCK_T)
+        tl.store(sums + program.to(tl.int64) * OWN + number, tl.sum(total, 0), mask=number < OWN)
 
 
 @triton.jit
 def _routing_scores(
-    token_dots,
+    token_dots,  # of the sample, as all that follow
     prompt_dots,
     router_bias,
     projected,
     embeddings,
-    sample,  # [BLOCK_B]
-    batch,
     tokens,
     old_prompts,
     count,
     top_k,
-    token_sample,
     token_row,
-    prompt_sample,
     prompt_row,
-    projected_sample,
     sharpness,
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
     EXPERTS: tl.constexpr,
     SPARSE: tl.constexpr,
-    BLOCK_B: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """The scores of each sample, ``[BLOCK_B, BLOCK_E]``; zeros beyond samples and experts.
+    """The scores of a sample, ``[BLOCK_E]``; zeros beyond the experts.
 
     The largest logit is subtracted before the temperature divides: the largest numbers that there are stay finite.
     """
     expert = tl.arange(0, BLOCK_E)
-    logits = tl.zeros([BLOCK_B, BLOCK_E], tl.float32)
-    for first in range(0, OWN, BLOCK_J):
-        number = first + tl.arange(0, BLOCK_J)
-        total = tl.zeros([BLOCK_B, BLOCK_T, BLOCK_J], tl.float32)
-        if token_dots is not None:
-            total = _add_dots(
-                total, token_dots, sample, number, batch, 0, tokens, token_sample, token_row, OWN, BLOCK_T
-            )  # fmt: skip
-        if prompt_dots is not None:
-            total = _add_dots(
-                total, prompt_dots, sample, number, batch, 0, old_prompts, prompt_sample, prompt_row, OWN, BLOCK_T
-            )  # fmt: skip
-        query = tl.sum(total, 1) / count  # [BLOCK_B, BLOCK_J]
-        if router_bias is not None:
-            query += tl.load(router_bias + number, mask=number < OWN, other=0.0).to(tl.float32)[None, :]
-        mask = (number < OWN)[:, None] & (expert < EXPERTS)[None, :]
-        weight = tl.load(embeddings + number[:, None] * EXPERTS + expert[None, :], mask=mask, other=0.0)
-        logits += tl.sum(query[:, :, None] * weight.to(tl.float32)[None, :, :], 1)
-    for first in range(0, OTHER, BLOCK_D):
+    logits = tl.zeros([BLOCK_E], tl.float32)
+    for first in tl.static_range(0, OTHER, BLOCK_D):
         number = first + tl.arange(0, BLOCK_D)
-        source = projected + sample.to(tl.int64)[:, None] * projected_sample + number[None, :]
-        query = tl.load(source, mask=(sample < batch)[:, None] & (number < OTHER)[None, :], other=0.0).to(tl.float32)
+        query = tl.load(projected + number, mask=number < OTHER, other=0.0).to(tl.float32)
         mask = (number < OTHER)[:, None] & (expert < EXPERTS)[None, :]
         weight = tl.load(embeddings + (OWN + number)[:, None] * EXPERTS + expert[None, :], mask=mask, other=0.0)
-        logits += tl.sum(query[:, :, None] * weight.to(tl.float32)[None, :, :], 1)
-    expert = expert[None, :]  # [1, BLOCK_E]
+        logits += tl.sum(query[:, None] * weight.to(tl.float32), 0)
+    for first in tl.static_range(0, OWN, BLOCK_J):
+        number = first + tl.arange(0, BLOCK_J)
+        mask = (number < OWN)[:, None] & (expert < EXPERTS)[None, :]
+        weight = tl.load(embeddings + number[:, None] * EXPERTS + expert[None, :], mask=mask, other=0.0)
+        total = tl.zeros([BLOCK_T, BLOCK_J], tl.float32)
+        if prompt_dots is not None:
+            total = _add_dots(total, prompt_dots, number, 0, old_prompts, prompt_row, OWN, BLOCK_T)
+        if token_dots is not None:
+            total = _add_dots(total, token_dots, number, 0, tokens, token_row, OWN, BLOCK_T)
+        query = tl.sum(total, 0) / count  # [BLOCK_J]
+        if router_bias is not None:
+            query += tl.load(router_bias + number, mask=number < OWN, other=0.0).to(tl.float32)
+        logits += tl.sum(query[:, None] * weight.to(tl.float32), 0)
     own = tl.where(expert < EXPERTS, logits, float("-inf"))
     if SPARSE:
-        better = tl.zeros([BLOCK_B, BLOCK_E], tl.int32)
+        better = tl.zeros([BLOCK_E], tl.int32)
         for other in range(EXPERTS):
-            theirs = tl.sum(tl.where(expert == other, logits, 0.0), 1)[:, None]
+            theirs = tl.sum(tl.where(expert == other, logits, 0.0), 0)
             # Of equal logits the first ones are taken.
             better += ((theirs > own) | ((theirs == own) & (other < expert))).to(tl.int32)
         own = tl.where(better < top_k, own, float("-inf"))
-    largest = tl.max(own, 1)[:, None]  # [BLOCK_B, 1]
-    weights = tl.exp2((own - largest) * sharpness)
-    exists = (sample < batch)[:, None] & (expert < EXPERTS)
-    return tl.where(exists, weights / tl.sum(weights, 1)[:, None], 0.0)
+    weights = tl.exp2((own - tl.max(own, 0)) * sharpness)
+    return tl.where(expert < EXPERTS, weights / tl.sum(weights, 0), 0.0)
 
 
 @triton.jit(
     do_not_specialize=[
         "eps",
         "sharpness",
-        "batch",
         "static_rows",
         "mixed_rows",
         "rows",
@@ -221,7 +193,6 @@ def _forward_kernel(
     embeddings,  # (J + D, E), contiguous; None with scores
     eps,
     sharpness,  # log2(e) / temperature
-    batch,
     static_rows,
     mixed_rows,
     rows,  # P
@@ -242,71 +213,80 @@ def _forward_kernel(
     WIDTH: tl.constexpr,
     UNIT: tl.constexpr,
     SPARSE: tl.constexpr,
-    UNROLL: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    AT_ONCE: tl.constexpr,  # experts' rows are asked for together
     BLOCK_T: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One program: one prompt of ``BLOCK_B`` samples, all columns.  Grid: (sample tiles * P,)."""
+    """One program: one prompt of a sample, all columns.  Grid: (B * P,)."""
     row = tl.program_id(0) % rows
-    sample = tl.program_id(0) // rows * BLOCK_B + tl.arange(0, BLOCK_B)  # [BLOCK_B]
+    sample = (tl.program_id(0) // rows).to(tl.int64)
     column = tl.arange(0, BLOCK_C)  # [BLOCK_C]
     inside = column < WIDTH
-    exists = (sample < batch)[:, None] & inside[None, :]
+    gain = tl.load(norm_weight + column, mask=inside, other=0.0)
+    shift = tl.load(norm_bias + column, mask=inside, other=0.0)
     # Rows before the mixed ones have a negative number, rows behind them one of mixed_rows or more.
     inner = (row - static_rows).to(tl.int64)
     mixes = (inner >= 0) & (inner < mixed_rows)
 
-    expert = tl.arange(0, BLOCK_E)  # [BLOCK_E]
-    found = tl.zeros([BLOCK_B, BLOCK_E], tl.float32)
-    if scores is not None:  # noqa: SIM102 (known when the kernel is compiled)
-        if mixes | (row == 0):
-            found = _routing_scores(
-                token_dots, prompt_dots, router_bias, projected, embeddings, sample, batch, tokens, old_prompts, count,
-                top_k, token_sample, token_row, prompt_sample, prompt_row, projected_sample, sharpness, OWN, OTHER,
-                EXPERTS, SPARSE, BLOCK_B, BLOCK_T, BLOCK_J, BLOCK_D, BLOCK_E,
-            )  # fmt: skip
-            if row == 0:
-                target = scores + sample.to(tl.int64)[:, None] * EXPERTS + expert[None, :]
-                tl.store(target, found, mask=(sample < batch)[:, None] & (expert < EXPERTS)[None, :])
-
-    x = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    x = tl.zeros([BLOCK_C], tl.float32)
     if static is not None:  # noqa: SIM102 (known when the kernel is compiled)
         if row < static_rows:
-            own = tl.load(static + row.to(tl.int64) * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
-            x += own[None, :]
-    if experts is not None:  # noqa: SIM102 (known when the kernel is compiled)
-        if mixes:
-            for each in tl.range(0, EXPERTS, loop_unroll_factor=UNROLL):
-                source = experts + (each * mixed_rows + inner) * WIDTH + column
-                own = tl.load(source, mask=inside, other=0.0).to(tl.float32)[None, :]  # [1, BLOCK_C]
-                if scores is not None:
-                    x += tl.sum(tl.where(expert[None, :] == each, found, 0.0), 1)[:, None] * own
-                else:
-                    x += own
-            if scores is None:
-                x = x / EXPERTS
+            x += tl.load(static + row.to(tl.int64) * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
     if mapped is not None:  # noqa: SIM102 (known when the kernel is compiled)
         if inner >= mixed_rows:
-            start = (sample.to(tl.int64) * mapped_sample + (inner - mixed_rows) * mapped_row) * UNIT
-            x += tl.load(mapped + start[:, None] + column[None, :], mask=exists, other=0.0).to(tl.float32)
+            start = (sample * mapped_sample + (inner - mixed_rows) * mapped_row) * UNIT
+            x += tl.load(mapped + start + column, mask=inside, other=0.0).to(tl.float32)
+    if (scores is not None) | (experts is not None):  # noqa: SIM102 (known when the kernel is compiled)
+        if mixes | ((row == 0) & (scores is not None)):
+            expert = tl.arange(0, BLOCK_E)  # [BLOCK_E]
+            # The first row makes the scores that are returned, also where it is no mixture.
+            place = tl.where(mixes, inner, 0)
+            if (experts is not None) and AT_ONCE:
+                source = experts + (expert[:, None] * mixed_rows + place) * WIDTH + column[None, :]
+                wanted = (expert < EXPERTS)[:, None] & inside[None, :]
+                # On their way while the scores are made.
+                together = tl.load(source, mask=wanted, other=0.0)  # [BLOCK_E, BLOCK_C]
+            if scores is not None:
+                own_tokens = token_dots
+                if token_dots is not None:
+                    own_tokens = token_dots + sample * token_sample
+                own_prompts = prompt_dots
+                if prompt_dots is not None:
+                    own_prompts = prompt_dots + sample * prompt_sample
+                share = _routing_scores(
+                    own_tokens, own_prompts, router_bias, projected + sample * projected_sample, embeddings, tokens,
+                    old_prompts, count, top_k, token_row, prompt_row, sharpness, OWN, OTHER, EXPERTS, SPARSE, BLOCK_T,
+                    BLOCK_J, BLOCK_D, BLOCK_E,
+                )  # fmt: skip
+                if row == 0:
+                    tl.store(scores + sample * EXPERTS + expert, share, mask=expert < EXPERTS)
+            else:
+                share = tl.where(expert < EXPERTS, 1.0 / EXPERTS, 0.0)
+            if experts is not None:
+                if AT_ONCE:
+                    mixed = tl.sum(together.to(tl.float32) * share[:, None], 0)
+                else:
+                    mixed = tl.zeros([BLOCK_C], tl.float32)
+                    for each in range(0, EXPERTS):
+                        start = (each * mixed_rows + place) * WIDTH
+                        own = tl.load(experts + start + column, mask=inside, other=0.0).to(tl.float32)
+                        mixed += tl.sum(tl.where(expert == each, share, 0.0), 0) * own
+                if mixes:
+                    x += mixed
 
     # What is normalised is what is written.
     rounded = x.to(out.dtype.element_ty)
-    target = ((sample.to(tl.int64) * rows + row) * WIDTH)[:, None] + column[None, :]
-    tl.store(out + target, rounded, mask=exists)
+    target = (sample * rows + row) * WIDTH + column
+    tl.store(out + target, rounded, mask=inside)
     x = rounded.to(tl.float32)
-    center = tl.sum(x, 1) * (1.0 / WIDTH)
-    x = tl.where(inside[None, :], x - center[:, None], 0.0)
-    variance = tl.sum(x * x, 1) * (1.0 / WIDTH)
-    inverse = tl.div_rn(tl.full(variance.shape, 1.0, tl.float32), tl.sqrt_rn(variance + eps))
-    gain = tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
-    shift = tl.load(norm_bias + column, mask=inside, other=0.0).to(tl.float32)
-    y = x * inverse[:, None] * gain[None, :] + shift[None, :]
-    tl.store(normed + target, y.to(normed.dtype.element_ty), mask=exists)
+    x = tl.where(inside, x - tl.sum(x, 0) * (1.0 / WIDTH), 0.0)
+    variance = tl.sum(x * x, 0) * (1.0 / WIDTH)
+    inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))
+    y = x * inverse * gain.to(tl.float32) + shift.to(tl.float32)
+    tl.store(normed + target, y.to(normed.dtype.element_ty), mask=inside)
 
 
 def route_prompts(
@@ -379,11 +359,12 @@ def forward(
     sparse = top_k is not None and top_k < found
     _, mapped_strides, unit = row_strides((mapped,))
     tile = route_tile(width)
-    blocks = (tile.samples, DOTS // block_j, block_j, padded(min(other, QUERY)), padded(found), tile.block)
-    constants = (own, other, found, width, unit, sparse, UNROLL if found <= FEW_EXPERTS else 1, *blocks)
+    block_e = padded(found)
+    blocks = (DOTS // block_j, block_j, padded(min(other, QUERY)), block_e, tile.block)
+    at_once = block_e * tile.block <= AT_ONCE * tile.warps < MOST_AT_ONCE
+    constants = (own, other, found, width, unit, sparse, at_once, *blocks)
     lengths = [0 if each is None else each.shape[-2] for each in (static, experts, token_dots, prompt_dots)]
     integers = (
-        batch,
         lengths[0],
         lengths[1],
         rows,
@@ -400,7 +381,7 @@ def forward(
     known = (constants, tile.warps, tuple(each is None for each in scalars))
     tape.launch(
         _forward_kernel,
-        -(-batch // tile.samples) * rows,
+        batch * rows,
         (*tensors, *scalars, eps, math.log2(math.e) / temperature, *integers, *constants),
         {"num_warps": tile.warps},
         facts_of(tensors, [each for each in scalars if each is not None], integers, known),
@@ -414,7 +395,7 @@ def _summed(tape: Tape, dots: Tensor, block_j: int) -> Tensor:
     parts = -(-rows // LONGEST)
     sums = tape.scratch((batch, parts, own), torch.float32)
     constants = (own, LONGEST, DOTS // block_j, block_j)
-    integers = (batch, rows, parts, *dots.stride()[:2])
+    integers = (rows, parts, *dots.stride()[:2])
     tape.launch(
         _part_kernel,
         batch * parts,
