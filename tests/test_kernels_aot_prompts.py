@@ -18,7 +18,7 @@ def problems_of(builds: list[Build]) -> str:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(
-    "operation", ["attention", "interaction", "windows", "experts", "routing", "infused", "gate", "swiglu"]
+    "operation", ["attention", "interaction", "windows", "experts", "routing", "merging", "infused", "gate", "swiglu"]
 )
 def test_production_shapes_neither_spill_nor_overflow(operation: str, target: str) -> None:
     assert not problems_of(build_production_elsewhere(operation, target))

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from epic_fast.errors import ConfigError, ImplementationError
 from epic_fast.functional import prompt_attention, prompt_interaction
 from epic_fast.ops import frozen_linear, library
+from epic_fast.ops import merge_patches as merge_operation
 from epic_fast.ops import prompt_attention as attention_operation
 from epic_fast.ops import prompt_interaction as interaction_operation
 from epic_fast.ops import route_prompts as route_operation
@@ -30,6 +31,7 @@ from epic_fast.testing.cases import (
     GateCase,
     InfusedAttentionCase,
     InteractionCase,
+    MergeCase,
     MixCase,
     RouteCase,
     SwigluCase,
@@ -262,6 +264,21 @@ def route_prompts_without_router() -> Any:
     return tuple(route_arguments(RouteCase(3, 4, 2, 16, other=0))), {}
 
 
+def merge_arguments(case: MergeCase, normed_dtype: torch.dtype | None) -> tuple[Any, ...]:
+    stream, branch, batch, grid, *norm = case.make().values()
+    return (stream, branch, batch, *grid, *norm, normed_dtype)
+
+
+@operator
+def merge_patches() -> Any:
+    return merge_arguments(MergeCase(2, 3, 4, 2, 12), None), {}
+
+
+@operator
+def merge_patches_without_branch() -> Any:
+    return merge_arguments(MergeCase(2, 4, 4, 0, 12, branch=False), torch.float16), {}
+
+
 INFUSED = InfusedAttentionCase(2, 4, 2, 5, 16, lengths=(5, 3), wide_vectors=True)
 
 
@@ -374,6 +391,7 @@ def test_opcheck(name: str) -> None:
     arguments, options = OPERATORS[name]()
     assert frozen_linear.FORWARD  # operators are registered where they are imported
     assert route_operation.FORWARD
+    assert merge_operation.FORWARD
     packet = name.split("_without")[0].split("_of_")[0]
     torch.library.opcheck(getattr(torch.ops.epic_fast, packet).default, arguments, options)
 

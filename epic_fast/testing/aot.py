@@ -38,6 +38,7 @@ from epic_fast.testing.cases import (
     INFUSED_PRODUCTION,
     INTERACTION_MEASURED,
     INTERACTION_PRODUCTION,
+    MERGE_PRODUCTION,
     MIX_MEASURED,
     MIX_PRODUCTION,
     ROUTE_PRODUCTION,
@@ -50,6 +51,7 @@ from epic_fast.testing.cases import (
     GateCase,
     InfusedAttentionCase,
     InteractionCase,
+    MergeCase,
     MixCase,
     RouteCase,
     SwigluCase,
@@ -503,6 +505,17 @@ def launch_routing(case: RouteCase, dtype: torch.dtype) -> None:
             route_prompts(*case.targets(dtype, "meta"), **given, **case.options("meta"))
 
 
+def launch_merging(case: MergeCase, dtype: torch.dtype) -> None:
+    """The launcher on tensors without memory, with rows in the type of the parameters and in float32."""
+    from epic_fast.kernels.merge_patches.triton_forward import (  # pyright: ignore[reportMissingImports]
+        merge_patches,
+    )
+
+    given = case.make(dtype, "meta")
+    for kind in dict.fromkeys((dtype, torch.float32)):
+        merge_patches(**{**given, "stream": given["stream"].to(kind)}, normed_dtype=dtype)
+
+
 def launch_infused_attention(case: InfusedAttentionCase, dtype: torch.dtype) -> None:
     """Forward and backward launchers on tensors without memory: everything with a gradient, and what the first infused
     layer needs, where only the vectors have one."""
@@ -705,7 +718,9 @@ def _variants(case: AttentionCase) -> tuple[AttentionCase, ...]:
     )
 
 
-OPERATIONS: dict[str, tuple[Callable[[Any, torch.dtype], None], tuple[Case | RouteCase | RowsCase, ...]]] = {
+OPERATIONS: dict[
+    str, tuple[Callable[[Any, torch.dtype], None], tuple[Case | RouteCase | MergeCase | RowsCase, ...]]
+] = {
     "attention": (
         launch_attention,
         (*ATTENTION_MEASURED, *(variant for case in ATTENTION_PRODUCTION for variant in _variants(case))),
@@ -714,6 +729,7 @@ OPERATIONS: dict[str, tuple[Callable[[Any, torch.dtype], None], tuple[Case | Rou
     "windows": (launch_windows, (*WINDOW_MEASURED, *WINDOW_PRODUCTION)),
     "experts": (launch_experts, (*MIX_MEASURED, *MIX_PRODUCTION)),
     "routing": (launch_routing, ROUTE_PRODUCTION),
+    "merging": (launch_merging, MERGE_PRODUCTION),
     "infused": (launch_infused_attention, (*INFUSED_MEASURED, *INFUSED_PRODUCTION)),
     "gate": (launch_gate, (*GATE_MEASURED, *GATE_PRODUCTION)),
     "swiglu": (launch_swiglu, (*SWIGLU_MEASURED, *SWIGLU_PRODUCTION)),

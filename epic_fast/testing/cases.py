@@ -677,6 +677,55 @@ class RouteCase:
         return {"temperature": self.temperature, "top_k": self.top_k}
 
 
+@dataclass(frozen=True)
+class MergeCase:
+    """One call of :func:`epic_fast.ops.merge_patches.merge_patches`.
+
+    Attributes:
+        batch, rows, columns, prompts, width: samples B, the grid of a sample's tokens, prompts P, columns C.
+        branch: whether there is a second term.
+        name: a short one, for tables.
+    """
+
+    batch: int
+    rows: int
+    columns: int
+    prompts: int
+    width: int
+    branch: bool = True
+    name: str = ""
+
+    @property
+    def count(self) -> int:
+        """Rows of the stream."""
+        return self.batch * (self.rows * self.columns + self.prompts)
+
+    @property
+    def merged(self) -> int:
+        """Groups of tokens of all samples."""
+        return self.batch * -(-self.rows // 2) * -(-self.columns // 2)
+
+    def make(
+        self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", *, seed: int = 0
+    ) -> dict[str, Any]:
+        """Random arguments by parameter name, rows and parameters in ``dtype``."""
+        device = torch.device(device)
+        random = _generator(device, seed)
+
+        def draw(*shape: int, scale: float = 1.0) -> Tensor:
+            return (torch.randn(shape, generator=random, device=device) * scale).to(dtype)
+
+        return {
+            "stream": draw(self.count, self.width),
+            "branch": draw(self.count, self.width) if self.branch else None,
+            "batch": self.batch,
+            "grid": (self.rows, self.columns),
+            "weight": 1 + draw(4 * self.width, scale=0.3),
+            "bias": draw(4 * self.width, scale=0.3),
+            "eps": 1e-5,
+        }
+
+
 InfusionCase = InfusedAttentionCase | GateCase | SwigluCase
 Case = AttentionCase | InteractionCase | WindowCase | MixCase | InfusionCase
 
@@ -776,6 +825,26 @@ ROUTE_PRODUCTION = (
     RouteCase(16, 4, 6, 8192, name="C=8192"),
 )
 """The routed layers of MoPE in the stages of a Swin-B, and what its options change."""
+
+MERGE_MEASURED = tuple(
+    MergeCase(64, side, side, 13, width, name=f"Swin-B, C={width}") for side, width in ((56, 128), (28, 256), (14, 512))
+)
+"""Between the stages of a Swin-B at 224 pixels, with MoPE's 13 prompts."""
+
+MERGE_PRODUCTION = (
+    *MERGE_MEASURED,
+    *(replace(each, branch=False, name=f"{each.name}, no branch") for each in MERGE_MEASURED),
+    MergeCase(1, 1, 1, 0, 128, name="one group, C=128"),
+    MergeCase(5, 7, 3, 3, 128, name="odd grid, C=128"),
+    MergeCase(64, 56, 56, 0, 96, name="Swin-T, C=96, no prompts"),
+    MergeCase(64, 7, 7, 13, 768, name="C=768, odd grid"),
+    MergeCase(3, 9, 6, 5, 100, name="odd sizes"),
+    MergeCase(8, 14, 14, 13, 1, name="C=1"),
+    MergeCase(8, 14, 14, 13, 1024, name="C=1024"),
+    MergeCase(8, 14, 14, 13, 2048, name="C=2048"),
+    MergeCase(8, 14, 14, 13, 4096, name="C=4096"),
+)
+"""These, Swin's narrower towers, and the widths at which the tile changes."""
 
 INFUSED_MEASURED = tuple(
     InfusedAttentionCase(8, 32, 32, tokens, wide_vectors=True, name=f"LLaMA-2-7B, n={tokens}") for tokens in (40, 64)
