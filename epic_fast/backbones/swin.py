@@ -17,7 +17,13 @@ from epic_fast.engine import EngineConfig, TowerState
 from epic_fast.engine.lanes import Lane, beside
 from epic_fast.engine.packed import FrozenTower
 from epic_fast.engine.routes import PromptRoute
-from epic_fast.engine.window_blocks import FrozenWindowBlock, WindowStream, before_routes, differs
+from epic_fast.engine.window_blocks import (
+    FrozenMerge,
+    FrozenWindowBlock,
+    WindowStream,
+    before_routes,
+    differs,
+)
 from epic_fast.engine.windows import Windows, call_swin_block, call_swin_block_with_prompts, merge_prompts
 from epic_fast.errors import ConfigError
 
@@ -49,6 +55,7 @@ class SwinTower(VisionTower):
     def __init__(self, model: nn.Module, projection: nn.Linear | None = None):
         super().__init__(model, projection)
         self.frozen = FrozenTower(self.layers, self.modality, make=FrozenWindowBlock, compare=differs)
+        self._merges: dict[nn.Module, FrozenMerge] = {}
         self.stages: list[Stage] = []
         for stage in self.model.encoder.layers:
             start = self.stages[-1].stop if self.stages else 0
@@ -186,6 +193,13 @@ class SwinTower(VisionTower):
         number = self.stage_at(index)
         return self.model.encoder.layers[number].downsample if index + 1 == self.stages[number].stop else None
 
+    def frozen_merge(self, merge: nn.Module) -> FrozenMerge | None:
+        """The same by its own weights, without a graph; None where only the module itself will do."""
+        if merge not in self._merges:
+            self._merges[merge] = FrozenMerge(merge)
+        found = self._merges[merge]
+        return found if found.usable() else None
+
     def leave(self, index: int, state: TowerState, hidden: Tensor, grid: tuple[int, int]) -> TowerState:
         """The state behind layer ``index``, which gave ``hidden`` on ``grid``."""
         merge = self.merge(index)
@@ -253,7 +267,7 @@ class SwinRun:
         routing scores ``(B, E)``, None without a router."""
         tower = self._tower
         if self._stream is None:
-            self._stream = WindowStream(self._state.hidden, self._prompts)
+            self._stream = WindowStream.of(self._state.hidden, self._prompts)
             # The stream has them; here they would stay for a whole stage.
             self._state = replace(self._state, hidden=self._state.hidden.new_empty(0))
         route = self._routes.get(index)
@@ -269,6 +283,12 @@ class SwinRun:
         merge = tower.merge(index)
         if merge is None:
             self._state = replace(self._state, layer=index + 1)
+            return scores
+        frozen = tower.frozen_merge(merge)
+        if frozen is not None:
+            self._stream = self._stream.merged(frozen, self._grid)
+            self._grid = halved(self._grid)
+            self._state = replace(self._state, layer=index + 1, grid=self._grid)
             return scores
         hidden, prompts = self._stream.parted()
         self._stream = None

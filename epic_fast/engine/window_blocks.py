@@ -25,9 +25,12 @@ from torch.autograd.function import once_differentiable
 
 from epic_fast.engine.blocks import LayerParts, Weights
 from epic_fast.engine.fused import KEEP, activation_of, mlp_branch_backward, no_autocast
+from epic_fast.engine.packed import SAME
 from epic_fast.engine.products import activated_product, product, product_backward
 from epic_fast.engine.routes import PromptRoute
-from epic_fast.engine.windows import WindowRows, Windows, call_swin_block_with_prompts
+from epic_fast.engine.windows import WindowRows, Windows, call_swin_block_with_prompts, merge_prompts
+from epic_fast.hooks import is_hooked, untouched
+from epic_fast.ops.merge_patches import merge_patches
 from epic_fast.ops.residual_norm import moved_norm_backward, moved_norm_forward
 from epic_fast.ops.route_prompts import probe_through
 from epic_fast.ops.window_prompt_attention import window_attention_backward, window_attention_forward
@@ -94,7 +97,7 @@ class FrozenWindowBlock:
         """
         if torch.is_grad_enabled() and (hidden.requires_grad or prompts.requires_grad):
             return _WindowBlock.apply(hidden, prompts, self, windows, save)  # pyright: ignore[reportReturnType]
-        stream = WindowStream(hidden, prompts)
+        stream = WindowStream.of(hidden, prompts)
         stream.step(self, windows)
         return stream.parted()
 
@@ -180,21 +183,79 @@ class _Ended:
         return product(self.hidden, self.weight, self.bias)[0]
 
 
+class FrozenMerge:
+    """Swin's merging of patches by its own weights, of tokens and prompts at once, where no graph is made.
+
+    Args:
+        downsample: ``SwinPatchMerging``, or anything else, which is not for this.
+    """
+
+    def __init__(self, downsample: nn.Module):
+        self._parts: Any = downsample
+        self._error: float | None = None
+
+    def usable(self) -> bool:
+        """Whether the module still is one that this computes."""
+        parts = self._parts
+        plain = (
+            type(parts).__name__ == "SwinPatchMerging"
+            and type(parts).__module__.split(".")[0] == "transformers"
+            and not is_hooked(parts)
+            and untouched(parts.norm, nn.LayerNorm)
+            and untouched(parts.reduction, nn.Linear)
+            and parts.norm.weight is not None
+            and parts.norm.bias is not None
+        )
+        if plain and self._error is None:
+            self._error = self._differs()
+        return plain and self._error is not None and self._error <= SAME
+
+    def __call__(self, rows: Tensor, branch: Tensor | None, batch: int, grid: tuple[int, int]) -> Tensor:
+        """Rows ``(B * (N + P), C)`` and what is yet to be added to them, as those of the next stage, ``2 C`` wide."""
+        norm, reduction = self._parts.norm, self._parts.reduction
+        with no_autocast(rows) as dtype:
+            dtype = reduction.weight.dtype if dtype is None else dtype
+            normed = merge_patches(rows, branch, batch, grid, norm.weight, norm.bias, norm.eps, normed_dtype=dtype)
+            bias = None if reduction.bias is None else reduction.bias.to(dtype)
+            return product(normed, reduction.weight.to(dtype), bias)[0]
+
+    @torch.no_grad()
+    def _differs(self) -> float:
+        """How far it is from the module on a few rows, relative."""
+        weight = self._parts.reduction.weight
+        grid, width = (3, 4), weight.shape[1] // 4
+        rows = torch.arange(13 * width, device=weight.device).view(1, 13, width).sin().to(weight.dtype)
+        tokens, prompts = rows.split([12, 1], dim=1)
+        with torch.autocast(weight.device.type, enabled=False):
+            wanted = torch.cat([self._parts(tokens, grid), merge_prompts(self._parts, prompts)], dim=1)[0]
+            found = self(rows[0], None, 1, grid)
+        error = float((found.double() - wanted).norm() / wanted.double().norm())
+        return error if math.isfinite(error) else math.inf
+
+
 class WindowStream:
-    """All rows of a stage where no graph is made, in one matrix from block to block; made of tokens ``(B, N, C)`` and
-    prompts ``(B, P, C)``, P may be 0.
+    """All rows of a stage where no graph is made, in one matrix from block to block.
+
+    Args:
+        rows: ``(B * (N + P), C)``, tokens before prompts; P may be 0.
+        tokens, prompts: ``(B, N, C)`` and ``(B, P, C)``, which of them there are.
 
     What a block adds last waits for the next one, whose first norm adds it; and the prompts of a routed layer are
     written where the last ones lie, once their sum has told the router what it asks.  Of prompts that such a layer
     replaces nothing else is read: the last product before it is not done for them.
     """
 
-    def __init__(self, hidden: Tensor, prompts: Tensor):
-        self._shapes = hidden.shape, prompts.shape
-        self._sizes = _Sizes.of(hidden, prompts)
-        self._rows = joined(hidden, prompts.to(hidden.dtype))
+    def __init__(self, rows: Tensor, tokens: tuple[int, ...], prompts: tuple[int, ...]):
+        self._shapes = tokens, prompts
+        self._sizes = _Sizes(prompts[0], prompts[1])
+        self._rows = rows
         self._branch: Tensor | None = None
         self._ended: _Ended | None = None
+
+    @classmethod
+    def of(cls, hidden: Tensor, prompts: Tensor) -> WindowStream:
+        """The stream of these tokens ``(B, N, C)`` and prompts ``(B, P, C)``."""
+        return cls(joined(hidden, prompts.to(hidden.dtype)), tuple(hidden.shape), tuple(prompts.shape))
 
     @torch.no_grad()
     def step(
@@ -245,6 +306,15 @@ class WindowStream:
                 self._ended = _Ended(last, weights.down, weights.down_bias, through)
             self._branch = product(hidden, weights.down, weights.down_bias)[0]
         return scores
+
+    @torch.no_grad()
+    def merged(self, merge: FrozenMerge, grid: tuple[int, int]) -> WindowStream:
+        """The next stage's stream; ``grid``: what the tokens fill now."""
+        assert self._ended is None
+        (batch, _, width), (_, prompts, _) = self._shapes
+        rows = merge(self._rows, self._branch, batch, grid)
+        count = -(-grid[0] // 2) * -(-grid[1] // 2)
+        return WindowStream(rows, (batch, count, 2 * width), (batch, prompts, 2 * width))
 
     def parted(self) -> tuple[Tensor, Tensor]:
         """Tokens and prompts."""
