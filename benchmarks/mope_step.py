@@ -178,7 +178,7 @@ class PicturesOnly(nn.Module):
         self.text = model.extract(batch["pixel_values"], **given).text
 
     def forward(self, pixel_values: Tensor) -> tuple[None, Tensor]:
-        vision = self.model.backbone.vision.start(pixel_values)
+        vision = self.model.backbone.vision.enter(pixel_values, self.model.engine)
         return None, self.model(prefix=Prefix(text=self.text, vision=vision)).logits
 
 
@@ -202,8 +202,9 @@ class FrozenInEngine(nn.Module):
         self.model = wrap(towers, MopeConfig(prompt_length=0), CLASSES, self_check=False, engine=engine).eval()
 
     def forward(self, pixel_values: Tensor) -> tuple[None, Tensor]:
+        vision = self.model.backbone.vision.enter(pixel_values, self.model.engine)
         nothing = TowerState(pixel_values.new_zeros(len(pixel_values), 1, 1))
-        return None, self.model.features(Prefix(nothing, self.model.backbone.vision.start(pixel_values)))
+        return None, self.model.features(Prefix(nothing, vision))
 
 
 def plain_model(setting: MopeSetting, case: StepCase, method: str) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,16 +14,11 @@ from torch import Tensor, nn
 
 from epic_fast.backbones.towers import TOWERS, Tower, VisionTower
 from epic_fast.engine import EngineConfig, TowerState
-from epic_fast.engine.lanes import Lane, beside
+from epic_fast.engine.lanes import Lane, beside, current
 from epic_fast.engine.packed import FrozenTower
+from epic_fast.engine.patches import FrozenEmbedding, FrozenMerge
 from epic_fast.engine.routes import PromptRoute
-from epic_fast.engine.window_blocks import (
-    FrozenMerge,
-    FrozenWindowBlock,
-    WindowStream,
-    before_routes,
-    differs,
-)
+from epic_fast.engine.window_blocks import FrozenWindowBlock, WindowStream, before_routes, differs
 from epic_fast.engine.windows import Windows, call_swin_block, call_swin_block_with_prompts, merge_prompts
 from epic_fast.errors import ConfigError
 
@@ -55,6 +50,7 @@ class SwinTower(VisionTower):
     def __init__(self, model: nn.Module, projection: nn.Linear | None = None):
         super().__init__(model, projection)
         self.frozen = FrozenTower(self.layers, self.modality, make=FrozenWindowBlock, compare=differs)
+        self._embedding = FrozenEmbedding(self.model.embeddings)
         self._merges: dict[nn.Module, FrozenMerge] = {}
         self.stages: list[Stage] = []
         for stage in self.model.encoder.layers:
@@ -66,7 +62,14 @@ class SwinTower(VisionTower):
         return [block for stage in self.model.encoder.layers for block in stage.blocks]
 
     def start(self, pixel_values: Tensor) -> TowerState:
-        hidden, grid = self.model.embeddings(pixel_values.to(self.dtype))
+        return self._started(pixel_values, *self.model.embeddings(pixel_values.to(self.dtype)))
+
+    def enter(self, pixel_values: Tensor, engine: EngineConfig | None) -> TowerState:
+        if torch.is_grad_enabled() or not self.runs_fused(engine) or not self._embedding.usable():
+            return self.start(pixel_values)
+        return self._started(pixel_values, *self._embedding(pixel_values.to(self.dtype)))
+
+    def _started(self, pixel_values: Tensor, hidden: Tensor, grid: tuple[int, int]) -> TowerState:
         smallest = grid
         for number in range(len(self.stages)):
             if number:
@@ -136,15 +139,14 @@ class SwinTower(VisionTower):
         state: TowerState,
         prompts: Tensor,
         engine: EngineConfig | None,
-        routes: Mapping[int, PromptRoute],
-        lane: Lane | None = None,
+        routes: Callable[[], Mapping[int, PromptRoute]],
     ) -> SwinRun | None:
         """A way without a graph through the layers that makes prompts ``(B, P, C)`` where they lie, those of some
         layers by their routes; None where there are no prompts, or where the model's own blocks run."""
         blocks = self.window_blocks(engine)
         if blocks is None or not prompts.shape[1]:
             return None
-        return SwinRun(self, blocks, state, prompts, routes, lane)
+        return SwinRun(self, blocks, state, prompts, routes)
 
     def run_prompted(
         self, state: TowerState, index: int, prompts: Tensor, prompt_mask: str, engine: EngineConfig | None = None
@@ -237,8 +239,8 @@ class SwinRun:
         blocks: of all its layers.
         state: the tokens.
         prompts: ``(B, P, C)``; P may be 0.
-        routes: of the layers that make prompts of their own.
-        lane: where the routes' tensors are made, and what is made of them here; joined before the first is read.
+        routes: asked once for those of the layers above the first that make prompts of their own; in the lane that is
+            open, if there is one, while the first layer's MLP runs.
     """
 
     def __init__(
@@ -247,20 +249,18 @@ class SwinRun:
         blocks: Sequence[FrozenWindowBlock],
         state: TowerState,
         prompts: Tensor,
-        routes: Mapping[int, PromptRoute] | None = None,
-        lane: Lane | None = None,
+        routes: Callable[[], Mapping[int, PromptRoute]] | None = None,
     ):
         self._tower = tower
         self._blocks = blocks
         self._state = state
         self._grid = tower.grid(state)
         self._prompts = prompts
-        self._routes = routes or {}
-        self._lane = lane
+        self._ask = routes
+        self._routes: Mapping[int, PromptRoute] = {}
+        self._through: dict[int, Tensor] = {}
+        self._lane: Lane | None = None
         self._stream: WindowStream | None = None
-        inner = {index: route for index, route in self._routes.items() if tower.merge(index - 1) is None}
-        with beside(lane):
-            self._through = before_routes(blocks, inner, state.hidden)
 
     def step(self, index: int) -> Tensor | None:
         """Layer ``index`` on tokens and prompts, with a route on its prompts in place of those that are there; the
@@ -271,14 +271,13 @@ class SwinRun:
             # The stream has them; here they would stay for a whole stage.
             self._state = replace(self._state, hidden=self._state.hidden.new_empty(0))
         route = self._routes.get(index)
-        if route is not None and self._lane is not None:
-            self._lane.join()
-            self._lane = None
+        if route is not None:
+            self._join()
         scores = self._stream.step(
             self._blocks[index],
             Windows.of(self._grid, tower.window, tower.shift(index)),
             route,
-            self._through.get(index),
+            functools.partial(self._through_of, index),
         )
         merge = tower.merge(index)
         if merge is None:
@@ -297,8 +296,26 @@ class SwinRun:
         self._prompts = merge_prompts(merge, prompts) if prompts.shape[1] else prompts.repeat(1, 1, 2)
         return scores
 
+    def _through_of(self, index: int) -> Tensor | None:
+        if self._ask is not None:
+            ask, self._ask = self._ask, None
+            self._lane = current()
+            if self._lane is not None:
+                self._lane.fork()
+            with beside(self._lane):
+                self._routes = ask()
+                inner = {each: route for each, route in self._routes.items() if self._tower.merge(each - 1) is None}
+                self._through = before_routes(self._blocks, inner, self._prompts)
+        return self._through.get(index)
+
+    def _join(self) -> None:
+        if self._lane is not None:
+            self._lane.join()
+            self._lane = None
+
     def finish(self) -> tuple[TowerState, Tensor]:
         """Tokens and prompts."""
+        self._join()
         if self._stream is None:
             return self._state, self._prompts
         hidden, prompts = self._stream.parted()

@@ -305,6 +305,10 @@ class VisionTower(Tower):
     def start(self, pixel_values: Tensor) -> TowerState:
         """Pictures ``(B, 3, H, W)`` to the tokens before layer 0."""
 
+    def enter(self, pixel_values: Tensor, engine: EngineConfig | None) -> TowerState:
+        """The same as the engine does it."""
+        return self.start(pixel_values)
+
     @property
     def image_size(self) -> int:
         size = self.config.image_size

@@ -15,7 +15,7 @@ needs one.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +25,10 @@ from torch.autograd.function import once_differentiable
 
 from epic_fast.engine.blocks import LayerParts, Weights
 from epic_fast.engine.fused import KEEP, activation_of, mlp_branch_backward, no_autocast
-from epic_fast.engine.packed import SAME
+from epic_fast.engine.patches import FrozenMerge
 from epic_fast.engine.products import activated_product, product, product_backward
 from epic_fast.engine.routes import PromptRoute
-from epic_fast.engine.windows import WindowRows, Windows, call_swin_block_with_prompts, merge_prompts
-from epic_fast.hooks import is_hooked, untouched
-from epic_fast.ops.merge_patches import merge_patches
+from epic_fast.engine.windows import WindowRows, Windows, call_swin_block_with_prompts
 from epic_fast.ops.residual_norm import moved_norm_backward, moved_norm_forward
 from epic_fast.ops.route_prompts import probe_through
 from epic_fast.ops.window_prompt_attention import window_attention_backward, window_attention_forward
@@ -183,56 +181,6 @@ class _Ended:
         return product(self.hidden, self.weight, self.bias)[0]
 
 
-class FrozenMerge:
-    """Swin's merging of patches by its own weights, of tokens and prompts at once, where no graph is made.
-
-    Args:
-        downsample: ``SwinPatchMerging``, or anything else, which is not for this.
-    """
-
-    def __init__(self, downsample: nn.Module):
-        self._parts: Any = downsample
-        self._error: float | None = None
-
-    def usable(self) -> bool:
-        """Whether the module still is one that this computes."""
-        parts = self._parts
-        plain = (
-            type(parts).__name__ == "SwinPatchMerging"
-            and type(parts).__module__.split(".")[0] == "transformers"
-            and not is_hooked(parts)
-            and untouched(parts.norm, nn.LayerNorm)
-            and untouched(parts.reduction, nn.Linear)
-            and parts.norm.weight is not None
-            and parts.norm.bias is not None
-        )
-        if plain and self._error is None:
-            self._error = self._differs()
-        return plain and self._error is not None and self._error <= SAME
-
-    def __call__(self, rows: Tensor, branch: Tensor | None, batch: int, grid: tuple[int, int]) -> Tensor:
-        """Rows ``(B * (N + P), C)`` and what is yet to be added to them, as those of the next stage, ``2 C`` wide."""
-        norm, reduction = self._parts.norm, self._parts.reduction
-        with no_autocast(rows) as dtype:
-            dtype = reduction.weight.dtype if dtype is None else dtype
-            normed = merge_patches(rows, branch, batch, grid, norm.weight, norm.bias, norm.eps, normed_dtype=dtype)
-            bias = None if reduction.bias is None else reduction.bias.to(dtype)
-            return product(normed, reduction.weight.to(dtype), bias)[0]
-
-    @torch.no_grad()
-    def _differs(self) -> float:
-        """How far it is from the module on a few rows, relative."""
-        weight = self._parts.reduction.weight
-        grid, width = (3, 4), weight.shape[1] // 4
-        rows = torch.arange(13 * width, device=weight.device).view(1, 13, width).sin().to(weight.dtype)
-        tokens, prompts = rows.split([12, 1], dim=1)
-        with torch.autocast(weight.device.type, enabled=False):
-            wanted = torch.cat([self._parts(tokens, grid), merge_prompts(self._parts, prompts)], dim=1)[0]
-            found = self(rows[0], None, 1, grid)
-        error = float((found.double() - wanted).norm() / wanted.double().norm())
-        return error if math.isfinite(error) else math.inf
-
-
 class WindowStream:
     """All rows of a stage where no graph is made, in one matrix from block to block.
 
@@ -263,14 +211,15 @@ class WindowStream:
         block: FrozenWindowBlock,
         windows: Windows,
         route: PromptRoute | None = None,
-        through: Tensor | None = None,
+        through: Callable[[], Tensor | None] = lambda: None,
     ) -> Tensor | None:
         """The block on all rows.
 
         Args:
             block, windows: the block and its windows.
             route: of prompts that take the place of those that are there.
-            through: of :func:`before_routes`, where the next block has a route: the prompts end here.
+            through: asked for what :func:`before_routes` has, where the next block has a route: the prompts end here.
+                Before the MLP, the longest part of a block, so that what it does beside takes no time of its own.
 
         Returns:
             The routing scores ``(B, E)``, None without a router.
@@ -298,12 +247,13 @@ class WindowStream:
                 stream, branch, *weights.second_norm, branch_at=order.place, normed_dtype=weights.dtype
             )[:2]
             del branch, stream
+            probed_through = through()
             hidden = activated_product(normed, weights.up, weights.up_bias, activation_of(block.parts), "none")[0]
             del normed
-            if through is not None:
+            if probed_through is not None:
                 assert isinstance(hidden, Tensor)
                 hidden, last = hidden[: order.tokens], hidden[order.tokens :]
-                self._ended = _Ended(last, weights.down, weights.down_bias, through)
+                self._ended = _Ended(last, weights.down, weights.down_bias, probed_through)
             self._branch = product(hidden, weights.down, weights.down_bias)[0]
         return scores
 

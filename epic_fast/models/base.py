@@ -197,7 +197,7 @@ class PromptedModel(nn.Module, ABC):
         vision = self.backbone.vision
         return Prefix(
             text=self.extract_text(input_ids, attention_mask, token_type_ids, text_lengths),
-            vision=vision.advance(vision.start(pixel_values), self.first_layers()[1], self.engine),
+            vision=vision.advance(vision.enter(pixel_values, self.engine), self.first_layers()[1], self.engine),
         )
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ behind each.  The loss has ``importance_weight`` times the unevenness of the exp
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from epic_fast.backbones import DualEncoder, Tower, stages_of
 from epic_fast.backbones.swin import SwinRun, SwinTower
-from epic_fast.engine import Prefix, TowerState, lanes
+from epic_fast.engine import Prefix, TowerState
 from epic_fast.engine.packed import PackedRun
 from epic_fast.engine.routes import MOST_PROBES, PromptRoute
 from epic_fast.errors import ConfigError
@@ -378,14 +379,9 @@ class MopeModel(PromptedModel):
         state = tower.advance(state, config.first_layer, self.engine)
         batch = len(state.hidden)
         swin = self._swin_in_place()
-        # What is made of y waits for nobody, and nobody for it before the first routed layer.
-        waits = not self.routed or config.first_layer in self.routed
-        lane = None if swin is None or waits else lanes.current()
-        if lane is not None:
-            lane.fork()
-        with lanes.beside(lane):
-            projected = None if self.router is None or other is None else self.router.project(other)
-            mapped = None if self.mapper is None or other is None else self.mapper(other)
+        # Where a Swin makes the prompts it asks for these when they cost the least.
+        made = self._made_of(other) if swin is None or config.first_layer in self.routed else None
+        projected, mapped = made or (None, None)
         prompts = state.hidden.new_zeros(batch, 0, state.hidden.shape[2])
         if self.input_prompts is not None:
             prompts = self.prompt_dropout(self.input_prompts.expand(batch, -1, -1))
@@ -417,8 +413,9 @@ class MopeModel(PromptedModel):
             if layer == config.first_layer:
                 packed = self._packed(state, prompts)
                 if swin is not None:
-                    routes = {each: self._route(each, projected, mapped) for each in self.routed if each > layer}
-                    windows = swin.routed_run(state, prompts, self.engine, routes, lane)
+                    windows = swin.routed_run(
+                        state, prompts, self.engine, functools.partial(self._routes, other, made, layer)
+                    )
             if windows is not None:
                 windows.step(layer)
             elif packed is None:
@@ -452,6 +449,16 @@ class MopeModel(PromptedModel):
         if router.own is None:
             return True
         return self.config.router_main_size <= MOST_PROBES and all(untouched(each, nn.Linear) for each in router.own)
+
+    def _made_of(self, other: Tensor | None) -> tuple[Tensor | None, list[Tensor] | None]:
+        """Of y: its part of all queries, and the mapped prompts of each stage."""
+        projected = None if self.router is None or other is None else self.router.project(other)
+        return projected, None if self.mapper is None or other is None else self.mapper(other)
+
+    def _routes(self, other: Tensor | None, made: Any, layer: int) -> dict[int, PromptRoute]:
+        """What the prompts of the routed layers above ``layer`` are made of."""
+        projected, mapped = self._made_of(other) if made is None else made
+        return {each: self._route(each, projected, mapped) for each in self.routed if each > layer}
 
     def _route(self, layer: int, projected: Tensor | None, mapped: list[Tensor] | None) -> PromptRoute:
         """Of a routed layer: what its prompts are made of."""

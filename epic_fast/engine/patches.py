@@ -1,0 +1,154 @@
+"""The ways into a Swin and from stage to stage, by their own weights: embedding and merging of patches.
+
+As in :mod:`epic_fast.engine.fused`, what is frozen is computed without asking its modules, here where no graph is made:
+an embedding is a product of patches and a norm (a convolution is the same, with more passes over its result), a merging
+one kernel and a product for tokens and prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from epic_fast.engine.fused import no_autocast
+from epic_fast.engine.packed import SAME
+from epic_fast.engine.products import product
+from epic_fast.engine.windows import merge_prompts
+from epic_fast.hooks import is_hooked, untouched
+from epic_fast.ops.merge_patches import merge_patches
+from epic_fast.ops.residual_norm import residual_norm_forward
+
+
+class FrozenEmbedding:
+    """Pictures as the first tokens of a Swin.
+
+    Args:
+        embeddings: ``SwinEmbeddings``, or anything else, which is not for this.
+    """
+
+    def __init__(self, embeddings: nn.Module):
+        self._parts: Any = embeddings
+        self._error: float | None = None
+
+    def usable(self) -> bool:
+        """Whether the module still is one that this computes."""
+        parts = self._parts
+        plain = (
+            _is(parts, "SwinEmbeddings")
+            and not parts.training
+            and parts.position_embeddings is None
+            and untouched(parts.norm, nn.LayerNorm)
+            and _has_both(parts.norm)
+            and not is_hooked(parts.dropout)
+            and _is(parts.patch_embeddings, "SwinPatchEmbeddings")
+            and _cuts_patches(parts.patch_embeddings.projection)
+        )
+        if plain and self._error is None:
+            self._error = self._differs()
+        return plain and self._error is not None and self._error <= SAME
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Pictures ``(B, channels, height, width)``, filled up with zeros to whole patches, to tokens ``(B, N, C)`` and
+        the grid that they fill."""
+        norm, projection = self._parts.norm, self._parts.patch_embeddings.projection
+        (down, across), weight = projection.kernel_size, projection.weight
+        pixels = pad(pixels, (0, -pixels.shape[3] % across, 0, -pixels.shape[2] % down))
+        grid = pixels.shape[2] // down, pixels.shape[3] // across
+        with no_autocast(pixels) as dtype:
+            # (B, rows, columns, channels, down, across)
+            patches = pixels.unflatten(3, (-1, across)).unflatten(2, (-1, down)).permute(0, 2, 4, 1, 3, 5)
+            kind = weight.dtype if dtype is None else dtype
+            bias = None if projection.bias is None else projection.bias.to(kind)
+            rows = product(patches.flatten(3).flatten(0, 2).to(kind), weight.flatten(1).to(kind), bias)[0]
+            # Autocast gives norms in float32.
+            kind = None if dtype is None else torch.float32
+            hidden = residual_norm_forward(rows, None, norm.weight, norm.bias, norm.eps, normed_dtype=kind)[1]
+        return hidden.view(len(pixels), -1, hidden.shape[1]), grid
+
+    @torch.no_grad()
+    def _differs(self) -> float:
+        """How far it is from the module on a small picture, relative."""
+        projection = self._parts.patch_embeddings.projection
+        (down, across), weight = projection.kernel_size, projection.weight
+        shape = (1, weight.shape[1], 2 * down, 3 * across - 1)
+        pixels = torch.arange(math.prod(shape), device=weight.device).view(shape).sin().to(weight.dtype)
+        with torch.autocast(weight.device.type, enabled=False):
+            (wanted, sides), (found, grid) = self._parts(pixels), self(pixels)
+        return _distance(found, wanted) if tuple(sides) == grid else math.inf
+
+
+class FrozenMerge:
+    """Swin's merging of patches by its own weights, of tokens and prompts at once, where no graph is made.
+
+    Args:
+        downsample: ``SwinPatchMerging``, or anything else, which is not for this.
+    """
+
+    def __init__(self, downsample: nn.Module):
+        self._parts: Any = downsample
+        self._error: float | None = None
+
+    def usable(self) -> bool:
+        """Whether the module still is one that this computes."""
+        parts = self._parts
+        plain = (
+            _is(parts, "SwinPatchMerging")
+            and untouched(parts.norm, nn.LayerNorm)
+            and _has_both(parts.norm)
+            and untouched(parts.reduction, nn.Linear)
+        )
+        if plain and self._error is None:
+            self._error = self._differs()
+        return plain and self._error is not None and self._error <= SAME
+
+    def __call__(self, rows: Tensor, branch: Tensor | None, batch: int, grid: tuple[int, int]) -> Tensor:
+        """Rows ``(B * (N + P), C)`` and what is yet to be added to them, as those of the next stage, ``2 C`` wide."""
+        norm, reduction = self._parts.norm, self._parts.reduction
+        with no_autocast(rows) as dtype:
+            dtype = reduction.weight.dtype if dtype is None else dtype
+            normed = merge_patches(rows, branch, batch, grid, norm.weight, norm.bias, norm.eps, normed_dtype=dtype)
+            bias = None if reduction.bias is None else reduction.bias.to(dtype)
+            return product(normed, reduction.weight.to(dtype), bias)[0]
+
+    @torch.no_grad()
+    def _differs(self) -> float:
+        """How far it is from the module on a few rows, relative."""
+        weight = self._parts.reduction.weight
+        grid, width = (3, 4), weight.shape[1] // 4
+        rows = torch.arange(13 * width, device=weight.device).view(1, 13, width).sin().to(weight.dtype)
+        tokens, prompts = rows.split([12, 1], dim=1)
+        with torch.autocast(weight.device.type, enabled=False):
+            wanted = torch.cat([self._parts(tokens, grid), merge_prompts(self._parts, prompts)], dim=1)[0]
+            found = self(rows[0], None, 1, grid)
+        return _distance(found, wanted)
+
+
+def _is(module: nn.Module, name: str) -> bool:
+    """Whether a module is the class of that name of transformers, not hooked."""
+    kind = type(module)
+    return kind.__name__ == name and kind.__module__.split(".")[0] == "transformers" and not is_hooked(module)
+
+
+def _has_both(norm: nn.LayerNorm) -> bool:
+    return norm.weight is not None and norm.bias is not None
+
+
+def _cuts_patches(projection: nn.Module) -> bool:
+    """Whether a convolution takes each pixel once."""
+    return (
+        untouched(projection, nn.Conv2d)
+        and isinstance(projection, nn.Conv2d)
+        and projection.kernel_size == projection.stride
+        and projection.padding == (0, 0)
+        and projection.dilation == (1, 1)
+        and projection.groups == 1
+    )
+
+
+def _distance(found: Tensor, wanted: Tensor) -> float:
+    error = float((found.double() - wanted).norm() / wanted.double().norm())
+    return error if math.isfinite(error) else math.inf
