@@ -21,9 +21,9 @@ from epic_fast.kernels.common.launch import facts_of
 from epic_fast.kernels.common.plan import Tape
 from epic_fast.kernels.common.rows import contiguous
 
-# Matrices of one launch, and the tile.
+# Matrices of one launch, and the tile; so many of its steps are asked for together.
 TOGETHER = 8
-BLOCK_C, BLOCK_K, WARPS = 128, 64, 4
+BLOCK_C, BLOCK_K, WARPS, STEPS = 128, 64, 4, 4
 
 
 @triton.jit(do_not_specialize=["before"])
@@ -51,6 +51,7 @@ def _through_kernel(
     K: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     """One program: ``BLOCK_K`` numbers of a row.  Grid: (matrices * column tiles * J,); rows run fastest, over the same
     part of a weight."""
@@ -75,7 +76,7 @@ def _through_kernel(
         probe, weight = probe_7, weight_7
     column = tile % tiles * BLOCK_K + tl.arange(0, BLOCK_K)  # [BLOCK_K]
     total = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
-    for first in range(0, C, BLOCK_C):
+    for first in tl.range(0, C, BLOCK_C, loop_unroll_factor=STEPS):
         inner = first + tl.arange(0, BLOCK_C)  # [BLOCK_C]
         source = weight + inner.to(tl.int64)[:, None] * K + column[None, :]
         own = tl.load(source, mask=(inner < C)[:, None] & (column < K)[None, :], other=0.0).to(tl.float32)
@@ -98,7 +99,7 @@ def forward(tape: Tape, *given: Any) -> tuple[Tensor]:
     through = tape.empty((count, rows, depth), torch.float32)
     if not through.numel():
         return (through,)
-    constants = (rows, width, depth, BLOCK_C, BLOCK_K)
+    constants = (rows, width, depth, BLOCK_C, BLOCK_K, STEPS)
     for first in range(0, count, TOGETHER):
         few = slice(first, first + TOGETHER)
         tensors: list[Tensor] = []
