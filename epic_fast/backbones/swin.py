@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from epic_fast.backbones.towers import TOWERS, Tower, VisionTower
 from epic_fast.engine import EngineConfig, TowerState
-from epic_fast.engine.lanes import Lane, beside, current
 from epic_fast.engine.packed import FrozenTower
 from epic_fast.engine.patches import FrozenEmbedding, FrozenMerge
 from epic_fast.engine.routes import PromptRoute
@@ -139,7 +138,7 @@ class SwinTower(VisionTower):
         state: TowerState,
         prompts: Tensor,
         engine: EngineConfig | None,
-        routes: Callable[[], Mapping[int, PromptRoute]],
+        routes: Mapping[int, PromptRoute],
     ) -> SwinRun | None:
         """A way without a graph through the layers that makes prompts ``(B, P, C)`` where they lie, those of some
         layers by their routes; None where there are no prompts, or where the model's own blocks run."""
@@ -239,8 +238,7 @@ class SwinRun:
         blocks: of all its layers.
         state: the tokens.
         prompts: ``(B, P, C)``; P may be 0.
-        routes: asked once for those of the layers above the first that make prompts of their own; in the lane that is
-            open, if there is one, while the first layer's MLP runs.
+        routes: of the layers above the first that make prompts of their own.
     """
 
     def __init__(
@@ -249,17 +247,16 @@ class SwinRun:
         blocks: Sequence[FrozenWindowBlock],
         state: TowerState,
         prompts: Tensor,
-        routes: Callable[[], Mapping[int, PromptRoute]] | None = None,
+        routes: Mapping[int, PromptRoute] | None = None,
     ):
         self._tower = tower
         self._blocks = blocks
         self._state = state
         self._grid = tower.grid(state)
         self._prompts = prompts
-        self._ask = routes
-        self._routes: Mapping[int, PromptRoute] = {}
-        self._through: dict[int, Tensor] = {}
-        self._lane: Lane | None = None
+        self._routes = routes or {}
+        inner = {index: route for index, route in self._routes.items() if tower.merge(index - 1) is None}
+        self._through = before_routes(blocks, inner, prompts)
         self._stream: WindowStream | None = None
 
     def step(self, index: int) -> Tensor | None:
@@ -270,14 +267,11 @@ class SwinRun:
             self._stream = WindowStream.of(self._state.hidden, self._prompts)
             # The stream has them; here they would stay for a whole stage.
             self._state = replace(self._state, hidden=self._state.hidden.new_empty(0))
-        route = self._routes.get(index)
-        if route is not None:
-            self._join()
         scores = self._stream.step(
             self._blocks[index],
             Windows.of(self._grid, tower.window, tower.shift(index)),
-            route,
-            functools.partial(self._through_of, index),
+            self._routes.get(index),
+            self._through.get(index),
         )
         merge = tower.merge(index)
         if merge is None:
@@ -296,26 +290,8 @@ class SwinRun:
         self._prompts = merge_prompts(merge, prompts) if prompts.shape[1] else prompts.repeat(1, 1, 2)
         return scores
 
-    def _through_of(self, index: int) -> Tensor | None:
-        if self._ask is not None:
-            ask, self._ask = self._ask, None
-            self._lane = current()
-            if self._lane is not None:
-                self._lane.fork()
-            with beside(self._lane):
-                self._routes = ask()
-                inner = {each: route for each, route in self._routes.items() if self._tower.merge(each - 1) is None}
-                self._through = before_routes(self._blocks, inner, self._prompts)
-        return self._through.get(index)
-
-    def _join(self) -> None:
-        if self._lane is not None:
-            self._lane.join()
-            self._lane = None
-
     def finish(self) -> tuple[TowerState, Tensor]:
         """Tokens and prompts."""
-        self._join()
         if self._stream is None:
             return self._state, self._prompts
         hidden, prompts = self._stream.parted()

@@ -28,7 +28,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from epic_fast.engine.lanes import Lane, opened
 from epic_fast.engine.prefix import Prefix
 from epic_fast.hooks import HOOKS, all_hooked
 
@@ -79,7 +78,7 @@ class Backend(Protocol):
 
 
 class CudaBackend:
-    """CUDA graphs that share one memory pool, one stream for recording and a lane beside it.
+    """CUDA graphs that share one memory pool and one stream for recording.
 
     Sharing is safe because inputs lie outside of the pool and results are copied out of it before another graph runs.
     """
@@ -88,16 +87,14 @@ class CudaBackend:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.device = torch.device("cuda", index)
         self.stream = torch.cuda.Stream(self.device)
-        # Small work beside it goes first, wherever a multiprocessor is free: so it ends before it is waited for.
-        self.lane = Lane(torch.cuda.Stream(self.device, priority=-1))
         self.pool = torch.cuda.graph_pool_handle()
         self.done: torch.cuda.Event | None = None
 
     def rehearse(self, work: Callable[[], Any]) -> None:
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
-        # On the recording's own streams, so that the libraries' workspaces for them are ordinary memory.
-        with torch.cuda.device(self.device), torch.cuda.stream(self.stream), _one_thread(), opened(self.lane):
+        # On the recording's own stream, so that the libraries' workspaces for it are ordinary memory.
+        with torch.cuda.device(self.device), torch.cuda.stream(self.stream), _one_thread():
             work()
         current.wait_stream(self.stream)
 
@@ -110,7 +107,6 @@ class CudaBackend:
             torch.cuda.stream(torch.cuda.current_stream(self.device)),
             _one_thread(),
             torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
-            opened(self.lane),
         ):
             result = work()
         return _CudaRecorded(graph, result)

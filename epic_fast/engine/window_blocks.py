@@ -15,7 +15,7 @@ needs one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,15 +211,14 @@ class WindowStream:
         block: FrozenWindowBlock,
         windows: Windows,
         route: PromptRoute | None = None,
-        through: Callable[[], Tensor | None] = lambda: None,
+        through: Tensor | None = None,
     ) -> Tensor | None:
         """The block on all rows.
 
         Args:
             block, windows: the block and its windows.
             route: of prompts that take the place of those that are there.
-            through: asked for what :func:`before_routes` has, where the next block has a route: the prompts end here.
-                Before the MLP, the longest part of a block, so that what it does beside takes no time of its own.
+            through: of :func:`before_routes`, where the next block has a route: the prompts end here.
 
         Returns:
             The routing scores ``(B, E)``, None without a router.
@@ -247,13 +246,12 @@ class WindowStream:
                 stream, branch, *weights.second_norm, branch_at=order.place, normed_dtype=weights.dtype
             )[:2]
             del branch, stream
-            probed_through = through()
             hidden = activated_product(normed, weights.up, weights.up_bias, activation_of(block.parts), "none")[0]
             del normed
-            if probed_through is not None:
+            if through is not None:
                 assert isinstance(hidden, Tensor)
                 hidden, last = hidden[: order.tokens], hidden[order.tokens :]
-                self._ended = _Ended(last, weights.down, weights.down_bias, probed_through)
+                self._ended = _Ended(last, weights.down, weights.down_bias, through)
             self._branch = product(hidden, weights.down, weights.down_bias)[0]
         return scores
 

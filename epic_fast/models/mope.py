@@ -21,7 +21,6 @@ behind each.  The loss has ``importance_weight`` times the unevenness of the exp
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -378,10 +377,8 @@ class MopeModel(PromptedModel):
             return tower.advance(state, tower.num_layers, self.engine), None, []
         state = tower.advance(state, config.first_layer, self.engine)
         batch = len(state.hidden)
-        swin = self._swin_in_place()
-        # Where a Swin makes the prompts it asks for these when they cost the least.
-        made = self._made_of(other) if swin is None or config.first_layer in self.routed else None
-        projected, mapped = made or (None, None)
+        projected = None if self.router is None or other is None else self.router.project(other)
+        mapped = None if self.mapper is None or other is None else self.mapper(other)
         prompts = state.hidden.new_zeros(batch, 0, state.hidden.shape[2])
         if self.input_prompts is not None:
             prompts = self.prompt_dropout(self.input_prompts.expand(batch, -1, -1))
@@ -412,10 +409,10 @@ class MopeModel(PromptedModel):
                     packed.prompts = prompts
             if layer == config.first_layer:
                 packed = self._packed(state, prompts)
+                swin = self._swin_in_place()
                 if swin is not None:
-                    windows = swin.routed_run(
-                        state, prompts, self.engine, functools.partial(self._routes, other, made, layer)
-                    )
+                    routes = {each: self._route(each, projected, mapped) for each in self.routed if each > layer}
+                    windows = swin.routed_run(state, prompts, self.engine, routes)
             if windows is not None:
                 windows.step(layer)
             elif packed is None:
@@ -449,16 +446,6 @@ class MopeModel(PromptedModel):
         if router.own is None:
             return True
         return self.config.router_main_size <= MOST_PROBES and all(untouched(each, nn.Linear) for each in router.own)
-
-    def _made_of(self, other: Tensor | None) -> tuple[Tensor | None, list[Tensor] | None]:
-        """Of y: its part of all queries, and the mapped prompts of each stage."""
-        projected = None if self.router is None or other is None else self.router.project(other)
-        return projected, None if self.mapper is None or other is None else self.mapper(other)
-
-    def _routes(self, other: Tensor | None, made: Any, layer: int) -> dict[int, PromptRoute]:
-        """What the prompts of the routed layers above ``layer`` are made of."""
-        projected, mapped = self._made_of(other) if made is None else made
-        return {each: self._route(each, projected, mapped) for each in self.routed if each > layer}
 
     def _route(self, layer: int, projected: Tensor | None, mapped: list[Tensor] | None) -> PromptRoute:
         """Of a routed layer: what its prompts are made of."""
