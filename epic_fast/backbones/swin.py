@@ -17,7 +17,7 @@ from epic_fast.engine import EngineConfig, TowerState
 from epic_fast.engine.lanes import Lane, beside
 from epic_fast.engine.packed import FrozenTower
 from epic_fast.engine.routes import PromptRoute
-from epic_fast.engine.window_blocks import FrozenWindowBlock, WindowStream, before_routes, differs
+from epic_fast.engine.window_blocks import FrozenWindowBlock, WindowStream, before_routes, differs, keep_weights
 from epic_fast.engine.windows import Windows, call_swin_block, call_swin_block_with_prompts, merge_prompts
 from epic_fast.errors import ConfigError
 
@@ -175,6 +175,15 @@ class SwinTower(VisionTower):
         if engine is not None and engine.weights != "frozen":
             say_exact(self.modality)
         return self.frozen.blocks()
+
+    def ready_for_lane(self, engine: EngineConfig | None, hidden: Tensor) -> bool:
+        """Whether fused blocks run these tokens; what they keep of their weights then is there, for whoever reads it on
+        another stream."""
+        blocks = self.window_blocks(engine)
+        if blocks is None:
+            return False
+        keep_weights(blocks, hidden)
+        return True
 
     def shift(self, index: int) -> int:
         """Every second block of a stage is built with a shift of half a window."""

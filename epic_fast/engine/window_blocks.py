@@ -280,6 +280,13 @@ class WindowStream:
         )
 
 
+def keep_weights(blocks: Sequence[FrozenWindowBlock], like: Tensor) -> None:
+    """Make what blocks keep of their weights now, before work on two streams reads it; ``like`` as below."""
+    with no_autocast(like) as dtype:
+        for block in blocks:
+            block.parts.weights(dtype, backward=False)
+
+
 @torch.no_grad()
 def before_routes(
     blocks: Sequence[FrozenWindowBlock], routes: Mapping[int, PromptRoute], like: Tensor

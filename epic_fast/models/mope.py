@@ -381,7 +381,10 @@ class MopeModel(PromptedModel):
         # What is made of y waits for nobody, and nobody for it before the first routed layer.
         waits = not self.routed or config.first_layer in self.routed
         lane = None if swin is None or waits else lanes.current()
-        if lane is not None:
+        if lane is None or swin is None or not swin.ready_for_lane(self.engine, state.hidden):
+            # Where the model's own blocks run, nobody would join.
+            lane = None
+        else:
             lane.fork()
         with lanes.beside(lane):
             projected = None if self.router is None or other is None else self.router.project(other)
