@@ -488,7 +488,6 @@ def launch_routing(case: RouteCase, dtype: torch.dtype) -> None:
     from epic_fast.kernels.route_prompts.triton_forward import (  # pyright: ignore[reportMissingImports]
         route_prompts,
     )
-
     from epic_fast.kernels.route_prompts.triton_through import probe_through  # pyright: ignore[reportMissingImports]
 
     for kind in dict.fromkeys((dtype, torch.float32)):
