@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import logging
 import math
+import threading
 import weakref
 
 import pytest
@@ -19,7 +20,7 @@ from torch import nn
 
 import epic_fast
 from epic_fast.classifier import Classifier
-from epic_fast.engine import CapturedCall, EngineConfig, Prefix, TowerState, graphed
+from epic_fast.engine import CapturedCall, EngineConfig, Prefix, TowerState, graphed, lanes
 from epic_fast.engine import graphs as engine_graphs
 from epic_fast.engine.graphs import GraphCache, flatten, say_once, to_bucket, unflatten
 from epic_fast.errors import ConfigError, DataError, EpicFastError
@@ -376,6 +377,80 @@ def test_padding_on_the_left_is_eager(fake, caplog):
         graphed(model)(**batch_of(0, 1))
     assert fake.events == ["rehearse", "record", "replay"]
     assert "padded on the left" in caplog.text
+
+
+# -- a lane beside the stream -----------------------------------------------------------------------------------
+
+
+class Stream:
+    """Stands for a stream: who it waited for."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self):
+        self.waited = []
+
+    def wait_stream(self, other):
+        self.waited.append(other)
+
+
+def test_a_lane_without_a_stream_does_nothing(monkeypatch):
+    for name in ("current_stream", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *given: pytest.fail("a stream was asked for"))
+    lane = lanes.Lane()
+    lane.fork()
+    with lane.beside(), lanes.beside(lane), lanes.beside(None):
+        pass
+    lane.join()
+
+
+def test_a_lane_waits_at_the_fork_and_is_waited_for_at_the_join(monkeypatch):
+    own, other, inside = Stream(), Stream(), []
+
+    @contextlib.contextmanager
+    def stream(which):
+        inside.append(which)
+        yield
+        inside.append(None)
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: own if device == Stream.device else None)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    lane = lanes.Lane(other)
+    lane.fork()
+    assert (own.waited, other.waited) == ([], [own])
+    for beside in (lane.beside, lambda: lanes.beside(lane)):
+        inside.clear()
+        with beside():
+            assert inside == [other]
+        assert inside == [other, None]
+    lane.join()
+    assert (own.waited, other.waited) == ([other], [own])
+
+
+def test_lanes_are_open_inside_and_no_longer():
+    first, second = lanes.Lane(), lanes.Lane()
+    assert lanes.current() is None
+    with lanes.opened(first):
+        assert lanes.current() is first
+        with lanes.opened(second):
+            assert lanes.current() is second
+        assert lanes.current() is first
+        with pytest.raises(ZeroDivisionError), lanes.opened(second):
+            _ = 1 / 0
+        assert lanes.current() is first
+    assert lanes.current() is None
+    with pytest.raises(ZeroDivisionError), lanes.opened(first):
+        _ = 1 / 0
+    assert lanes.current() is None
+
+
+def test_a_lane_is_open_in_the_thread_that_opened_it_alone():
+    found = []
+    with lanes.opened(lanes.Lane()):
+        thread = threading.Thread(target=lambda: found.append(lanes.current()))
+        thread.start()
+        thread.join()
+    assert found == [None]
 
 
 # -- falling back ---------------------------------------------------------------------------------------------
@@ -780,6 +855,36 @@ def test_gpu_steps_are_those_of_the_same_function_uncaptured():
     assert found[0][0] == found[1][0]
     assert same_bits(found[0][1], found[1][1])
     assert torch.equal(found[0][2], found[1][2])
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_gpu_a_lane_is_open_while_a_graph_is_made():
+    """Rehearsed and recorded with the backend's own; what is made beside the stream is there behind the join."""
+    backend, seen = engine_graphs.backend_for(CUDA), []
+
+    def work(inputs):
+        lane = lanes.current()
+        seen.append(lane)
+        if lane is None:
+            return inputs["a"] + 1
+        lane.fork()
+        with lane.beside():
+            made = inputs["a"].double().cumsum(0).float()
+        other = inputs["a"] * 2
+        lane.join()
+        return made + other
+
+    cache = GraphCache("lane", work, backend, CUDA)
+    for number in range(4):
+        given = torch.randn(1 << 16, device=CUDA, generator=torch.Generator(CUDA).manual_seed(number))
+        assert torch.equal(cache({"a": given}), given.double().cumsum(0).float() + given * 2)
+    assert cache.refused is None
+    assert seen == [backend.lane] * 2
+    assert lanes.current() is None
+    with pytest.raises(ZeroDivisionError):
+        backend.rehearse(lambda: 1 / 0)
+    assert lanes.current() is None
 
 
 @pytest.mark.gpu
