@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 from epic_fast.errors import ConfigError, ImplementationError
 from epic_fast.kernels.common.eight_bit import SMALLEST_SCALE, quantise_rows
 from epic_fast.kernels.residual_norm import reference, triton_backward, triton_forward
-from epic_fast.kernels.residual_norm.tiles import MAX_WIDTH, norm_tile
+from epic_fast.kernels.residual_norm.tiles import MAX_WIDTH, ended_tile, norm_tile
 from epic_fast.ops import library, residual_norm
 from epic_fast.ops.residual_norm import (
     moved_norm_backward,
@@ -755,6 +755,19 @@ def test_rows_that_end_are_many_tiles_of_either_kind() -> None:
         check_ending(ending(rows, last, width, depth, 2, HALF), branch=None)
 
 
+def test_a_thread_holds_few_columns_of_rows_that_end() -> None:
+    """Few numbers to read of a wide row are no reason for many rows at once."""
+    for width in (1, 20, 128, 512, 1000, 1024, 4096, MAX_WIDTH):
+        norm = norm_tile(width)
+        for depth in (0, 1, 16, 20, 1024, 4096, 5000, 65536):
+            tile = ended_tile(depth, norm)
+            assert tile.rows >= 1
+            assert tile.warps == norm.warps
+            assert tile.rows * max(tile.block, norm.block) <= 32 * 32 * tile.warps
+    # As in a tower, where at least as many numbers are read as a row has.
+    assert [ended_tile(4 * width, norm_tile(width)).rows for width in (128, 256, 512, 1024)] == [2, 1, 1, 1]
+
+
 @pytest.mark.parametrize("last", [0, 7])
 @pytest.mark.parametrize("with_branch", [True, False])
 @pytest.mark.parametrize("with_offset", [True, False])
@@ -797,7 +810,9 @@ def test_what_rows_that_end_read_may_lie_anywhere() -> None:
         odd = torch.full((4 * depth + 1,), math.nan, device=DEVICE, dtype=dtype)
         odd[1:] = given["hidden"].flatten()
         turned = given["hidden"].T.contiguous().T
-        for hidden in (joined[5:], wide[:, 3 : 3 + depth], odd[1:].view(4, depth), turned):
+        first = joined.flip(0)
+        first[:4] = given["hidden"]
+        for hidden in (joined[5:], first[:4], wide[:, 3 : 3 + depth], odd[1:].view(4, depth), turned):
             assert_bits_equal(call_ending(given, hidden=hidden), wanted)
         columns = torch.full((20, 2), math.nan, device=DEVICE, dtype=dtype)
         columns[:, 1] = given["offset"]

@@ -575,6 +575,8 @@ def test_weights_and_probes_may_lie_anywhere() -> None:
     turned = [each.T.contiguous().T for each in weights]
     wide = [torch.cat([torch.full((40, 3), math.nan, device=DEVICE), each], dim=1)[:, 3:] for each in weights]
     rows = [torch.cat([each, torch.full((3, 5), math.nan, device=DEVICE)], dim=1)[:, :40] for each in probes]
+    # What lies behind them is not read.
+    first = [torch.cat([each, torch.full((1, 70), math.nan, device=DEVICE)])[:40] for each in weights]
     odd = []
     for each in weights:
         memory = torch.full((each.numel() + 1,), math.nan, device=DEVICE)
@@ -582,7 +584,7 @@ def test_weights_and_probes_may_lie_anywhere() -> None:
         odd.append(memory[1:].view(40, 70))
     # Some as they are and some not: each has a place of its own among the eight of a launch.
     mixed = [one if number % 3 else other for number, (one, other) in enumerate(zip(weights, turned, strict=True))]
-    for others in (turned, wide, odd, mixed):
+    for others in (turned, wide, first, odd, mixed):
         assert_bits_equal(probe_through(probes, others, impl="triton"), wanted)
     assert_bits_equal(probe_through(rows, weights, impl="triton"), wanted)
 
