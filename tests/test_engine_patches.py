@@ -15,8 +15,13 @@ from epic_fast.backbones import swin as swin_backbone
 from epic_fast.engine import EngineConfig
 from epic_fast.engine.patches import FrozenEmbedding, FrozenMerge
 from epic_fast.engine.windows import merge_prompts
-from epic_fast.testing import make_batch, tiny_bert, tiny_swin
-from epic_fast.testing.probes import distance, lively
+from epic_fast.testing import tiny_bert, tiny_swin
+from epic_fast.testing.probes import lively, make_batch
+
+
+def distance(found: Tensor, wanted: Tensor) -> float:
+    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+
 
 FUSED = EngineConfig(blocks="fused")
 
@@ -24,7 +29,7 @@ FUSED = EngineConfig(blocks="fused")
 @pytest.fixture
 def swin() -> Any:
     torch.manual_seed(0)
-    return lively((tiny_swin(depths=(2, 3)), tiny_bert(layers=1)))[0]
+    return lively((tiny_swin(depths=(2, 3)), tiny_bert(layers=1)))[0].requires_grad_(False)
 
 
 def tower_of(model: Any) -> Any:
@@ -46,12 +51,12 @@ def test_an_embedding_is_that_of_its_modules(swin: Any, size: tuple[int, int]) -
     assert FrozenEmbedding(embeddings)(pixels[:0])[0].shape == (0, *wanted.shape[1:])
 
 
-def test_autocast_changes_types_as_it_does_for_the_modules(swin: Any) -> None:
-    pixels, rows = torch.randn(2, 3, 32, 32), torch.randn(1, 12, 32)
-    prompts = torch.randn(1, 2, 32)
-    merge = merging_of(swin, 32)
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        wanted, found = swin.embeddings(pixels)[0], FrozenEmbedding(swin.embeddings)(pixels)[0]
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_autocast_changes_types_as_it_does_for_the_modules(swin: Any, device: str) -> None:
+    pixels, rows, prompts = (torch.randn(shape, device=device) for shape in ((2, 3, 32, 32), (1, 12, 32), (1, 2, 32)))
+    embeddings, merge = swin.embeddings.to(device), merging_of(swin, 32).to(device)
+    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        wanted, found = embeddings(pixels)[0], FrozenEmbedding(embeddings)(pixels)[0]
         joined = torch.cat([rows.flatten(0, 1), prompts.flatten(0, 1)])
         merged = FrozenMerge(merge)(joined, None, 1, (3, 4))
         other = torch.cat([merge(rows, (3, 4)), merge_prompts(merge, prompts)], dim=1)[0]
@@ -62,7 +67,7 @@ def test_autocast_changes_types_as_it_does_for_the_modules(swin: Any) -> None:
 
 def merging_of(model: Any, width: int) -> nn.Module:
     torch.manual_seed(1)
-    merge = modeling_swin.SwinPatchMerging(width).eval()
+    merge = modeling_swin.SwinPatchMerging(width).eval().requires_grad_(False)
     with torch.no_grad():
         merge.norm.weight.normal_(1.0, 0.3)
         merge.norm.bias.normal_(0.0, 0.3)
@@ -177,7 +182,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return calls
 
 
-@pytest.mark.parametrize("size", [32, 40])
+@pytest.mark.parametrize("size", [64, 72])
 def test_the_engine_takes_them_and_the_backbone_alone_does_not(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     towers = lively((tiny_swin(image_size=size, depths=(2, 1, 2)), tiny_bert(layers=1)))
@@ -201,10 +206,10 @@ def test_the_engine_takes_them_and_the_backbone_alone_does_not(size: int, monkey
 
 
 def test_hooks_on_merging_modules_are_called(swin: Any) -> None:
+    plain = tower_of(copy.deepcopy(swin))
     tower, pixels, seen = tower_of(swin), torch.randn(1, 3, 32, 32), []
     for stage in tower.model.encoder.layers[:-1]:
         stage.downsample.register_forward_hook(lambda *given: seen.append(given[2].shape))
-    plain = tower_of(copy.deepcopy(swin))
     with torch.no_grad():
         found = tower.advance(tower.enter(pixels, FUSED), tower.num_layers, FUSED)
         wanted = plain.advance(plain.enter(pixels, FUSED), plain.num_layers, FUSED)

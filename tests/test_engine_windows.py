@@ -10,19 +10,29 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from epic_fast import EngineConfig, EpicConfig, MopeConfig, wrap
 from epic_fast.backbones import swin
 from epic_fast.engine import window_blocks
 from epic_fast.engine.blocks import why_not
-from epic_fast.engine.graphs import made_of_weights
+from epic_fast.engine.graphs import graphed, made_of_weights, prepared, to_bucket
 from epic_fast.engine.packed import say_plain
-from epic_fast.engine.window_blocks import FrozenWindowBlock, WindowStream, differs, joined, parted
+from epic_fast.engine.routes import PromptRoute
+from epic_fast.engine.window_blocks import (
+    FrozenWindowBlock,
+    WindowStream,
+    before_routes,
+    differs,
+    joined,
+    parted,
+)
 from epic_fast.engine.windows import Windows, call_swin_block_with_prompts
 from epic_fast.ops import library
 from epic_fast.ops import window_prompt_attention as operation
 from epic_fast.ops.dispatch import Operation
 from epic_fast.testing import tiny_bert, tiny_swin
+from epic_fast.testing.numerics import assert_bits_equal, poisoned_empty
 from epic_fast.testing.probes import lively, make_batch, perturb
 
 GRIDS = {"whole": (8, 8), "padded": (6, 9), "one window": (4, 4)}
@@ -354,7 +364,7 @@ def test_prompts_are_made_where_they_lie_by_the_kernels(size: int, monkeypatch: 
         wanted = plain(**batch).logits
         monkeypatch.setattr(Operation, "choose", lambda self, *given: (seen.append(self.name), self.triton)[1])
         assert distance(fused(**batch).logits, wanted) <= 1e-5
-    assert set(seen) >= {"moved_norm_forward", "route_prompts"}
+    assert set(seen) >= {"moved_norm_forward", "route_prompts", "probe_through"}
     plain.unwrap()
     fused.unwrap()
 
@@ -384,6 +394,251 @@ def test_the_sums_of_a_block_do_not_outlive_it() -> None:
         model(**batch)
     # Each block's first sum is its second norm's stream.
     assert alive == [0] * 5
+    model.unwrap()
+
+
+# -- prompts that end ------------------------------------------------------------------------------------------------
+
+
+def fused_mope(
+    size: int = 32,
+    *,
+    depths: tuple[int, ...] = (2, 3),
+    dtype: torch.dtype = torch.float32,
+    vision: Any = None,
+    engine: EngineConfig | None = None,
+    **options: Any,
+) -> tuple[Any, dict[str, Tensor]]:
+    """A MoPE with fused blocks, and a batch for it."""
+    vision = tiny_swin(image_size=size, depths=depths) if vision is None else vision
+    torch.manual_seed(0)
+    config = MopeConfig(**{"prompt_length": 2, "temperature": 2.0, **options})
+    engine = EngineConfig(blocks="fused") if engine is None else engine
+    towers = lively((vision, tiny_bert(layers=2)))
+    model = perturb(wrap(towers, config, 3, self_check=False, engine=engine)).eval().to(dtype)
+    batch = make_batch([3, 5])
+    batch["pixel_values"] = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(4)).to(dtype)
+    if hasattr(model.backbone.vision, "window_blocks"):
+        # The first block is compared with its modules once.
+        model.backbone.vision.window_blocks(engine)
+    return model, batch
+
+
+def ends_before(model: Any) -> list[int]:
+    """Layers whose prompts end: those before a layer that asks a router's vectors, in the same stage."""
+    if model.router is None or model.router.own is None:
+        return []
+    starts = {stage.start for stage in model.backbone.vision.stages}
+    first = model.config.first_layer
+    return [layer - 1 for layer in model.routed if layer > first and layer not in starts]
+
+
+def steps_of(model: Any, batch: dict[str, Tensor]) -> tuple[list[Tensor], list[bool]]:
+    """Tokens and prompts behind each layer, as a look at them finds them, then all scores and the logits; and behind
+    which layers prompts had ended."""
+    found: list[Tensor] = []
+    ended: list[bool] = []
+    real = WindowStream.step
+
+    def step(stream: WindowStream, *given: Any) -> Any:
+        scores = real(stream, *given)
+        ended.append(stream._ended is not None)
+        # Below the first prompts there are none.
+        found.extend(each.clone() for each in stream.parted() if each.numel())
+        found.extend([] if scores is None else [scores])
+        return scores
+
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(WindowStream, "step", step)
+        logits = model(**batch).logits
+    return [*found, logits], ended
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [32, 40])
+@pytest.mark.parametrize("options", ROUTED.values(), ids=ROUTED)
+def test_prompts_that_end_change_nothing(
+    options: dict[str, Any], size: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind every layer the same tokens and prompts, and the same routing, as with all products done."""
+    model, batch = fused_mope(size, dtype=dtype, **options)
+    # What ended rows leave unwritten nobody reads.
+    with poisoned_empty():
+        found, ended = steps_of(model, batch)
+    first, last = model.config.first_layer, model.backbone.vision.num_layers
+    assert len(ended) == last
+    assert [layer for layer in range(last) if ended[layer]] == ends_before(model)
+    assert not any(ended[:first])
+    monkeypatch.setattr(swin, "before_routes", lambda *given: {})
+    wanted, nothing = steps_of(model, batch)
+    assert not any(nothing)
+    assert len(found) == len(wanted) > 2 * last - first
+    for number, (one, other) in enumerate(zip(found, wanted, strict=True)):
+        assert distance(one, other) <= (1e-12 if dtype == torch.float64 else 2e-6), number
+    model.unwrap()
+
+
+@pytest.mark.parametrize("size", [32, 40])
+def test_a_run_cut_short_gives_prompts_that_had_ended(size: int) -> None:
+    """In the middle of a stage, before the layer that would have replaced them."""
+    model, batch = fused_mope(size, dtype=torch.float64)
+    tower = model.backbone.vision
+    state = tower.start(batch["pixel_values"])
+    given = torch.randn(2, model.config.rows, state.hidden.shape[2], dtype=torch.float64)
+    with torch.no_grad():
+        other = torch.randn(2, 24, dtype=torch.float64)
+        projected, mapped = model.router.project(other), model.mapper(other)
+        routes = {1: model._route(1, projected, mapped)}
+        run = swin.SwinRun(tower, tower.window_blocks(model.engine), state, given, routes)
+        plain = swin.SwinRun(tower, tower.window_blocks(model.engine), state, given)
+        run.step(0)
+        plain.step(0)
+        assert run._stream is not None
+        assert run._stream._ended is not None
+        for one, other in zip(run._stream.parted(), plain._stream.parted(), strict=True):
+            assert distance(one, other) <= 1e-12
+        (found, left), (wanted, own) = run.finish(), plain.finish()
+        assert distance(left, own) <= 1e-12
+        assert distance(found.hidden, wanted.hidden) <= 1e-12
+        # To have looked at them changes nothing of what comes.
+        assert run.step(1) is not None
+    model.unwrap()
+
+
+@pytest.mark.parametrize("depths", [(2, 3), (3, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"route_first_block": True}, {"first_layer": 1}, {"router": "complement"}, {"num_experts": 1}],
+    ids=["as it is", "every layer", "from the second layer", "routed by the text alone", "one expert"],
+)
+@pytest.mark.parametrize("size", [32, 40])
+def test_the_last_product_is_done_for_rows_that_somebody_reads(
+    size: int, options: dict[str, Any], depths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = size * 2 ** (len(depths) - 2)
+    model, batch = fused_mope(size, depths=depths, **options)
+    tower = model.backbone.vision
+    rows: list[int] = []
+    places = {
+        block.parts.weights(None, backward=False).down.data_ptr(): index
+        for index, block in enumerate(tower.window_blocks(model.engine))
+    }
+    real = window_blocks.product
+
+    def counting(hidden: Tensor, weight: Any, bias: Any) -> Any:
+        if weight.data_ptr() in places:
+            assert places[weight.data_ptr()] == len(rows)
+            rows.append(len(hidden))
+        return real(hidden, weight, bias)
+
+    monkeypatch.setattr(window_blocks, "product", counting)
+    with torch.no_grad():
+        model(**batch)
+    ends, wanted = ends_before(model), []
+    side = size // 4
+    for stage in tower.stages:
+        for layer in range(stage.start, stage.stop):
+            prompts = 0 if layer < model.config.first_layer or layer in ends else model.config.rows
+            wanted.append(2 * (side * side + prompts))
+        side = (side + 1) // 2
+    assert rows == wanted
+    # Never in the last layer of a stage or of the tower.
+    assert not {stage.stop - 1 for stage in tower.stages} & set(ends)
+    assert bool(ends) == ("router" not in options and "num_experts" not in options)
+    model.unwrap()
+
+
+def test_what_prompts_ended_with_is_let_go_behind_the_next_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = fused_mope()
+    with torch.no_grad():
+        model(**batch)
+    kept: list[StorageWeakRef] = []
+    before: list[int] = []
+    behind: list[int] = []
+    up, norm, attend = window_blocks.activated_product, window_blocks.moved_norm_forward, window_blocks._attend
+
+    def alive() -> int:
+        return sum(not each.expired() for each in kept)
+
+    def noting(*given: Any) -> Any:
+        found = up(*given)
+        kept.append(StorageWeakRef(found[0].untyped_storage()))
+        return found
+
+    def first(*given: Any, **options: Any) -> Any:
+        if "branch_at" not in options:
+            before.append(alive())
+        return norm(*given, **options)
+
+    def then(*given: Any, **options: Any) -> Any:
+        behind.append(alive())
+        return attend(*given, **options)
+
+    monkeypatch.setattr(window_blocks, "activated_product", noting)
+    monkeypatch.setattr(window_blocks, "moved_norm_forward", first)
+    monkeypatch.setattr(window_blocks, "_attend", then)
+    with torch.no_grad():
+        model(**batch)
+    assert [layer - 1 for layer, each in enumerate(before) if each] == ends_before(model) == [0, 2, 3]
+    assert behind == [0] * 5
+    assert alive() == 0
+    model.unwrap()
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_goes_before_routes_is_of_the_block_before(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call for the layers of a stage, however they are named; and the weights that products are done with."""
+    model, _ = fused_mope(depths=(3, 1, 3))
+    blocks = model.backbone.vision.window_blocks(model.engine)
+    widths = [block.parts.weights(None, backward=False).down.shape[0] for block in blocks]
+
+    def route(layer: int, probe: bool = True) -> PromptRoute:
+        random = torch.Generator().manual_seed(layer)
+        rows = torch.randn(2, widths[layer], generator=random) if probe else None
+        return PromptRoute(None, None, None, probe=rows)
+
+    routes = {layer: route(layer) for layer in (6, 1, 5, 2)}
+    calls: list[int] = []
+    real = window_blocks.probe_through
+
+    def counting(probes: Any, weights: Any) -> Tensor:
+        calls.append(len(probes))
+        return real(probes, weights)
+
+    monkeypatch.setattr(window_blocks, "probe_through", counting)
+    dtype = torch.bfloat16 if autocast else torch.float32
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = before_routes(blocks, {**routes, 3: route(3, probe=False)}, torch.empty(1))
+    assert sorted(calls) == [2, 2]
+    assert sorted(found) == [0, 1, 4, 5]
+    for layer, each in routes.items():
+        weight = blocks[layer - 1].parts.weights(dtype, backward=False).down
+        assert weight.dtype == dtype
+        assert found[layer - 1].dtype == torch.float32
+        assert each.probe is not None
+        assert distance(found[layer - 1], each.probe.double() @ weight.double()) <= 1e-6
+    assert before_routes(blocks, {3: route(3, probe=False)}, torch.empty(1)) == {}
+    assert before_routes(blocks, {}, torch.empty(1)) == {}
+    model.unwrap()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("options", [{}, {"top_k": 2}, {"mapped_prompts": 2}], ids=["all", "two", "mapped"])
+@pytest.mark.parametrize("size", [32, 40])
+def test_gpu_a_replay_has_the_bits_of_a_call(size: int, options: dict[str, Any], autocast: bool) -> None:
+    """Of new pictures and texts each time."""
+    model = fused_mope(size, engine=EngineConfig(blocks="fused", graphs=True), **options)[0].cuda()
+    call = graphed(model)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        for seed in range(4):
+            given = {**make_batch([3, 5], seed=seed), "pixel_values": torch.randn(2, 3, size, size)}
+            given = {name: each.cuda() for name, each in given.items()}
+            found = call(**given).logits.clone()
+            wanted = model(**prepared(model, to_bucket(given, 16))).logits
+            assert_bits_equal(found, wanted, f"batch {seed}")
+    assert call.cache.refused is None
+    assert call.cache.captures == 1
     model.unwrap()
 
 

@@ -22,7 +22,7 @@ pytest.importorskip("triton")
 from epic_fast.errors import ConfigError, ImplementationError
 from epic_fast.kernels.common.eight_bit import SMALLEST_SCALE, quantise_rows
 from epic_fast.kernels.residual_norm import reference, triton_backward, triton_forward
-from epic_fast.kernels.residual_norm.tiles import MAX_WIDTH, norm_tile
+from epic_fast.kernels.residual_norm.tiles import MAX_WIDTH, ended_tile, norm_tile
 from epic_fast.ops import library, residual_norm
 from epic_fast.ops.residual_norm import (
     moved_norm_backward,
@@ -628,6 +628,296 @@ def test_what_does_not_fit_moved_rows_is_said() -> None:
     mean = torch.zeros(6, device=DEVICE)
     with pytest.raises(ConfigError, match=r"moved_at has shape \(5,\); wanted \(6,\)"):
         moved_norm_backward(stream, None, stream, weight, mean, mean, moved_at=order[:5])
+
+
+# -- rows that end ---------------------------------------------------------------------------------------------------
+
+
+def ending(
+    rows: int, last: int, width: int, depth: int, probes: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """All that a call with ``last`` rows that end can take, and the weight of the product that is not done for them."""
+    given = {"stream": draw(rows, width, dtype=dtype) + 1, "branch": draw(rows - last, width, dtype=HALF, seed=1)}
+    given |= dict(zip(("weight", "bias"), parameters(width), strict=True))
+    given |= {"probe": draw(probes, width, seed=2), "hidden": draw(last, depth, dtype=dtype, seed=3)}
+    given["product"] = draw(width, depth, seed=4, scale=depth**-0.5)
+    given["offset"] = draw(width, dtype=dtype, seed=6)
+    wide = torch.promote_types(dtype, torch.float32)
+    given["through"] = (given["probe"].to(wide) @ given["product"].to(wide)).contiguous()
+    return given
+
+
+def call_ending(given: dict[str, Tensor], impl: str = "triton", **changes: Any) -> tuple[Tensor | None, ...]:
+    """``branch`` and ``offset`` may be changed to None."""
+    given = {**given, **changes}
+    ended = given["hidden"], given["through"], given["offset"]
+    return moved_norm_forward(
+        *(given["stream"], given["branch"], given["weight"], given.get("bias"), 1e-5),
+        normed_at=given.get("normed_at"), probe=given["probe"], ended=ended, impl=impl,
+    )  # fmt: skip
+
+
+def products_of_ended(given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """By the definition in float64, and the size of what is summed up in them."""
+    last, probe, through = len(given["hidden"]), given["probe"].double(), given["through"].double()
+    row, hidden = given["stream"][len(given["stream"]) - last :].double(), given["hidden"].double()
+    offset = 0 if given["offset"] is None else given["offset"].double()
+    sizes = (row.abs() + abs(offset)) @ probe.abs().T + hidden.abs() @ through.abs().T
+    return (row + offset) @ probe.T + hidden @ through.T, sizes
+
+
+@pytest.mark.parametrize("with_offset", [True, False])
+@pytest.mark.parametrize("with_branch", [True, False])
+@pytest.mark.parametrize("normed_at", [True, False])
+@pytest.mark.parametrize(("rows", "last"), [(9, 4), (9, 0), (9, 9)])
+def test_rows_that_end_are_told_apart_by_what_their_product_reads(
+    rows: int, last: int, normed_at: bool, with_branch: bool, with_offset: bool
+) -> None:
+    """In float64: as if the product were done, and its rows stood behind the branch's."""
+    drawn = ending(rows, last, 12, 20, 3, torch.float64)
+    given = {name: each.double() for name, each in drawn.items()}
+    given["through"] = given["probe"] @ given["product"]
+    given |= {} if with_offset else {"offset": None}
+    given |= {"normed_at": order_of(rows)} if normed_at else {}
+    added = given["hidden"] @ given["product"].T + (given["offset"] if with_offset else 0)
+    branch = torch.cat([given["branch"] if with_branch else torch.zeros_like(given["branch"]), added])
+    whole = moved_norm_forward(
+        *(given["stream"], branch, given["weight"], given["bias"], 1e-5),
+        normed_at=given.get("normed_at"), probe=given["probe"],
+    )  # fmt: skip
+    found = call_ending(given, "reference", **({} if with_branch else {"branch": None}))
+    before = rows - last
+    places = given["normed_at"][:before] if normed_at else slice(before)
+    torch.testing.assert_close(found[5], whole[5], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[5][before:], products_of_ended(given)[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found[1][places], whole[1][places], rtol=1e-12, atol=1e-12)
+    for one, other in zip((found[0], *found[2:5]), (whole[0], *whole[2:5]), strict=True):
+        torch.testing.assert_close(one[:before], other[:before], rtol=1e-12, atol=1e-12)
+
+
+def check_ending(given: dict[str, Tensor], **changes: Any) -> tuple[Tensor | None, ...]:
+    """The products of rows that end are near those of the definition; all else is as without them, or unwritten."""
+    given = {**given, **changes}
+    rows, last, width = len(given["stream"]), len(given["hidden"]), given["stream"].shape[1]
+    before, depth, order = rows - last, given["hidden"].shape[1], given.get("normed_at")
+    found = call_ending(given)
+    wanted, sizes = products_of_ended(given)
+    assert found[5].dtype == torch.float32
+    assert found[5].shape == (rows, len(given["probe"]))
+    # Two sums, and one of both; the offset is added to the row first.
+    terms = 2 * (width**0.5 + depth**0.5 + 2)
+    assert ((found[5][before:] - wanted).abs() <= terms * 2**-24 * sizes).all()
+    plain = call_ending(given, "reference")
+    assert ((plain[5][before:] - wanted).abs() <= terms * 2**-24 * sizes).all()
+
+    # The order of the rows that stay, among themselves.
+    alone = None if order is None else order[:before].argsort().argsort()
+    kept = moved_norm_forward(
+        *(given["stream"][:before], given["branch"], given["weight"], given["bias"], 1e-5),
+        normed_at=alone, probe=given["probe"], impl="triton",
+    )  # fmt: skip
+    total, normed, saved, mean, rstd, probed = found
+    places = slice(before) if order is None else order[:before]
+    own = slice(before) if alone is None else alone
+    assert_bits_equal(normed[places], kept[1][own], "normed")
+    for one, other, name in zip((mean, rstd, probed), kept[3:], ("mean", "rstd", "probed"), strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert_bits_equal(one[:before], other, name)
+    assert saved is total
+    if given["branch"] is None:
+        assert total is given["stream"]
+    else:
+        assert_bits_equal(total[:before], kept[0], "total")
+        assert total[before:].isnan().all()
+    left = slice(before, None) if order is None else order[before:]
+    assert normed[left].isnan().all()
+    for each in (mean, rstd):
+        assert each is None or each[before:].isnan().all()
+    return found
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("probes", [1, 2, 5])
+@pytest.mark.parametrize("depth", [20, 300, 4100])
+def test_rows_that_end_have_products_alone(depth: int, probes: int, dtype: torch.dtype) -> None:
+    for width in (20, 300):
+        given = ending(9, 4, width, depth, probes, dtype)
+        check_ending(given)
+        check_ending(given, normed_at=order_of(9))
+        check_ending(given, branch=None, offset=None, bias=None, normed_at=order_of(9))
+
+
+def test_rows_that_end_are_many_tiles_of_either_kind() -> None:
+    """More rows than a program takes, and a row of more columns and of more to read than a tile has."""
+    for rows, last, width, depth in ((150, 70, 20, 20), (7, 5, 1100, 5000), (5, 3, 1, 1)):
+        check_ending(ending(rows, last, width, depth, 2), normed_at=order_of(rows))
+        check_ending(ending(rows, last, width, depth, 2, HALF), branch=None)
+
+
+def test_a_thread_holds_few_columns_of_rows_that_end() -> None:
+    """Few numbers to read of a wide row are no reason for many rows at once."""
+    for width in (1, 20, 128, 512, 1000, 1024, 4096, MAX_WIDTH):
+        norm = norm_tile(width)
+        for depth in (0, 1, 16, 20, 1024, 4096, 5000, 65536):
+            tile = ended_tile(depth, norm)
+            assert tile.rows >= 1
+            assert tile.warps == norm.warps
+            assert tile.rows * max(tile.block, norm.block) <= 32 * 32 * tile.warps
+    # As in a tower, where at least as many numbers are read as a row has.
+    assert [ended_tile(4 * width, norm_tile(width)).rows for width in (128, 256, 512, 1024)] == [2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("last", [0, 7])
+@pytest.mark.parametrize("with_branch", [True, False])
+@pytest.mark.parametrize("with_offset", [True, False])
+def test_no_row_or_every_row_may_end(last: int, with_branch: bool, with_offset: bool) -> None:
+    given = ending(7, last, 20, 40, 2)
+    changes = ({} if with_branch else {"branch": None}) | ({} if with_offset else {"offset": None})
+    check_ending(given, **changes)
+    check_ending(given, **changes, normed_at=order_of(7))
+
+
+def test_of_rows_that_end_nothing_but_products_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Poison of another kind, to see bits that stay; the caller's tensors too are as they were."""
+    given = ending(9, 4, 20, 40, 2) | {"normed_at": order_of(9)}
+    before = {name: each.clone() for name, each in given.items()}
+    filled = []
+    monkeypatch.setattr(
+        "epic_fast.testing.numerics._fill_with_poison", lambda tensor: filled.append(tensor.fill_(7.25))
+    )
+    total, normed, _, mean, rstd, probed = call_ending(given)
+    assert {each.data_ptr() for each in (total, normed, mean, rstd, probed)} <= {each.data_ptr() for each in filled}
+    for each in (total, mean, rstd):
+        assert (each[5:] == 7.25).all()
+        assert (each[:5] != 7.25).all()
+    assert (normed[given["normed_at"][5:]] == 7.25).all()
+    assert (normed[given["normed_at"][:5]] != 7.25).all()
+    assert (probed != 7.25).all()
+    for name, each in before.items():
+        assert_bits_equal(given[name], each, name)
+
+
+def test_what_rows_that_end_read_may_lie_anywhere() -> None:
+    """The last rows of a matrix, as a block has them; a part of its columns; and memory that starts at an odd place."""
+    for dtype, depth in ((torch.float32, 40), (HALF, 41), (HALF, 4100)):
+        given = ending(9, 4, 20, depth, 3, dtype)
+        wanted = call_ending(given)
+        joined = torch.full((9, depth), math.nan, device=DEVICE, dtype=dtype)
+        joined[5:] = given["hidden"]
+        wide = torch.full((4, depth + 6), math.nan, device=DEVICE, dtype=dtype)
+        wide[:, 3 : 3 + depth] = given["hidden"]
+        odd = torch.full((4 * depth + 1,), math.nan, device=DEVICE, dtype=dtype)
+        odd[1:] = given["hidden"].flatten()
+        turned = given["hidden"].T.contiguous().T
+        first = joined.flip(0)
+        first[:4] = given["hidden"]
+        for hidden in (joined[5:], first[:4], wide[:, 3 : 3 + depth], odd[1:].view(4, depth), turned):
+            assert_bits_equal(call_ending(given, hidden=hidden), wanted)
+        columns = torch.full((20, 2), math.nan, device=DEVICE, dtype=dtype)
+        columns[:, 1] = given["offset"]
+        rows = torch.full((9, 27), math.nan, device=DEVICE, dtype=dtype)
+        rows[:, 1:21] = given["stream"]
+        through = given["through"].T.contiguous().T
+        assert_bits_equal(
+            call_ending(given, stream=rows[:, 1:21], offset=columns[:, 1], through=through), wanted, "the others"
+        )
+
+
+@pytest.mark.parametrize("depth", [40, 4100])
+def test_bits_of_a_row_that_ends_depend_on_no_other(depth: int) -> None:
+    given = ending(14, 9, 72, depth, 2, HALF)
+    wanted = call_ending(given)[5][5:]
+    assert_bits_equal(call_ending(given)[5][5:], wanted, "again")
+    for fewer in (1, 2, 8):
+        some_rows = {"stream": given["stream"][: 5 + fewer], "hidden": given["hidden"][:fewer]}
+        assert_bits_equal(call_ending(given, **some_rows)[5][5:], wanted[:fewer], f"{fewer} rows")
+        alone = {"stream": given["stream"][14 - fewer :], "hidden": given["hidden"][9 - fewer :], "branch": None}
+        assert_bits_equal(call_ending(given, **alone)[5], wanted[9 - fewer :], f"the last {fewer} alone")
+    torn = given["hidden"].clone()
+    torn[3] = math.nan
+    found = call_ending(given, hidden=torn)[5]
+    assert found[8].isnan().all()
+    others = [0, 1, 2, 4, 5, 6, 7, 8]
+    assert_bits_equal(found[5:][others], wanted[others], "beside NaN")
+
+
+def test_probe_and_through_may_differ_from_each_other() -> None:
+    """Nothing ties one to the other: each number of a row has its own two vectors."""
+    given = ending(6, 3, 20, 30, 5)
+    given["through"] = draw(5, 30, seed=11)
+    check_ending(given)
+    swapped = check_ending(given, through=given["through"].flip(0), probe=given["probe"].flip(0))
+    assert_bits_equal(swapped[5].flip(1), call_ending(given)[5])
+
+
+@pytest.mark.parametrize("with_branch", [True, False])
+@pytest.mark.parametrize("with_offset", [True, False])
+@pytest.mark.parametrize("last", [2, 0])
+def test_the_operator_of_rows_that_end_is_what_it_says(last: int, with_offset: bool, with_branch: bool) -> None:
+    given = ending(6, last, 20, 24, 2)
+    branch = given["branch"] if with_branch else None
+    arguments = (
+        *(given["stream"], branch, given["weight"], given["bias"], 1e-5, None, order_of(6), given["probe"]),
+        *(given["hidden"], given["through"], given["offset"] if with_offset else None, None, False),
+    )
+    # What dispatch traces is compared by value, and what is left unwritten has none.
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(residual_norm.MOVED, arguments, test_utils=tests[:3] if last else tests)
+
+
+def test_rows_that_end_under_autocast_are_not_rounded() -> None:
+    given = ending(6, 3, 20, 40, 2)
+    for impl in ("reference", "triton"):
+        wanted = call_ending(given, impl)[5]
+        with torch.autocast(DEVICE, torch.bfloat16):
+            assert_bits_equal(call_ending(given, impl)[5], wanted, impl)
+
+
+def test_what_does_not_fit_rows_that_end_is_said() -> None:
+    given, order = ending(6, 2, 20, 24, 3), order_of(6)
+    stream, branch, weight, bias, probe = (given[name] for name in ("stream", "branch", "weight", "bias", "probe"))
+    hidden, through, offset = (given[name] for name in ("hidden", "through", "offset"))
+
+    def call(
+        hidden: Tensor, through: Tensor, offset: Tensor | None, branch: Tensor | None = branch, **options: Any
+    ) -> Any:
+        options = {"probe": probe, **options}
+        return moved_norm_forward(stream, branch, weight, bias, 1e-5, ended=(hidden, through, offset), **options)
+
+    together = "^moved_norm_forward: ended goes with a probe, without branch_at and without keep$"
+    for options in ({"probe": None}, {"branch_at": order}, {"keep": True}):
+        with pytest.raises(ConfigError, match=together):
+            call(hidden, through, offset, **options)
+    for wrong, shape in ((hidden[0], r"\(24,\)"), (hidden[None], r"\(1, 2, 24\)"), (draw(7, 24), r"\(7, 24\)")):
+        with pytest.raises(
+            ConfigError,
+            match=rf"ended's hidden rows have shape {shape}; wanted \(S, K\), at most 6 rows, as the stream has",
+        ):
+            call(wrong, through, offset)
+    for wrong, shape in ((through[:2], r"\(2, 24\)"), (through[:, 1:], r"\(3, 23\)"), (through[0], r"\(24,\)")):
+        with pytest.raises(
+            ConfigError, match=rf"through has shape {shape}; wanted \(3, 24\) for rows of shape \(6, 20\)"
+        ):
+            call(hidden, wrong, offset)
+    for wrong, shape in ((offset[1:], r"\(19,\)"), (offset[None], r"\(1, 20\)")):
+        with pytest.raises(ConfigError, match=rf"offset has shape {shape}; wanted \(20,\)"):
+            call(hidden, through, wrong)
+    for number, name in enumerate(("hidden", "through", "offset")):
+        far = [each.to("meta") if index == number else each for index, each in enumerate((hidden, through, offset))]
+        with pytest.raises(ConfigError, match=f"{name} is on meta; wanted {stream.device}, as the rows are"):
+            call(*far)
+    with pytest.raises(ConfigError, match=r"through is torch.float16; wanted torch.float32"):
+        call(hidden, through.half(), offset)
+    with pytest.raises(ConfigError, match=r"through is torch.float64; wanted torch.float32"):
+        call(hidden, through.double(), offset)
+    wide = {name: each.double() for name, each in given.items()}
+    with pytest.raises(ConfigError, match=r"through is torch.float32; wanted torch.float64"):
+        call_ending(wide, "auto", through=through)
+    with pytest.raises(ConfigError, match=r"branch has shape \(6, 20\); wanted \(4, 20\)"):
+        call(hidden, through, offset, branch=stream)
+    with pytest.raises(ConfigError, match=r"normed_at has shape \(4,\); wanted \(6,\)"):
+        call(hidden, through, offset, normed_at=order[:4])
 
 
 @pytest.mark.parametrize(("found", "able"), [((8, 0), False), ((8, 9), True), ((9, 0), True), (None, True)])

@@ -24,11 +24,11 @@ pytest.importorskip("triton")
 from epic_fast.engine.state import TowerState
 from epic_fast.errors import ConfigError, ImplementationError
 from epic_fast.kernels.common import plan
-from epic_fast.kernels.route_prompts import reference, triton_forward
+from epic_fast.kernels.route_prompts import reference, triton_forward, triton_through
 from epic_fast.models.mope import mean_row
 from epic_fast.nn import ExpertRouter, PromptExperts
 from epic_fast.ops import route_prompts as operation
-from epic_fast.ops.route_prompts import route_prompts
+from epic_fast.ops.route_prompts import probe_through, route_prompts
 from epic_fast.testing.cases import ROUTE_PRODUCTION, RouteCase
 from epic_fast.testing.numerics import OUTPUT_FACTOR, assert_bits_equal, budget, poisoned_empty
 
@@ -471,3 +471,228 @@ def test_a_cuda_graph_replays_it() -> None:
     graph.replay()
     torch.cuda.synchronize()
     assert_bits_equal((out, normed, scores), wanted)
+
+
+# -- a router's rows through the product before them -----------------------------------------------------------------
+
+
+def matrices(
+    count: int, rows: int, width: int, depth: int, *types: torch.dtype, seed: int = 0
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Probes and weights, in one type or in two."""
+    random = torch.Generator().manual_seed(seed)
+    sizes = (rows, width), (width, depth)
+    probes, weights = (
+        [torch.randn(size, generator=random).to(DEVICE, dtype) for _ in range(count)]
+        for size, dtype in zip(sizes, (types[0], types[-1]), strict=True)
+    )
+    return probes, weights
+
+
+def check_through(probes: list[Tensor], weights: list[Tensor]) -> Tensor:
+    got, theirs = (probe_through(probes, weights, impl=impl) for impl in ("triton", "reference"))
+    want = torch.stack([one.double() @ other.double() for one, other in zip(probes, weights, strict=True)])
+    width = weights[0].shape[0]
+    operands = max([1.0, *(each.abs().max().item() for each in (*probes, *weights) if each.numel())]) ** 2
+    settings: dict[str, Any] = {"factor": OUTPUT_FACTOR, "dtype": torch.float32, "reduction": width}
+    budget(got, want, theirs, name="through", operands=operands, **settings)
+    # Of each number: the sum's own terms.
+    sizes = torch.stack([one.double().abs() @ other.double().abs() for one, other in zip(probes, weights, strict=True)])
+    for each in (got, theirs):
+        assert each.shape == want.shape
+        assert each.dtype == torch.float32
+        assert ((each - want).abs() <= 2 * width**0.5 * 2**-24 * sizes).all()
+    return got
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_the_specification_of_products_through_weights_is_the_definition(count: int) -> None:
+    probes, weights = matrices(count, 3, 7, 5, torch.float64)
+    found = reference.probe_through(probes, weights)
+    assert found.dtype == torch.float64
+    for number, (probe, weight) in enumerate(zip(probes, weights, strict=True)):
+        for row in range(3):
+            wanted = sum(probe[row, inner] * weight[inner] for inner in range(7))
+            torch.testing.assert_close(found[number, row], wanted, rtol=1e-12, atol=1e-12)
+        # What it is for: products with rows that the weight makes.
+        rows = torch.randn(4, 5, dtype=torch.float64, device=DEVICE)
+        torch.testing.assert_close(rows @ found[number].T, rows @ weight.T @ probe.T, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("types", [(torch.float32,), (torch.float16,), (torch.float32, torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "width", "depth"), [(2, 48, 96), (1, 1, 1), (3, 130, 67), (16, 300, 129), (5, 128, 64)]
+)
+@pytest.mark.parametrize("count", [1, 8, 9, 17])
+def test_products_through_weights(
+    count: int, rows: int, width: int, depth: int, types: tuple[torch.dtype, ...]
+) -> None:
+    if count > 1 and rows == 16:
+        count = 2
+    check_through(*matrices(count, rows, width, depth, *types))
+
+
+def test_products_through_weights_in_bfloat16() -> None:
+    """The interpreter is wrong in other places of this type; a number is read, and made wider, as it is."""
+    check_through(*matrices(3, 2, 40, 30, torch.bfloat16))
+    check_through(*matrices(3, 2, 40, 30, torch.float32, torch.bfloat16))
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@pytest.mark.parametrize("count", [8, 9, 17])
+def test_each_product_through_a_weight_is_that_of_its_own_pair(count: int, impl: str) -> None:
+    """Of constants that no other pair has, in whatever order they are given."""
+    probes = [torch.full((2, 4), float(number + 1), device=DEVICE) for number in range(count)]
+    for each in probes:
+        each[1] *= -1
+    weights = [torch.full((4, 3), float(2**number), device=DEVICE) for number in range(count)]
+    for order in (list(range(count)), list(reversed(range(count))), [*range(1, count), 0]):
+        found = probe_through([probes[each] for each in order], [weights[each] for each in order], impl=impl)
+        for place, number in enumerate(order):
+            wanted = 4.0 * (number + 1) * 2**number
+            assert (found[place, 0] == wanted).all(), place
+            assert (found[place, 1] == -wanted).all(), place
+
+
+def test_bits_through_a_weight_depend_on_no_other() -> None:
+    probes, weights = matrices(11, 3, 140, 70, torch.float16)
+    wanted = probe_through(probes, weights, impl="triton")
+    for number in (0, 7, 8, 10):
+        alone = probe_through([probes[number]], [weights[number]], impl="triton")
+        assert_bits_equal(alone[0], wanted[number], f"pair {number}")
+        few = slice(number, number + 2)
+        assert_bits_equal(probe_through(probes[few], weights[few], impl="triton"), wanted[few])
+    weights[8] = torch.full_like(weights[8], math.nan)
+    found = probe_through(probes, weights, impl="triton")
+    assert found[8].isnan().all()
+    others = [number for number in range(11) if number != 8]
+    assert_bits_equal(found[others], wanted[others])
+
+
+def test_weights_and_probes_may_lie_anywhere() -> None:
+    probes, weights = matrices(9, 3, 40, 70, torch.float32)
+    wanted = probe_through(probes, weights, impl="triton")
+    turned = [each.T.contiguous().T for each in weights]
+    wide = [torch.cat([torch.full((40, 3), math.nan, device=DEVICE), each], dim=1)[:, 3:] for each in weights]
+    rows = [torch.cat([each, torch.full((3, 5), math.nan, device=DEVICE)], dim=1)[:, :40] for each in probes]
+    # What lies behind them is not read.
+    first = [torch.cat([each, torch.full((1, 70), math.nan, device=DEVICE)])[:40] for each in weights]
+    odd = []
+    for each in weights:
+        memory = torch.full((each.numel() + 1,), math.nan, device=DEVICE)
+        memory[1:] = each.flatten()
+        odd.append(memory[1:].view(40, 70))
+    # Some as they are and some not: each has a place of its own among the eight of a launch.
+    mixed = [one if number % 3 else other for number, (one, other) in enumerate(zip(weights, turned, strict=True))]
+    for others in (turned, wide, first, odd, mixed):
+        assert_bits_equal(probe_through(probes, others, impl="triton"), wanted)
+    assert_bits_equal(probe_through(rows, weights, impl="triton"), wanted)
+
+
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+def test_no_rows_or_columns_go_through_a_weight(impl: str) -> None:
+    for rows, width, depth in ((0, 5, 4), (2, 5, 0), (0, 0, 0)):
+        found = probe_through(*matrices(9, rows, width, depth, torch.float32), impl=impl)
+        assert found.shape == (9, rows, depth)
+        assert found.dtype == torch.float32
+    # A sum of nothing is zero, not what was there.
+    assert not probe_through(*matrices(9, 2, 0, 4, torch.float32), impl=impl).any()
+
+
+@pytest.mark.parametrize(("count", "launches"), [(1, 1), (8, 1), (9, 2), (16, 2), (17, 3)])
+def test_eight_matrices_go_through_their_weights_in_a_launch(
+    count: int, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder(triton_through._through_kernel)
+    monkeypatch.setattr(triton_through, "_through_kernel", recorder)
+    plan.forget()
+    for _ in range(2):
+        with poisoned_empty() as poison:
+            probe_through(*matrices(count, 2, 20, 24, torch.float32), impl="triton")
+        assert poison.allocations == 1
+    assert recorder.launches == 2 * launches
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_the_operator_of_products_through_weights_is_what_it_says(count: int) -> None:
+    for types in ((torch.float32,), (torch.float32, torch.float16)):
+        torch.library.opcheck(operation.THROUGH, matrices(count, 3, 20, 24, *types))
+
+
+def test_which_implementation_goes_through_weights() -> None:
+    probes, weights = matrices(2, 3, 20, 24, torch.float32)
+    wide = [each.double() for each in weights]
+    with pytest.raises(ImplementationError, match=r"probe_through: .*\n.*float64; the kernel takes float32"):
+        probe_through(probes, wide, impl="triton")
+    with pytest.raises(ImplementationError, match=r"float64; the kernel takes float32"):
+        probe_through([each.double() for each in probes], weights, impl="triton")
+    assert probe_through(probes, wide).dtype == torch.float64
+    if DEVICE == "cpu":
+        assert_bits_equal(probe_through(probes, weights), reference.probe_through(probes, weights))
+    with torch.autocast(DEVICE, torch.bfloat16):
+        assert_bits_equal(probe_through(probes, weights, impl="reference"), reference.probe_through(probes, weights))
+        found = probe_through(probes, weights, impl="triton")
+    assert_bits_equal(found, probe_through(probes, weights, impl="triton"))
+    assert probe_through([each.half() for each in probes], weights, impl="reference").dtype == torch.float32
+
+
+@pytest.mark.parametrize("which", ["probes[1]", "weights[0]"])
+def test_a_gradient_through_weights_is_not_lost_in_silence(which: str) -> None:
+    probes, weights = matrices(2, 3, 20, 24, torch.float32)
+    (probes if which == "probes[1]" else weights)[int(which[-2])].requires_grad_()
+    for impl in ("auto", "triton", "reference"):
+        with pytest.raises(ConfigError) as raised:
+            probe_through(probes, weights, impl=impl)
+        assert str(raised.value) == (
+            f"probe_through: {which} requires a gradient, and this has no backward; wanted no gradient "
+            "(torch.no_grad())"
+        )
+        with torch.no_grad():
+            assert not probe_through(probes, weights, impl=impl).requires_grad
+
+
+def test_what_does_not_fit_products_through_weights_is_said() -> None:
+    (one, other), (first, second) = matrices(2, 3, 20, 24, torch.float32)
+
+    def refused(probes: list[Tensor], weights: list[Tensor], message: str) -> None:
+        for impl in ("auto", "triton", "reference"):
+            with pytest.raises(ConfigError) as raised:
+                probe_through(probes, weights, impl=impl)
+            assert str(raised.value) == f"probe_through: {message}"
+
+    refused([], [], "0 probes and 0 weights; wanted as many, at least one")
+    refused([one, other], [first], "2 probes and 1 weights; wanted as many, at least one")
+    whole = "wanted a floating-point matrix"
+    refused([one[0], other], [first, second], f"probes[0] is (20,) torch.float32; {whole}")
+    refused([one, other], [first, second[None]], f"weights[1] is (1, 20, 24) torch.float32; {whole}")
+    refused([one, other], [first.int(), second], f"weights[0] is (20, 24) torch.int32; {whole}")
+    place = str(one.device)
+    alike = f"wanted (3, 20) torch.float32 on {place}, as probes[0] is"
+    refused([one, other[:2]], [first, second], f"probes[1] is (2, 20) torch.float32 on {place}; {alike}")
+    refused([one, other.half()], [first, second], f"probes[1] is (3, 20) torch.float16 on {place}; {alike}")
+    refused([one, other.to("meta")], [first, second], f"probes[1] is (3, 20) torch.float32 on meta; {alike}")
+    alike = f"wanted (20, 24) torch.float32 on {place}, as weights[0] is"
+    refused([one, other], [first, second[:, 1:]], f"weights[1] is (20, 23) torch.float32 on {place}; {alike}")
+    rows = "wanted at most 16 rows of"
+    refused(
+        [one[:, 1:]] * 2, [first, second],
+        f"probes are (3, 19) on {place}; {rows} 20 on {place}, for weights of shape (20, 24)",
+    )  # fmt: skip
+    refused(
+        [one.to("meta")] * 2, [first, second],
+        f"probes are (3, 20) on meta; {rows} 20 on {place}, for weights of shape (20, 24)",
+    )  # fmt: skip
+    refused(
+        [one[:1].expand(17, 20)], [first],
+        f"probes are (17, 20) on {place}; {rows} 20 on {place}, for weights of shape (20, 24)",
+    )  # fmt: skip
+    assert probe_through([one[:1].expand(16, 20)], [first], impl="triton").shape == (1, 16, 24)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("types", [(torch.bfloat16,), (torch.float32, torch.bfloat16), (torch.float32,)], ids=str)
+@pytest.mark.parametrize(("count", "width"), [(1, 128), (5, 256), (17, 512), (23, 1024)])
+def test_gpu_products_through_the_weights_of_a_tower(count: int, width: int, types: tuple[torch.dtype, ...]) -> None:
+    probes, weights = matrices(count, 2, width, 4 * width, *types)
+    found = check_through(probes, weights)
+    assert_bits_equal(probe_through(probes, weights, impl="triton"), found)

@@ -26,6 +26,8 @@ from epic_fast.ops import merge_patches as merge_operation
 from epic_fast.ops import prompt_attention as attention_operation
 from epic_fast.ops import prompt_interaction as interaction_operation
 from epic_fast.ops import route_prompts as route_operation
+from epic_fast.ops.residual_norm import moved_norm_forward
+from epic_fast.ops.route_prompts import probe_through as probe_through_weights
 from epic_fast.testing.cases import (
     AttentionCase,
     GateCase,
@@ -279,6 +281,24 @@ def merge_patches_without_branch() -> Any:
     return merge_arguments(MergeCase(2, 4, 4, 0, 12, branch=False), torch.float16), {}
 
 
+@operator
+def probe_through() -> Any:
+    return ([torch.randn(3, 20) for _ in range(9)], [torch.randn(20, 30).half() for _ in range(9)]), {}
+
+
+@operator
+def moved_norm_forward_without_ended_rows() -> Any:
+    rows = torch.randn(6, 20), torch.randn(6, 20).half(), torch.randn(20), torch.randn(20), 1e-5
+    return (*rows, None, torch.randperm(6), torch.randn(3, 20), *(None,) * 4, False), {}
+
+
+@operator
+def moved_norm_forward_without_a_row_that_ends() -> Any:
+    rows = torch.randn(6, 20), torch.randn(6, 20).half(), torch.randn(20), torch.randn(20), 1e-5
+    ended = torch.randn(0, 24).half(), torch.randn(3, 24), torch.randn(20)
+    return (*rows, None, torch.randperm(6), torch.randn(3, 20), *ended, None, False), {}
+
+
 INFUSED = InfusedAttentionCase(2, 4, 2, 5, 16, lengths=(5, 3), wide_vectors=True)
 
 
@@ -384,6 +404,52 @@ def linear_8bit() -> Any:
 @operator
 def quantise_rows() -> Any:
     return (torch.randn(5, 16).half(), "int8"), {}
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton", "reference"])
+@pytest.mark.parametrize("with_branch", [True, False])
+@pytest.mark.parametrize("ends", [True, False])
+def test_rows_that_end_are_compiled_whole(ends: bool, with_branch: bool, impl: str) -> None:
+    """With every row's products, and the rest of those rows that do not end: what stays unwritten has no value."""
+
+    def step(stream: Tensor, branch: Tensor | None, order: Tensor, hidden: Tensor, others: list[Tensor]) -> Any:
+        weight, bias, probe, through, offset = others
+        total, normed, rows, mean, rstd, probed = moved_norm_forward(
+            *(stream, branch, weight, bias, 1e-5),
+            normed_at=order,
+            probe=probe,
+            ended=(hidden, through, offset) if ends else None,
+            impl=impl,
+        )
+        left = len(stream) - (len(hidden) if ends else 0)
+        return *(each[:left] for each in (total, rows, mean, rstd)), normed[order[:left]], probed
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    torch.manual_seed(0)
+    others = [torch.randn(size) for size in ((20,), (20,), (3, 20), (3, 24), (20,))]
+    for rows, last in ((7, 3), (9, 4), (12, 5)):
+        stream, hidden, order = torch.randn(rows, 20), torch.randn(last, 24).half(), torch.randperm(rows)
+        branch = torch.randn(rows - last if ends else rows, 20).half() if with_branch else None
+        given = stream, branch, order, hidden, others
+        assert_bits_equal(compiled(*given), step(*given))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("impl", ["auto", "triton", "reference"])
+def test_products_through_weights_are_compiled_whole(impl: str) -> None:
+    def step(probes: list[Tensor], weights: list[Tensor]) -> Tensor:
+        return probe_through_weights(probes, weights, impl=impl) * 2
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, backend=counter, fullgraph=True)
+    torch.manual_seed(0)
+    for width, depth in ((20, 24), (21, 30), (40, 70)):
+        given = [torch.randn(2, width) for _ in range(9)], [torch.randn(width, depth) for _ in range(9)]
+        assert_bits_equal(compiled(*given), step(*given))
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("name", OPERATORS)

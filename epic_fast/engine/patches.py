@@ -64,10 +64,10 @@ class FrozenEmbedding:
             kind = weight.dtype if dtype is None else dtype
             bias = None if projection.bias is None else projection.bias.to(kind)
             rows = product(patches.flatten(3).flatten(0, 2).to(kind), weight.flatten(1).to(kind), bias)[0]
-            # Autocast gives norms in float32.
-            kind = None if dtype is None else torch.float32
+            # Autocast gives norms in float32 on a GPU, and leaves them alone elsewhere.
+            kind = torch.float32 if dtype is not None and pixels.is_cuda else None
             hidden = residual_norm_forward(rows, None, norm.weight, norm.bias, norm.eps, normed_dtype=kind)[1]
-        return hidden.view(len(pixels), -1, hidden.shape[1]), grid
+        return hidden.view(len(pixels), grid[0] * grid[1], hidden.shape[1]), grid
 
     @torch.no_grad()
     def _differs(self) -> float:

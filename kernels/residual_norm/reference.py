@@ -161,13 +161,21 @@ def _with_rows_that_end(
 ) -> tuple[Tensor | None, ...]:
     hidden, through, offset = ended
     rows = len(stream) - len(hidden)
-    at = None if normed_at is None else normed_at[:rows]
-    found = moved_norm_forward(
-        stream[:rows], branch, weight, bias, eps, normed_at=at, probe=probe, normed_dtype=normed_dtype
+
+    def longer(each: Tensor | None, at: slice | Tensor = slice(rows)) -> Tensor | None:
+        """With the rows that end, unwritten."""
+        if each is None:
+            return None
+        result = each.new_empty(len(stream), *each.shape[1:])
+        result[at] = each
+        return result
+
+    total, normed, _, mean, rstd, probed = moved_norm_forward(
+        stream[:rows], branch, weight, bias, eps, probe=probe, normed_dtype=normed_dtype
     )
-    total, normed, _, mean, rstd, probed = (
-        None if each is None else torch.cat([each, each.new_empty(len(hidden), *each.shape[1:])]) for each in found
-    )
+    total, mean, rstd, probed = (longer(each) for each in (total, mean, rstd, probed))
+    # In the norm's order they may be anywhere.
+    normed = longer(normed, slice(rows) if normed_at is None else normed_at[:rows])
     assert probed is not None
     wide = probed.dtype
     last = stream[rows:].to(wide) if offset is None else stream[rows:].to(wide) + offset.to(wide)

@@ -32,8 +32,9 @@ def norm_tile(width: int) -> RowTile:
 
 
 @functools.cache
-def ended_tile(depth: int, warps: int) -> RowTile:
-    """For rows of which products alone are wanted: parts of a row, or some rows, of 32 columns a thread."""
-    room = 1024 * warps
+def ended_tile(depth: int, norm: RowTile) -> RowTile:
+    """For rows of which products alone are wanted: parts of a row, or some rows, of at most 32 columns a thread, both
+    of what is read (``depth``) and of the row itself, which ``norm`` holds whole."""
+    room = 1024 * norm.warps
     block = min(max(16, 1 << (depth - 1).bit_length()), room)
-    return RowTile(rows=room // block, block=block, warps=warps)
+    return RowTile(rows=room // max(block, norm.block), block=block, warps=norm.warps)

@@ -407,7 +407,7 @@ def forward(
         return results
     depth = hidden.shape[1]
     ending = (contiguous(tape, hidden), contiguous(tape, through), None if offset is None else contiguous(tape, offset))
-    ending_tile = ended_tile(depth, tile.warps)
+    ending_tile = ended_tile(depth, tile)
     constants = (*constants, depth, ending_tile.rows, ending_tile.block)
     tiles = -(-ended // ending_tile.rows)
     integers = (*integers, ended, tiles)
