@@ -220,8 +220,8 @@ def test_the_last_round_chooses_the_tile() -> None:
     small, wide = tiles.product_tiles(1, True, True, 232_448)
     assert (small.columns, wide.columns) == (128, 256)
 
-    def chosen(rows: int, columns: int, depth: int = 1024, itemsize: int = 1) -> ProductTile:
-        return tiles.product_tile(itemsize, True, True, 232_448, rows, columns, depth, 132)
+    def chosen(rows: int, columns: int, depth: int = 1024, itemsize: int = 1, keeps: bool = False) -> ProductTile:
+        return tiles.product_tile(itemsize, True, True, 232_448, rows, columns, depth, 132, keeps)
 
     assert chosen(16960, 4096) is chosen(16960, 4096, 128) is wide
     # 272 wide tiles are three rounds, 544 small ones four rounds of half the time and a tenth.
@@ -231,10 +231,14 @@ def test_the_last_round_chooses_the_tile() -> None:
     assert chosen(128 * 33, 1024) is wide
     assert chosen(128 * 34, 1024) is small
     # ViT-L/14 at a batch of 64; Swin-B's four stages; BERT-base.
-    small, wide = tiles.product_tiles(2, True, True, 232_448)
+    small, wide, short = tiles.product_tiles(2, True, True, 232_448)
+    assert (short.stages, small.stages) == (2, 3)
     assert chosen(16960, 4096, 1024, 2) is wide
-    for rows, columns, depth in ((200_704, 512, 128), (50_176, 1024, 256), (13_376, 2048, 512), (3968, 4096, 1024)):
-        assert chosen(rows, columns, depth, 2) is small
+    for rows, columns, depth in ((200_704, 512, 128), (50_176, 1024, 256), (13_376, 2048, 512), (1, 2048, 512)):
+        assert chosen(rows, columns, depth, 2) is short
+        # What keeps the derivative has no registers for three at once.
+        assert chosen(rows, columns, depth, 2, keeps=True) is small
+    assert chosen(3968, 4096, 1024, 2) is small
     assert chosen(5440, 3072, 768, 2) is small
     # 2112 small tiles are sixteen rounds, 1980 fifteen.
     assert chosen(128 * 132, 2048, 1024, 2) is wide

@@ -45,6 +45,9 @@ _MUCH_SHARED = 200_000
 WIDE_TIME = 0.93
 # Wide tiles of 16 bits need so deep a sum and so many rounds of small ones; README.md has what they took.
 WIDE_DEPTH, WIDE_ROUNDS = 1024, 16
+# Up to here a third tile at once on a multiprocessor is worth more than a third step on its way, unless an epilogue
+# that keeps the derivative wants the registers.
+SHORT_DEPTH = 512
 # Up to here (MI300) one buffer an operand is what fits.
 _LITTLE_SHARED = 70_000
 
@@ -58,6 +61,7 @@ def product_tile(
     columns: int,
     depth: int,
     processors: int,
+    keeps: bool = False,
 ) -> ProductTile:
     """The tile for a result of ``rows`` x ``columns``.
 
@@ -69,11 +73,14 @@ def product_tile(
         rows, columns: of the result.
         depth: terms of a sum.
         processors: multiprocessors of the card.
+        keeps: the epilogue also writes what backward needs of the activation.
     """
     tiles = product_tiles(itemsize, descriptors, hopper, shared)
     if len(tiles) == 1:
         return tiles[0]
-    small, wide = tiles
+    small, wide, *short = tiles
+    if short and depth <= SHORT_DEPTH and not keeps:
+        return short[0]
     # A multiprocessor takes a wide tile in the time of two small ones; the last round need not be full.
     rounds = -(-small.count(rows, columns) // processors)
     if itemsize == 2 and (depth < WIDE_DEPTH or rounds < WIDE_ROUNDS):
@@ -84,7 +91,8 @@ def product_tile(
 
 @functools.cache
 def product_tiles(itemsize: int, descriptors: bool, hopper: bool, shared: int) -> tuple[ProductTile, ...]:
-    """All tiles among which :func:`product_tile` chooses: one, or a small and a wide one."""
+    """All tiles among which :func:`product_tile` chooses: one, or a small and a wide one and, of 16 bits, a small one
+    with less on its way."""
     if itemsize == 4:
         return (ProductTile(rows=64, columns=64, depth=32, warps=8, stages=2),)
     depth = 64 if itemsize == 2 else 128
@@ -93,7 +101,7 @@ def product_tiles(itemsize: int, descriptors: bool, hopper: bool, shared: int) -
         if not hopper:
             return (small,)
         wide = replace(small, columns=256, warps=8, persistent=True)
-        return small, wide
+        return (small, wide) if itemsize == 1 else (small, wide, replace(small, stages=2))
     if shared <= _LITTLE_SHARED:
         return (ProductTile(rows=128, columns=128, depth=depth // 2, warps=4, stages=2),)
     return (ProductTile(rows=128, columns=128 if itemsize == 2 else 64, depth=depth // 2, warps=8, stages=4),)

@@ -381,7 +381,8 @@ def multiply(
     if tile is None:
         describes = has_descriptors(left.device) and describable(left, right, output, kept) and depth > 0
         card = (is_hopper(left.device), shared_memory(left.device))
-        tile = product_tile(left.element_size(), describes, *card, rows, columns, depth, processors(left.device))
+        extent = (rows, columns, depth, processors(left.device))
+        tile = product_tile(left.element_size(), describes, *card, *extent, keeps=made is not None)
     total = tl.int32 if left.dtype == torch.int8 else tl.float32
     flags = (depth_last, left_scale is not None, bias is not None, activation, keep, backward, total, precision)
     tiles = tile.count(rows, columns)
