@@ -192,17 +192,17 @@ class PromptMapper(nn.Module):
         with torch.autocast(other.device.type, enabled=False):
             hidden = self.trunk(other.to(self.trunk.weight.dtype))
             if self.scale is not None and self.shift is not None:
-                hidden = hidden * self.scale + self.shift
+                hidden = torch.addcmul(self.shift, hidden, self.scale)
             hidden = nn.functional.gelu(hidden)
             layers: list[Any] = list(self.projections)
             if all(untouched(layer, nn.Linear) for layer in layers):
                 # One product for all of them: alone each is a few rows of numbers and a launch.
                 weight, bias = (torch.cat([getattr(each, name) for each in layers]) for name in ("weight", "bias"))
-                joined = nn.functional.linear(hidden, weight, bias)
+                joined = nn.functional.gelu(nn.functional.linear(hidden, weight, bias))
                 mapped = joined.split([layer.out_features for layer in layers], dim=1)
             else:
-                mapped = [layer(hidden) for layer in layers]
-            return [self.dropout(nn.functional.gelu(each)).unflatten(1, (self.rows, -1)) for each in mapped]
+                mapped = [nn.functional.gelu(layer(hidden)) for layer in layers]
+            return [self.dropout(each).unflatten(1, (self.rows, -1)) for each in mapped]
 
 
 def routing_entropy(scores: Tensor) -> Tensor:
