@@ -738,6 +738,28 @@ def test_the_classifier_takes_graphs(fake, tmp_path):
 CUDA = torch.device("cuda", 0)
 
 
+def test_garbage_is_collected_before_a_recording_and_not_in_it():
+    class Loop:
+        pass
+
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            garbage = Loop()
+            garbage.itself = garbage
+            alive = weakref.ref(garbage)
+            del garbage
+            with engine_graphs.no_garbage():
+                assert alive() is None
+                assert not gc.isenabled()
+            assert gc.isenabled() == enabled
+            with pytest.raises(ZeroDivisionError), engine_graphs.no_garbage():
+                _ = 1 / 0
+            assert gc.isenabled() == enabled
+        finally:
+            gc.enable()
+
+
 @pytest.mark.gpu
 @on_gpu
 @pytest.mark.parametrize(("precision", "rtol"), [("fp32", 1e-4), ("bf16", 2e-2)])
@@ -825,6 +847,30 @@ def test_gpu_a_capture_that_fails_leaves_the_device_whole(caplog):
             call(**batch_of(0, 1, device=CUDA)).logits, model(**batch_of(0, 1, device=CUDA)).logits
         )
     assert call.cache.captures == 1
+
+
+@pytest.mark.gpu
+@on_gpu
+def test_gpu_an_older_graph_among_the_garbage_does_not_spoil_a_capture():
+    class Loop:
+        pass
+
+    def leave_a_graph():
+        garbage = Loop()
+        garbage.itself = garbage
+        garbage.graph = backend.record(lambda: torch.ones(3, device=CUDA) + 1)
+
+    backend = engine_graphs.backend_for(CUDA)
+    gc.collect()
+    gc.disable()
+    try:
+        leave_a_graph()
+        # What the collector does when it pleases.
+        recorded = backend.record(lambda: (gc.collect(), torch.ones(3, device=CUDA) * 2)[1])
+    finally:
+        gc.enable()
+    recorded.replay()
+    assert recorded.result.tolist() == [2.0, 2.0, 2.0]
 
 
 @pytest.mark.gpu

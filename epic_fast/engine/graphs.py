@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import logging
 import threading
 import weakref
@@ -106,6 +107,7 @@ class CudaBackend:
             torch.cuda.device(self.device),
             torch.cuda.stream(torch.cuda.current_stream(self.device)),
             _one_thread(),
+            no_garbage(),
             torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"),
         ):
             result = work()
@@ -134,6 +136,20 @@ class CudaBackend:
 
     def restore(self, position: Any) -> None:
         torch.cuda.default_generators[self.device.index].set_offset(position)
+
+
+@contextmanager
+def no_garbage() -> Iterator[None]:
+    """Garbage is collected now, and not while a graph is recorded: among it there may be an older graph, and to destroy
+    that spoils the recording."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _one_thread() -> AbstractContextManager[Any]:
