@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+import subprocess
+import sys
 import weakref
 from typing import Any
 
@@ -395,6 +398,36 @@ def test_the_sums_of_a_block_do_not_outlive_it() -> None:
     # Each block's first sum is its second norm's stream.
     assert alive == [0] * 5
     model.unwrap()
+
+
+PLAIN_PROCESS = """
+import torch
+from epic_fast import EngineConfig, MopeConfig, wrap
+from epic_fast.ops import library
+from epic_fast.testing import tiny_bert, tiny_swin
+from epic_fast.testing.probes import lively, make_batch, perturb
+
+assert not library.interpreting()
+towers, found = lively((tiny_swin(image_size=40, depths=(2, 3)), tiny_bert(layers=2))), []
+batch = {**make_batch([3, 5]), "pixel_values": torch.randn(2, 3, 40, 40)}
+for engine in (None, EngineConfig(blocks="fused")):
+    torch.manual_seed(0)
+    config = MopeConfig(prompt_length=2, temperature=2.0)
+    model = perturb(wrap(towers, config, 3, self_check=False, engine=engine)).eval()
+    with torch.no_grad():
+        found.append(model(**batch).logits)
+    model(**batch, labels=torch.tensor([0, 1])).loss.backward()
+    model.unwrap()
+print(float((found[0] - found[1]).norm() / found[0].norm()))
+"""
+
+
+def test_without_the_interpreter_a_cpu_runs_fused_blocks_too() -> None:
+    """As on a user's machine: in these tests Triton's interpreter would run a kernel that is called by mistake."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, "-c", PLAIN_PROCESS], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert float(done.stdout.split()[-1]) <= 1e-5
 
 
 # -- prompts that end ------------------------------------------------------------------------------------------------

@@ -635,6 +635,17 @@ def test_which_implementation_goes_through_weights() -> None:
     assert probe_through([each.half() for each in probes], weights, impl="reference").dtype == torch.float32
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="is about tensors on a CPU")
+def test_tensors_on_a_cpu_go_through_weights_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come in lists: each is looked at."""
+    monkeypatch.setattr(operation, "_through_launcher", lambda: pytest.fail("the kernel was asked"))
+    probes, weights = [torch.randn(2, 20) for _ in range(3)], [torch.randn(20, 12) for _ in range(3)]
+    assert_bits_equal(probe_through(probes, weights), probe_through(probes, weights, impl="reference"))
+    monkeypatch.setattr(operation.library, "interpreting", lambda: False)
+    with pytest.raises(ImplementationError, match="a tensor is on cpu; the kernel needs a GPU"):
+        probe_through(probes, weights, impl="triton")
+
+
 @pytest.mark.parametrize("which", ["probes[1]", "weights[0]"])
 def test_a_gradient_through_weights_is_not_lost_in_silence(which: str) -> None:
     probes, weights = matrices(2, 3, 20, 24, torch.float32)

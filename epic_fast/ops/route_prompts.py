@@ -127,7 +127,8 @@ def probe_through(probes: Sequence[Tensor], weights: Sequence[Tensor], *, impl: 
             f"{name}: probes are {_shape(probe)} on {probe.device}; wanted at most {MOST_PROBES} rows of "
             f"{weight.shape[0]} on {weight.device}, for weights of shape {_shape(weight)}"
         )
-    return _THROUGH(list(probes), list(weights), impl=impl)
+    # One by one: where each lies is looked at.
+    return _THROUGH(*probes, *weights, impl=impl)
 
 
 def _wrong(found: str, wanted: str) -> ConfigError:
@@ -300,18 +301,26 @@ THROUGH = library.register(
 )
 
 
-def _triton_through(probes: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    if library.direct(*probes, *weights):
-        return _through_launcher()(probes, weights)
-    return THROUGH(probes, weights)
+def _halves(tensors: tuple[Tensor, ...]) -> tuple[list[Tensor], list[Tensor]]:
+    """Probes and weights."""
+    count = len(tensors) // 2
+    return list(tensors[:count]), list(tensors[count:])
 
 
-def _through_limits(probes: Sequence[Tensor], weights: Sequence[Tensor]) -> Sequence[str]:
-    old = library.too_old(probes[0].get_device()) if probes[0].is_cuda else ""
+def _triton_through(*tensors: Tensor) -> Tensor:
+    return (_through_launcher() if library.direct(*tensors) else THROUGH)(*_halves(tensors))
+
+
+def _reference_through(*tensors: Tensor) -> Tensor:
+    return reference.probe_through(*_halves(tensors))
+
+
+def _through_limits(*tensors: Tensor) -> Sequence[str]:
+    old = library.too_old(tensors[0].get_device()) if tensors[0].is_cuda else ""
     reasons = [old] if old else []
     reasons += [
         f"a tensor is {each.dtype}; the kernel takes float32, bfloat16 and float16"
-        for each in (probes[0], weights[0])
+        for each in (tensors[0], tensors[-1])
         if each.dtype not in KERNEL_TYPES
     ]
     return reasons
@@ -333,4 +342,4 @@ def _limits(out: Tensor, *others: Any) -> Sequence[str]:
 
 
 _ROUTE = Operation("route_prompts", reference=reference.route_prompts, triton=_triton, limits=_limits)
-_THROUGH = Operation("probe_through", reference=reference.probe_through, triton=_triton_through, limits=_through_limits)
+_THROUGH = Operation("probe_through", reference=_reference_through, triton=_triton_through, limits=_through_limits)
