@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import logging
 import math
+import threading
 import weakref
 
 import pytest
@@ -736,6 +737,25 @@ def test_the_classifier_takes_graphs(fake, tmp_path):
 # -- on a GPU -------------------------------------------------------------------------------------------------
 
 CUDA = torch.device("cuda", 0)
+
+
+def test_the_collector_waits_for_the_last_of_several_recordings():
+    inside, leave = threading.Event(), threading.Event()
+
+    def record():
+        with engine_graphs.no_garbage():
+            inside.set()
+            assert leave.wait(30)
+
+    assert gc.isenabled()
+    thread = threading.Thread(target=record)
+    with engine_graphs.no_garbage():
+        thread.start()
+        assert inside.wait(30)
+    assert not gc.isenabled()
+    leave.set()
+    thread.join()
+    assert gc.isenabled()
 
 
 def test_garbage_is_collected_before_a_recording_and_not_in_it():

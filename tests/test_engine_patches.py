@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers.models.swin import modeling_swin
 
 from epic_fast import MopeConfig, wrap
-from epic_fast.backbones import swin as swin_backbone
-from epic_fast.engine import EngineConfig
+from epic_fast.engine import EngineConfig, patches
 from epic_fast.engine.patches import FrozenEmbedding, FrozenMerge
 from epic_fast.engine.windows import merge_prompts
+from epic_fast.errors import ConfigError
 from epic_fast.testing import tiny_bert, tiny_swin
 from epic_fast.testing.probes import lively, make_batch
 
@@ -100,6 +100,7 @@ SPOILED: dict[str, Any] = {
     "a hook on the convolution": lambda each: hook(each.patch_embeddings.projection),
     "a hook on the norm": lambda each: hook(each.norm),
     "a hook on the dropout": lambda each: hook(each.dropout),
+    "another dropout": lambda each: setattr(each, "dropout", nn.Tanh()),
     "a norm without a bias": lambda each: each.norm.register_parameter("bias", None),
     "another norm": lambda each: setattr(each, "norm", nn.GroupNorm(1, 1)),
     "places": lambda each: setattr(each, "position_embeddings", nn.Parameter(torch.zeros(1, 64, 16))),
@@ -151,7 +152,7 @@ MERGE_SPOILED: dict[str, Any] = {
 def test_what_no_longer_merges_is_left_to_its_module(swin: Any, spoil: Any) -> None:
     merge = FrozenMerge(merging_of(swin, 32))
     assert merge.usable()
-    spoil(merge._parts)
+    spoil(merge.module)
     assert not merge.usable()
 
 
@@ -167,6 +168,56 @@ def test_weights_that_change_are_read_as_they_are(swin: Any) -> None:
     assert distance(found[0], swin.embeddings(pixels)[0]) <= 1e-5
     assert distance(found[1], merge(rows[None], (3, 4))[0]) <= 1e-5
     assert all(distance(one, other) > 0.1 for one, other in zip(found, before, strict=True))
+
+
+def test_weights_that_were_no_numbers_are_looked_at_again(swin: Any) -> None:
+    merge = merging_of(swin, 32)
+    embedding, frozen = FrozenEmbedding(swin.embeddings), FrozenMerge(merge)
+    for each, norm in ((embedding, swin.embeddings.norm), (frozen, merge.norm)):
+        weight = norm.weight.clone()
+        norm.weight.fill_(torch.nan)
+        assert not each.usable()
+        norm.weight.copy_(weight)
+        assert each.usable()
+
+
+def test_what_differs_is_said_once(
+    swin: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = modeling_swin.SwinPatchMerging.forward
+    monkeypatch.setattr(
+        modeling_swin.SwinPatchMerging, "forward", lambda self, rows, grid: 1.5 * real(self, rows, grid)
+    )
+    caplog.set_level("INFO", "epic_fast")
+    patches._say_differs.cache_clear()
+    merge = FrozenMerge(merging_of(swin, 32))
+    assert not any(merge.usable() for _ in range(3))
+    said = [each.getMessage() for each in caplog.records if "SwinPatchMerging" in each.getMessage()]
+    assert said == ["engine: this release's SwinPatchMerging runs itself: its fused form differs by 3.2e-01"]
+
+
+def test_pictures_of_other_channels_are_refused_by_name(swin: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"pixel_values has shape \(2, 1, 32, 32\); wanted \(batch, 3, height, width\)"
+    ):
+        FrozenEmbedding(swin.embeddings)(torch.zeros(2, 1, 32, 32))
+    with pytest.raises(ConfigError, match=r"pixel_values has shape \(3, 32, 32\); wanted"):
+        FrozenEmbedding(swin.embeddings)(torch.zeros(3, 32, 32))
+
+
+def test_a_merging_that_was_replaced_is_the_new_one(swin: Any) -> None:
+    tower, rows = tower_of(swin), torch.randn(1, 3, 32, 32)
+    stage = tower.model.encoder.layers[0]
+    with torch.no_grad():
+        before = tower.advance(tower.enter(rows, FUSED), tower.num_layers, FUSED).hidden
+        first = tower.frozen_merge(1)
+        assert tower.frozen_merge(1) is first
+        stage.downsample = merging_of(swin, stage.downsample.norm.normalized_shape[0] // 4)
+        after = tower.advance(tower.enter(rows, FUSED), tower.num_layers, FUSED).hidden
+        wanted = tower.run(tower.start(rows), tower.num_layers).hidden
+    assert len(tower._merges) == 1
+    assert distance(after, wanted) <= 1e-5
+    assert distance(before, wanted) > 1e-2
 
 
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -221,7 +272,7 @@ def test_hooks_on_merging_modules_are_called(swin: Any) -> None:
 def test_too_small_pictures_are_refused_by_the_engine_too(swin: Any) -> None:
     tower = tower_of(swin)
     for enter in (tower.start, lambda pixels: tower.enter(pixels, FUSED)):
-        with torch.no_grad(), pytest.raises(swin_backbone.ConfigError, match="fewer than a window"):
+        with torch.no_grad(), pytest.raises(ConfigError, match="fewer than a window"):
             enter(torch.zeros(1, 3, 16, 32))
 
 

@@ -400,6 +400,41 @@ def test_the_sums_of_a_block_do_not_outlive_it() -> None:
     model.unwrap()
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("towers", "trained"),
+    [
+        (torch.float64, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.bfloat16, torch.float32),
+        (torch.bfloat16, torch.float64),
+        (torch.float64, torch.float64),
+    ],
+    ids=str,
+)
+def test_towers_and_what_is_trained_may_be_of_different_types(
+    towers: torch.dtype, trained: torch.dtype, autocast: bool
+) -> None:
+    found = []
+    for engine in (None, EngineConfig(blocks="fused")):
+        torch.manual_seed(0)
+        pair = lively((tiny_swin(depths=(2, 3)), tiny_bert(layers=2)))
+        config = MopeConfig(prompt_length=2, temperature=2.0)
+        model = perturb(
+            wrap(tuple(each.to(towers) for each in pair), config, 3, self_check=False, engine=engine)
+        ).eval()
+        for _, each in model.trainable_parameters():
+            each.data = each.data.to(trained)
+        model.router.embeddings = model.router.embeddings.to(trained)
+        batch = make_batch([3, 5])
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found.append(model(**batch).logits)
+        model.unwrap()
+    exact = towers == torch.float64 or (towers == torch.float32 and not autocast)
+    assert found[0].isfinite().all()
+    assert distance(found[1], found[0]) <= (1e-5 if exact else 0.05)
+
+
 PLAIN_PROCESS = """
 import torch
 from epic_fast import EngineConfig, MopeConfig, wrap

@@ -18,7 +18,13 @@ from epic_fast.engine.packed import FrozenTower
 from epic_fast.engine.patches import FrozenEmbedding, FrozenMerge
 from epic_fast.engine.routes import PromptRoute
 from epic_fast.engine.window_blocks import FrozenWindowBlock, WindowStream, before_routes, differs
-from epic_fast.engine.windows import Windows, call_swin_block, call_swin_block_with_prompts, merge_prompts
+from epic_fast.engine.windows import (
+    Windows,
+    call_swin_block,
+    call_swin_block_with_prompts,
+    halved,
+    merge_prompts,
+)
 from epic_fast.errors import ConfigError
 
 logger = logging.getLogger("epic_fast")
@@ -50,7 +56,7 @@ class SwinTower(VisionTower):
         super().__init__(model, projection)
         self.frozen = FrozenTower(self.layers, self.modality, make=FrozenWindowBlock, compare=differs)
         self._embedding = FrozenEmbedding(self.model.embeddings)
-        self._merges: dict[nn.Module, FrozenMerge] = {}
+        self._merges: dict[int, FrozenMerge] = {}
         self.stages: list[Stage] = []
         for stage in self.model.encoder.layers:
             start = self.stages[-1].stop if self.stages else 0
@@ -194,11 +200,11 @@ class SwinTower(VisionTower):
         number = self.stage_at(index)
         return self.model.encoder.layers[number].downsample if index + 1 == self.stages[number].stop else None
 
-    def frozen_merge(self, merge: nn.Module) -> FrozenMerge | None:
+    def frozen_merge(self, index: int) -> FrozenMerge | None:
         """The same by its own weights, without a graph; None where only the module itself will do."""
-        if merge not in self._merges:
-            self._merges[merge] = FrozenMerge(merge)
-        found = self._merges[merge]
+        merge, found = self.merge(index), self._merges.get(index)
+        if found is None or found.module is not merge:
+            found = self._merges[index] = FrozenMerge(merge)
         return found if found.usable() else None
 
     def leave(self, index: int, state: TowerState, hidden: Tensor, grid: tuple[int, int]) -> TowerState:
@@ -256,7 +262,7 @@ class SwinRun:
         self._prompts = prompts
         self._routes = routes or {}
         inner = {index: route for index, route in self._routes.items() if tower.merge(index - 1) is None}
-        self._through = before_routes(blocks, inner, prompts)
+        self._through = before_routes(blocks, inner, state.hidden)
         self._stream: WindowStream | None = None
 
     def step(self, index: int) -> Tensor | None:
@@ -277,7 +283,7 @@ class SwinRun:
         if merge is None:
             self._state = replace(self._state, layer=index + 1)
             return scores
-        frozen = tower.frozen_merge(merge)
+        frozen = tower.frozen_merge(index)
         if frozen is not None:
             self._stream = self._stream.merged(frozen, self._grid)
             self._grid = halved(self._grid)
@@ -302,11 +308,6 @@ class SwinRun:
 def say_exact(name: str) -> None:
     """Log, once, that there are no windows in 8 bits."""
     logger.info("engine: the blocks of the %s tower multiply with their own weights: windows have no 8 bits", name)
-
-
-def halved(grid: tuple[int, int]) -> tuple[int, int]:
-    """What a merging of patches leaves of a grid."""
-    return (grid[0] + 1) // 2, (grid[1] + 1) // 2
 
 
 TOWERS["swin"] = SwinTower

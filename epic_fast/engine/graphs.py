@@ -138,18 +138,35 @@ class CudaBackend:
         torch.cuda.default_generators[self.device.index].set_offset(position)
 
 
+@dataclasses.dataclass
+class _Collector:
+    """How many recordings Python's garbage collector waits for, and whether it was enabled before them."""
+
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    recordings: int = 0
+    enabled: bool = True
+
+
+_collector = _Collector()
+
+
 @contextmanager
 def no_garbage() -> Iterator[None]:
-    """Garbage is collected now, and not while a graph is recorded: among it there may be an older graph, and to destroy
-    that spoils the recording."""
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
+    """Garbage is collected now, and not while a graph is recorded, here or in another thread: among it there may be an
+    older graph, and to destroy that spoils the recording."""
+    with _collector.lock:
+        if not _collector.recordings:
+            gc.collect()
+            _collector.enabled = gc.isenabled()
+            gc.disable()
+        _collector.recordings += 1
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        with _collector.lock:
+            _collector.recordings -= 1
+            if _collector.enabled and not _collector.recordings:
+                gc.enable()
 
 
 def _one_thread() -> AbstractContextManager[Any]:

@@ -28,7 +28,7 @@ from epic_fast.engine.fused import KEEP, activation_of, mlp_branch_backward, no_
 from epic_fast.engine.patches import FrozenMerge
 from epic_fast.engine.products import activated_product, product, product_backward
 from epic_fast.engine.routes import PromptRoute
-from epic_fast.engine.windows import WindowRows, Windows, call_swin_block_with_prompts
+from epic_fast.engine.windows import WindowRows, Windows, call_swin_block_with_prompts, halved
 from epic_fast.ops.residual_norm import moved_norm_backward, moved_norm_forward
 from epic_fast.ops.route_prompts import probe_through
 from epic_fast.ops.window_prompt_attention import window_attention_backward, window_attention_forward
@@ -261,8 +261,8 @@ class WindowStream:
         assert self._ended is None
         (batch, _, width), (_, prompts, _) = self._shapes
         rows = merge(self._rows, self._branch, batch, grid)
-        count = -(-grid[0] // 2) * -(-grid[1] // 2)
-        return WindowStream(rows, (batch, count, 2 * width), (batch, prompts, 2 * width))
+        down, across = halved(grid)
+        return WindowStream(rows, (batch, down * across, 2 * width), (batch, prompts, 2 * width))
 
     def parted(self) -> tuple[Tensor, Tensor]:
         """Tokens and prompts."""
@@ -307,12 +307,13 @@ def before_routes(
     Args:
         blocks: of one stage, or of all.
         routes: of blocks by their place, each but those that are first in their stage.
-        like: a tensor on the device, in the type that is computed in.
+        like: the tokens that come in.
 
     Returns:
-        The place of each block before a route with a probe, and ``(J, K)``.
+        The place of each block before a route with a probe, and ``(J, K)`` in float32 (float64 where tokens are).
     """
     found: dict[int, Tensor] = {}
+    wide = torch.promote_types(like.dtype, torch.float32)
     with no_autocast(like) as dtype:
         alike: dict[Any, list[tuple[int, Tensor, Tensor]]] = {}
         for index, route in routes.items():
@@ -321,7 +322,7 @@ def before_routes(
                 alike.setdefault((route.probe.shape, weight.shape), []).append((index - 1, route.probe, weight))
         for few in alike.values():
             places, probes, weights = zip(*few, strict=True)
-            found |= zip(places, probe_through(probes, weights).unbind(), strict=True)
+            found |= zip(places, probe_through(probes, weights).to(wide).unbind(), strict=True)
     return found
 
 

@@ -153,6 +153,11 @@ def call_swin_block_with_prompts(
     return tuple(each + block.mlp(block.layernorm_after(each)) for each in (hidden, prompts))  # pyright: ignore[reportReturnType]
 
 
+def halved(grid: tuple[int, int]) -> tuple[int, int]:
+    """What a merging of patches leaves of a grid."""
+    return (grid[0] + 1) // 2, (grid[1] + 1) // 2
+
+
 def merge_prompts(downsample: nn.Module, prompts: Tensor) -> Tensor:
     """Prompts ``(B, P, C)`` through the merging of patches, each as if it were all four neighbours: ``(B, P, 2 C)``."""
     parts: Any = downsample

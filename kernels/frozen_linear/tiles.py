@@ -1,7 +1,8 @@
-"""Tile sizes, from a table: type and card; where two are given, the number of tiles chooses.
+"""Tile sizes, from a table: type and card; where several are given, the length of a sum and the number of tiles choose.
 
-A row's bits must not depend on how many others there are.  So the tiles of one entry differ in their extent alone: the
-steps of a sum are as long and come in the same order, and a test on the GPU holds all of them to the same bits.
+A row's bits must not depend on how many others there are.  So the tiles of one entry differ in their extent, and in how
+much is on its way, alone: the steps of a sum are as long and come in the same order, and a test on the GPU holds all of
+them to the same bits.
 """
 
 from __future__ import annotations

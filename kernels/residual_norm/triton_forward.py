@@ -76,7 +76,7 @@ def _norm_rows(
         rounded = x.to(total.dtype.element_ty)
         x = rounded.to(tl.float32)
     if probe is not None:
-        # All is asked for before anything is stored, which no load passes.
+        # What is multiplied is asked for before anything is stored, which no load passes.
         gain = tl.load(weight + column, mask=column_exists, other=0.0)
         if bias is not None:
             shift = tl.load(bias + column, mask=column_exists, other=0.0)
