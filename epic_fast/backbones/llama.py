@@ -6,7 +6,6 @@ RMSNorm, SwiGLU, rotary positions.  No prompt rows: :meth:`LlamaTower.run_infuse
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,7 +20,7 @@ from epic_fast.backbones.towers import TOWERS, TextTower
 from epic_fast.engine import EngineConfig, GatedInfusion, SourceInfusion, TowerState, call_layer
 from epic_fast.engine.decoder import DecoderGeometry, FrozenDecoder, FrozenDecoderLayer
 from epic_fast.engine.infused import Form, infused_swiglu
-from epic_fast.engine.packed import say_plain
+from epic_fast.engine.packed import relative_error, say_plain
 from epic_fast.engine.rows import RowSelection
 from epic_fast.errors import ConfigError
 
@@ -216,8 +215,7 @@ class LlamaTower(TextTower):
             wanted = self.run(state, 1).hidden.double() - rows
             hidden, branch = layer(rows, None, self.geometry(state), ())
             found = (hidden + branch).double() - rows
-        error = float((found - wanted).norm() / wanted.norm())
-        return error if math.isfinite(error) else math.inf
+        return relative_error(found, wanted)
 
     # -- layers with an infusion -------------------------------------------------------------------------------
 

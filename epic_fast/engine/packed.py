@@ -95,6 +95,12 @@ class FrozenTower:
         return [each for block in self._blocks or () for each in block.made()]
 
 
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """How far apart two tensors are, against the size of ``wanted``; infinite where that is no number."""
+    error = float((found.double() - wanted.double()).norm() / wanted.double().norm())
+    return error if math.isfinite(error) else math.inf
+
+
 @torch.no_grad()
 def differs(layer: nn.Module, block: FrozenBlock) -> float:
     """How far apart a layer and its block are on a few rows, relative: what the names of modules cannot tell."""
@@ -103,8 +109,7 @@ def differs(layer: nn.Module, block: FrozenBlock) -> float:
     with torch.autocast(weight.device.type, enabled=False):
         wanted = call_layer(layer, rows, None).double() - rows
         found = block(rows, Geometry()).double() - rows
-    error = float((found - wanted).norm() / wanted.norm())
-    return error if math.isfinite(error) else math.inf
+    return relative_error(found, wanted)
 
 
 @functools.cache

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from epic_fast.engine.fused import no_autocast
-from epic_fast.engine.packed import SAME
+from epic_fast.engine.packed import SAME, relative_error
 from epic_fast.engine.products import product
 from epic_fast.engine.windows import merge_prompts
 from epic_fast.errors import ConfigError
@@ -112,7 +112,7 @@ class FrozenEmbedding(_OwnWeights):
         pixels = torch.arange(math.prod(shape), device=weight.device).view(shape).sin().to(weight.dtype)
         with torch.autocast(weight.device.type, enabled=False):
             (wanted, sides), (found, grid) = self.module(pixels), self(pixels)
-        return _distance(found, wanted) if tuple(sides) == grid else math.inf
+        return relative_error(found, wanted) if tuple(sides) == grid else math.inf
 
 
 class FrozenMerge(_OwnWeights):
@@ -145,7 +145,7 @@ class FrozenMerge(_OwnWeights):
         with torch.autocast(weight.device.type, enabled=False):
             wanted = torch.cat([self.module(tokens, grid), merge_prompts(self.module, prompts)], dim=1)[0]
             found = self(rows[0], None, 1, grid)
-        return _distance(found, wanted)
+        return relative_error(found, wanted)
 
 
 def _is(module: nn.Module, name: str) -> bool:
@@ -168,8 +168,3 @@ def _cuts_patches(projection: nn.Module) -> bool:
         and projection.dilation == (1, 1)
         and projection.groups == 1
     )
-
-
-def _distance(found: Tensor, wanted: Tensor) -> float:
-    error = float((found.double() - wanted).norm() / wanted.double().norm())
-    return error if math.isfinite(error) else math.inf

@@ -14,7 +14,6 @@ needs one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from epic_fast.engine.blocks import LayerParts, Weights
 from epic_fast.engine.fused import KEEP, activation_of, mlp_branch_backward, no_autocast
+from epic_fast.engine.packed import relative_error
 from epic_fast.engine.patches import FrozenMerge
 from epic_fast.engine.products import activated_product, product, product_backward
 from epic_fast.engine.routes import PromptRoute
@@ -428,5 +428,4 @@ def differs(layer: Any, block: FrozenWindowBlock) -> float:
         wanted = call_swin_block_with_prompts(layer, rows, prompt, windows.grid, window=side, shift=windows.shift)
         found = block(rows, prompt, windows)
     added, wanted_sum = (torch.cat(each, dim=1).double() - values for each in (found, wanted))
-    error = float((added - wanted_sum).norm() / wanted_sum.norm())
-    return error if math.isfinite(error) else math.inf
+    return relative_error(added, wanted_sum)

@@ -111,6 +111,28 @@ class Operation:
         return [*reasons, *self.limits(*args)]
 
 
+def check_without_backward(name: str, given: Sequence[tuple[str, Tensor | None]]) -> None:
+    """That the tensors of an operation without a backward are of floating point, on one device and want no gradient.
+
+    Raises:
+        ConfigError: one is not, by its label; the first, which is not None, says which device.
+    """
+    first, like = given[0]
+    assert like is not None
+    needs = torch.is_grad_enabled()
+    for label, tensor in given:
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
+            raise ConfigError(f"{name}: {label} has type {tensor.dtype}; wanted a floating-point type")
+        if tensor.device != like.device:
+            raise ConfigError(f"{name}: {label} is on {tensor.device}; wanted {like.device}, as {first}")
+        if needs and tensor.requires_grad:
+            raise ConfigError(
+                f"{name}: {label} requires a gradient, and this has no backward; wanted no gradient (torch.no_grad())"
+            )
+
+
 def _autocasts(tensor: Tensor) -> bool:
     return torch.is_autocast_enabled("cuda" if tensor.is_cuda else tensor.device.type)
 

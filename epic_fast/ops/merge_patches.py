@@ -16,7 +16,7 @@ from epic_fast.errors import ConfigError
 from epic_fast.kernels.merge_patches import reference  # pyright: ignore[reportMissingImports]
 from epic_fast.kernels.residual_norm.tiles import MAX_WIDTH  # pyright: ignore[reportMissingImports]
 from epic_fast.ops import library
-from epic_fast.ops.dispatch import Operation
+from epic_fast.ops.dispatch import Operation, check_without_backward
 
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows are numbered in 32 bits.
@@ -79,16 +79,8 @@ def _check(
 ) -> None:
     if stream.dim() != 2 or not stream.shape[1]:
         raise _wrong(f"stream has shape {tuple(stream.shape)}", "rows (R, C), at least one column")
-    needs = torch.is_grad_enabled()
-    for label, tensor in (("stream", stream), ("branch", branch), ("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        if not tensor.is_floating_point():
-            raise _wrong(f"{label} has type {tensor.dtype}", "a floating-point type")
-        if tensor.device != stream.device:
-            raise _wrong(f"{label} is on {tensor.device}", f"{stream.device}, as stream")
-        if needs and tensor.requires_grad:
-            raise _wrong(f"{label} requires a gradient, and this has no backward", "no gradient (torch.no_grad())")
+    named = [("stream", stream), ("branch", branch), ("weight", weight), ("bias", bias)]
+    check_without_backward("merge_patches", named)
     if normed_dtype is not None and not normed_dtype.is_floating_point:
         raise _wrong(f"normed_dtype={normed_dtype}", "a floating-point type, or None for that of stream")
     count, width = stream.shape

@@ -15,7 +15,7 @@ from torch import Tensor
 from epic_fast.errors import ConfigError
 from epic_fast.kernels.route_prompts import reference  # pyright: ignore[reportMissingImports]
 from epic_fast.ops import library
-from epic_fast.ops.dispatch import Operation
+from epic_fast.ops.dispatch import Operation, check_without_backward
 from epic_fast.ops.residual_norm import MOST_PROBES
 
 KERNEL_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -169,16 +169,7 @@ def _check(
     if out.dim() != 3 or not out.shape[2]:
         raise _wrong(f"out has shape {_shape(out)}", "(batch, prompts, width), at least one column")
     batch, _, width = out.shape
-    needs = torch.is_grad_enabled()
-    for label, tensor in named:
-        if tensor is None:
-            continue
-        if not tensor.is_floating_point():
-            raise _wrong(f"{label} has type {tensor.dtype}", "a floating-point type")
-        if tensor.device != out.device:
-            raise _wrong(f"{label} is on {tensor.device}", f"{out.device}, as out")
-        if needs and tensor.requires_grad:
-            raise _wrong(f"{label} requires a gradient, and this has no backward", "no gradient (torch.no_grad())")
+    check_without_backward("route_prompts", named)
     if normed.shape != out.shape:
         raise _wrong(f"normed has shape {_shape(normed)}", f"{_shape(out)}, as out has")
     for label, tensor in named[:2]:
